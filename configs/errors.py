@@ -1,0 +1,13 @@
+"""The two ways a release ends early. The message is one line for a person: what, where, the value, what to do."""
+
+
+class TameError(Exception):
+    """Something failed that the user should read about in one line. Exit code 1."""
+
+    exit_code = 1
+
+
+class BadInputError(TameError):
+    """The recipe, the arguments or the source are wrong, and nothing was touched. Exit code 2."""
+
+    exit_code = 2

@@ -1,0 +1,237 @@
+"""The recipe: everything that can be asked of tame. The form in the Prefect UI is made from these classes.
+
+Values are taken strictly (`"2048"` is not a number, `1` is not `true`), unknown keys are refused, and every number has
+its bounds here, so that nothing further down needs to check them again.
+"""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+]  # also a folder and part of a Hub repo id
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+DTYPES = Literal["float32", "float16", "bfloat16"]
+
+
+class Spec(BaseModel):
+    """Strict, frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(Spec):
+    """The model to start from."""
+
+    model: Text = Field(
+        description="A Hub repo, a local folder of safetensors, a .gguf file, or package:NAME/FILE for a .gguf inside an "
+        "installed Python package.",
+        examples=["Qwen/Qwen3-1.7B", "./my-fine-tune", "./model.Q4_1.gguf"],
+    )
+    revision: Text = Field(
+        "main", description="Branch, tag or commit of a Hub repo. Pinned to a commit before anything is cached."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the model's repo contains. Leave off unless you have read that code."
+    )
+
+
+class Variant(Spec):
+    """One way of quantizing."""
+
+    method: Literal["int8", "nf4", "fp4"] = Field(description="bitsandbytes format.", examples=["nf4"])
+    double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
+    compute_dtype: DTYPES | None = Field(
+        None,
+        description="What 4-bit layers compute in. Empty: transformers' default, which follows the inputs unless they are "
+        "float16.",
+    )
+    skip_modules: list[Text] = Field(
+        default_factory=list,
+        description="Modules to leave unquantized besides those that transformers leaves.",
+        examples=[["model.layers.0"]],
+        max_length=1000,
+    )
+    name: Name | None = Field(None, description="Needed only where two variants would share the derived name.")
+
+    @property
+    def label(self) -> str:
+        """The given name, or `int8`, `nf4`, `nf4-dq`, `fp4`, `fp4-dq`."""
+        return self.name or self.method + ("-dq" if self.double_quant else "")
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Self:
+        for option in ("double_quant", "compute_dtype"):
+            if self.method == "int8" and getattr(self, option):
+                raise ValueError(f"{option} belongs to the 4-bit methods nf4 and fp4, not to int8; leave it out")
+        return self
+
+
+class TextSource(Spec):
+    """The text that perplexity and divergence are measured on: a data set, files, or a built-in. Exactly one of them."""
+
+    dataset: Text | None = Field(None, description="A data set on the Hub.", examples=["Salesforce/wikitext"])
+    config: Text | None = Field(None, description="The data set's configuration.", examples=["wikitext-2-raw-v1"])
+    split: Text = Field("test", description="The data set's split.")
+    revision: Text = Field("main", description="The data set's branch, tag or commit; pinned to a commit.")
+    column: Text = Field("text", description="The data set's column that holds the text.")
+    files: list[Text] | None = Field(
+        None, min_length=1, max_length=10_000, description="UTF-8 text files, read in this order.", examples=[["corpus.txt"]]
+    )
+    builtin: Literal["python-docs"] | None = Field(
+        None, description="python-docs: the English reference text inside every CPython. Needs no network."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [key for key in ("dataset", "files", "builtin") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of dataset, files, builtin; got {' and '.join(given) or 'none'}")
+        return self
+
+
+class Speed(Spec):
+    """How speed is measured, in a fresh process, batch size 1."""
+
+    prompt_tokens: int = Field(512, ge=1, le=131_072, description="Length of the prompt that is prefilled, in tokens.")
+    new_tokens: int = Field(64, ge=2, le=8192, description="Tokens decoded after it.")
+    repeats: int = Field(3, ge=1, le=100, description="Timed repeats after one warm-up; the median is reported.")
+
+
+class Samples(Spec):
+    """Prompts answered greedily by the baseline and by each variant, shown side by side."""
+
+    prompts: list[Text] = Field(
+        default_factory=lambda: [
+            "The capital of France is",
+            "Explain in two sentences why the sky is blue.",
+            "def fibonacci(n):",
+        ],
+        max_length=50,
+        description="Prompts, as they are: no chat template is added.",
+    )
+    new_tokens: int = Field(48, ge=1, le=2048, description="Tokens generated for each.")
+
+
+class Evaluate(Spec):
+    """What is measured, on the baseline and on every variant."""
+
+    text: TextSource = Field(
+        default_factory=lambda: TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1"),
+        description="The text for perplexity and divergence.",
+    )
+    window: int = Field(2048, ge=2, le=1_048_576, description="Tokens in a window; windows do not overlap.")
+    max_tokens: int | None = Field(
+        300_000, ge=2, description="Stop after this many tokens of the text; null takes all of it. At least one window."
+    )
+    batch_size: int = Field(
+        8, ge=1, le=1024, description="Windows in a batch, fewer where memory does not allow; recorded, as int8 depends on it."
+    )
+    tasks: list[Text] = Field(
+        default_factory=list,
+        max_length=200,
+        description="Task names of lm-evaluation-harness.",
+        examples=[["piqa", "arc_easy"]],
+    )
+    task_path: Text | None = Field(None, description="A folder of your own lm-evaluation-harness task YAML files.")
+    task_limit: int | None = Field(None, ge=1, description="Only the first so many items of each task.")
+    task_fewshot: int | None = Field(None, ge=0, le=100, description="Examples in the prompt; empty: the task's own default.")
+    speed: Speed | None = Field(default_factory=Speed, description="How speed is measured; null leaves it out.")
+    samples: Samples | None = Field(default_factory=Samples, description="Answers shown side by side; null leaves them out.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the bootstrap and of everything else that draws.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_tokens < self.window:
+            raise ValueError(f"max_tokens {self.max_tokens} is less than one window of {self.window} tokens; raise it")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError("a task is listed twice")
+        return self
+
+
+Limit = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Gate(Spec):
+    """Limits that a variant must keep to be published, judged on the pessimistic end of each confidence interval."""
+
+    max_perplexity_increase: Limit | None = Field(
+        None, description="As a fraction of the baseline's perplexity: 0.05 allows 5 % more.", examples=[0.05]
+    )
+    max_mean_kl: Limit | None = Field(None, description="KL divergence from the baseline, nats a token.", examples=[0.1])
+    min_top1_agreement: Fraction | None = Field(
+        None, description="Share of positions where the most likely token is the baseline's.", examples=[0.9]
+    )
+    max_task_drop: Fraction | None = Field(
+        None, description="Accuracy lost on any task, absolute: 0.02 allows two points.", examples=[0.02]
+    )
+
+
+class Publish(Spec):
+    """Where variants that pass go."""
+
+    to: Literal["hub", "folder", "nowhere"] = Field("nowhere", description="The Hub, a local folder, or nowhere.")
+    repo: Text = Field(
+        "{model}-{variant}",
+        description="Hub repo id, or a folder (relative ones lie under DIR/published). {model}, {variant} and {name} are filled "
+        "in.",
+        examples=["me/{model}-{variant}"],
+    )
+    private: bool = Field(True, description="Visibility on the Hub once everything is verified.")
+    review: bool = Field(False, description="Leave the pull request to an existing repo open instead of merging it.")
+    licence_check: Literal["warn", "refuse"] = Field(
+        "warn", description="What to do where the base model's licence or gating may forbid redistribution."
+    )
+
+    @model_validator(mode="after")
+    def _repo_fits(self) -> Self:
+        if unknown := set(re.findall(r"\{([^{}]*)\}", self.repo)) - {"model", "variant", "name"}:
+            raise ValueError(f"repo has {{{min(unknown)}}}; only {{model}}, {{variant}} and {{name}} are filled in")
+        if re.search(r"[{}]", re.sub(r"\{(model|variant|name)\}", "", self.repo)):
+            raise ValueError("repo has a brace without its partner")
+        bare = re.sub(r"\{(model|variant|name)\}", "x", self.repo)
+        if self.to == "hub" and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", bare, re.ASCII):
+            raise ValueError(f"repo {self.repo!r} is not a Hub repo id; write it as owner/name, letters, digits, - _ .")
+        if self.to == "folder" and ".." in bare.replace("\\", "/").split("/"):
+            raise ValueError(f"repo {self.repo!r} climbs out with '..'; give the folder itself")
+        return self
+
+
+class Track(Spec):
+    """Where the numbers are logged."""
+
+    experiment: Text | None = Field(None, description="MLflow experiment; empty: the recipe's name.")
+
+
+class Recipe(Spec):
+    """One model, its variants, how they are measured, judged and published."""
+
+    name: Name = Field(description="Names the run in Prefect and MLflow.", examples=["qwen3-1.7b"])
+    source: Source
+    variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of it.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="What to measure.")
+    gate: Gate = Field(default_factory=Gate, description="What a variant must keep to be published.")
+    publish: Publish = Field(default_factory=Publish, description="Where it goes.")
+    track: Track = Field(default_factory=Track, description="Where the numbers are logged.")
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> Self:
+        seen: dict[str, int] = {}
+        equal: dict[str, int] = {}
+        for i, variant in enumerate(self.variants):
+            content = variant.model_dump_json(exclude={"name"})
+            if content in equal:
+                raise ValueError(f"variants.{i} is the same as variants.{equal[content]}; remove one")
+            if variant.label.lower() in seen:
+                first = seen[variant.label.lower()]
+                raise ValueError(f"variants.{i} and variants.{first} are both named {variant.label!r}; give one a name:")
+            equal[content] = seen[variant.label.lower()] = i
+        if self.gate.max_task_drop is not None and not self.evaluate.tasks:
+            raise ValueError("gate.max_task_drop needs evaluate.tasks; name a task or remove the limit")
+        several = len(self.variants) > 1
+        if self.publish.to != "nowhere" and several and "{variant}" not in self.publish.repo:
+            raise ValueError(f"publish.repo {self.publish.repo!r} is the same for every variant; put {{variant}} in it")
+        return self

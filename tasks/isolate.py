@@ -1,0 +1,146 @@
+"""Run a function in a fresh process, so that a crash, an out-of-memory kill or a leak costs that call alone."""
+
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, ParamSpec, TypeVar
+
+from configs.errors import TameError
+from tasks.progress import Progress, show
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Pipe(logging.Handler):
+    """Sends log records to the parent process."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record, its message already formatted so that it pickles."""
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self.connection.send(("log", record))
+
+
+def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `function(*args, **kwargs)` in a fresh process and return what it returns.
+
+    Arguments, result and exceptions are pickled. A keyword argument `progress=show` works across the boundary, and so
+    do log records of the `tame` loggers. The child dies with its parent, however the parent ends.
+
+    Raises:
+        TameError: the process was killed, or crashed; `what` names it. Whatever `function` raises is raised here.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    level = logging.getLogger("tame").getEffectiveLevel()
+    process = context.Process(
+        target=_child, args=(sending, level, function, args, kwargs), name=what, daemon=False
+    )
+    process.start()
+    sending.close()
+    try:
+        outcome = _listen(receiving)
+        process.join()
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiving.close()
+    if outcome is None:
+        raise TameError(f"{what}: {_cause(process.exitcode)}")
+    kind, value = outcome
+    if kind == "error":
+        raise value
+    result: T = value
+    return result
+
+
+def _listen(receiving: Connection) -> tuple[str, Any] | None:
+    while True:
+        try:
+            kind, value = receiving.recv()
+        except (EOFError, OSError):
+            return None
+        if kind == "log":
+            logging.getLogger(value.name).handle(value)
+        elif kind == "progress":
+            show(*value)
+        else:
+            return kind, value
+
+
+def _cause(exitcode: int | None) -> str:
+    if exitcode == -signal.SIGKILL:
+        return (
+            "its process was killed (SIGKILL), most likely for want of memory; free some, or lower evaluate.batch_size "
+            "or evaluate.window"
+        )
+    if exitcode is not None and exitcode < 0:
+        return f"its process crashed ({signal.Signals(-exitcode).name}); run it with --debug to see where"
+    return f"its process ended with exit code {exitcode} and no result; run it with --debug to see why"
+
+
+def _child(
+    sending: Connection, level: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    _die_with_parent()
+    logger = logging.getLogger("tame")
+    logger.setLevel(level)
+    logger.addHandler(Pipe(sending))
+    lock = threading.Lock()
+
+    def progress(what: str, done: int, total: int) -> None:
+        with lock:
+            sending.send(("progress", (what, done, total)))
+
+    if kwargs.get("progress") is show:
+        kwargs["progress"] = progress
+    try:
+        outcome = ("result", function(*args, **kwargs))
+    except BaseException as error:
+        outcome = ("error", _picklable(error))
+    sending.send(outcome)
+    sending.close()
+    # Everything is written and sent: the interpreter's slow farewell to torch's threads and memory has nothing to add.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch parent").start()
+
+
+def _picklable(error: BaseException) -> BaseException:
+    if logging.getLogger("tame").isEnabledFor(logging.DEBUG):
+        import traceback
+
+        logging.getLogger("tame").debug("%s", "".join(traceback.format_exception(error)).rstrip())
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301
+        return error
+    except Exception:
+        return TameError(f"{type(error).__name__}: {error}")
+
+
+__all__ = ["Progress", "isolated"]

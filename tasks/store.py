@@ -1,0 +1,325 @@
+"""The artifact store: folders named by the content that made them, complete or absent, never built twice.
+
+    TAME_HOME/artifacts/KIND-KEY/manifest.json     written last; its presence means complete
+    TAME_HOME/artifacts/KIND-KEY/files/            what the stage made, and nothing else
+    TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that was killed
+    TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import TameError
+
+log = logging.getLogger("tame.store")
+
+KEY_LENGTH = 24  # hex digits of sha256: 96 bits
+
+
+class Artifact(BaseModel):
+    """A complete artifact. `path` is its files/ folder; `digest` covers names, sizes and contents of all of them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    key: str
+    path: str
+    digest: str
+    bytes: int
+    files: dict[str, str]
+    """sha256 of each file, by its path within the folder."""
+    sizes: dict[str, int]
+    stamps: dict[str, int]
+    """Modification time of each file, ns: with the size, what a cache hit is checked by."""
+    inputs: dict[str, Any]
+    meta: dict[str, Any]
+    """What the stage wants to remember: small, JSON."""
+    created: float
+
+
+class Made(BaseModel):
+    """What a stage returns from building: things to remember, and the sha256 of files it hashed while writing them."""
+
+    meta: dict[str, Any] = {}
+    digests: dict[str, str] = {}
+
+
+def home() -> Path:
+    """TAME_HOME, by default ~/.cache/tame."""
+    return Path(os.environ.get("TAME_HOME") or "~/.cache/tame").expanduser().absolute()
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """The key of everything that decides an artifact's bytes: sha256 over canonical JSON."""
+    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """One sha256 for a set of files, from their names and sha256s."""
+    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def find(kind: str, inputs: dict[str, Any]) -> Artifact | None:
+    """The artifact made from `inputs`, if it is there, complete, and its files have the size and time they had."""
+    return _read(_place(kind, inputs))
+
+
+def build(
+    kind: str, inputs: dict[str, Any], make: Callable[[Path], Made], keep_partial: bool = False
+) -> tuple[Artifact, bool]:
+    """The artifact made from `inputs`, built by `make(folder)` unless it is there, and whether it was there.
+
+    `make` fills a folder that is empty, or, with `keep_partial`, holds what a killed run of the same inputs left. When
+    two processes want the same artifact, one builds and the other waits. When `make` raises, nothing stays behind.
+
+    Raises:
+        TameError: the store cannot be written, or has no space left. Whatever `make` raises.
+    """
+    place = _place(kind, inputs)
+    if artifact := _read(place):
+        return artifact, True
+    partial = place.parent / f".partial-{place.name}"
+    with _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"):
+        if artifact := _read(place):
+            return artifact, True
+        try:
+            if place.exists():
+                log.warning("%s does not verify; it is made again", place)
+                _remove(place)
+            if not keep_partial:
+                _remove(partial)
+            (partial / "files").mkdir(parents=True, exist_ok=True)
+            made = make(partial / "files")
+            artifact = _seal(kind, inputs, partial, place, made)
+        except OSError as error:
+            _remove(partial)
+            raise TameError(_os_error(error, place.parent)) from error
+        except BaseException:
+            _remove(partial)
+            raise
+    return artifact, False
+
+
+def artifacts() -> Iterator[Artifact]:
+    """Every complete artifact, oldest first."""
+    found = [a for place in _folder().glob("[!.]*") if (a := _manifest(place))]
+    yield from sorted(found, key=lambda artifact: (artifact.created, artifact.key))
+
+
+def verify(artifact: Artifact) -> list[str]:
+    """Read every file of `artifact` and compare digests: what is wrong, a line each, naming the file."""
+    wrong = []
+    for name, expected in artifact.files.items():
+        path = Path(artifact.path) / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif (actual := sha256_file(path)) != expected:
+            wrong.append(f"{path} has sha256 {actual[:12]}…, but {expected[:12]}… was written; remove it with cache prune")
+    extra = {p.relative_to(artifact.path).as_posix() for p in _walk(Path(artifact.path))} - set(artifact.files)
+    return wrong + [f"{Path(artifact.path) / name} was not made by tame" for name in sorted(extra)]
+
+
+def remove(artifact: Artifact) -> bool:
+    """Remove an artifact unless a process is building it, and say whether it was removed."""
+    place = Path(artifact.path).parent
+    try:
+        with FileLock(_lock_path(place), timeout=0):
+            _remove(place)
+            return True
+    except Timeout:
+        return False
+
+
+def sweep() -> int:
+    """Remove what killed runs left: partial folders and removals that nobody holds. How many there were."""
+    swept = 0
+    for rubbish in [*_folder().glob(".partial-*"), *_folder().glob(".removed-*")]:
+        try:
+            with FileLock(_lock_path(rubbish.parent / rubbish.name.split("-", 1)[1]), timeout=0):
+                _remove(rubbish)
+                swept += 1
+        except Timeout:
+            continue
+    for lock in _folder().glob(".locks/*"):
+        if not (_folder() / lock.name).exists():
+            try:
+                with FileLock(lock, timeout=0):
+                    lock.unlink(missing_ok=True)
+            except Timeout:
+                continue
+    return swept
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, read again only when its inode, size, modification or status-change time differ.
+
+    The status-change time (ctime) is set by the kernel and cannot be put back, so a file replaced by another of the same
+    size and modification time is read again. A file changed less than two seconds before it was read is not remembered:
+    a second change within the clock's granularity would not show.
+    """
+    path = path.resolve(strict=True)
+    before = path.stat()
+    identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+    with _known_digests() as known:
+        row = known.execute("SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))).fetchone()
+    if row:
+        return str(row[0])
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    after = path.stat()
+    settled = time.time_ns() - max(after.st_ctime_ns, after.st_mtime_ns) > 2_000_000_000
+    if settled and identity == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
+        with _known_digests() as known:
+            known.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (str(path), repr(identity), digest))
+    return digest
+
+
+def sha256_files(folder: Path, names: list[str]) -> dict[str, str]:
+    """The sha256 of each named file in `folder`, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
+
+
+class _known_digests:  # noqa: N801
+    """The table of digests by file identity, committed and closed on leaving."""
+
+    def __enter__(self) -> sqlite3.Connection:
+        home().mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(home() / "digests.db", timeout=60)
+        self.connection.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, identity TEXT, sha256 TEXT)")
+        return self.connection
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.commit()
+        self.connection.close()
+
+
+def _folder() -> Path:
+    return home() / "artifacts"
+
+
+def _place(kind: str, inputs: dict[str, Any]) -> Path:
+    return _folder() / f"{kind}-{key_of({'kind': kind, **inputs})}"
+
+
+def _lock_path(place: Path) -> Path:
+    return place.parent / ".locks" / place.name
+
+
+@contextmanager
+def _lock(place: Path, waiting: str) -> Iterator[None]:
+    path = _lock_path(place)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s", waiting)
+            lock.acquire()
+    except OSError as error:
+        raise TameError(_os_error(error, place.parent)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(place: Path) -> Artifact | None:
+    """The artifact at `place`, if its manifest is there and every file has the size and time that it says."""
+    artifact = _manifest(place)
+    if artifact is None:
+        return None
+    for name, size in artifact.sizes.items():
+        try:
+            stat = (Path(artifact.path) / name).stat()
+        except OSError:
+            return None
+        if (stat.st_size, stat.st_mtime_ns) != (size, artifact.stamps[name]):
+            return None
+    return artifact
+
+
+def _manifest(place: Path) -> Artifact | None:
+    try:
+        content = json.loads((place / "manifest.json").read_bytes())
+        return Artifact.model_validate({**content, "path": str(place / "files")})
+    except (OSError, ValueError):
+        return None
+
+
+def _seal(kind: str, inputs: dict[str, Any], partial: Path, place: Path, made: Made) -> Artifact:
+    files = partial / "files"
+    names = sorted(path.relative_to(files).as_posix() for path in _walk(files))
+    unhashed = [name for name in names if name not in made.digests]
+    digests = {**sha256_files(files, unhashed), **{name: made.digests[name] for name in names if name in made.digests}}
+    for name in names:
+        _fsync(files / name)
+    stats = {name: (files / name).stat() for name in names}
+    artifact = Artifact(
+        kind=kind,
+        key=place.name[-KEY_LENGTH:],
+        path=str(place / "files"),
+        digest=digest_of(digests),
+        bytes=sum(stat.st_size for stat in stats.values()),
+        files=digests,
+        sizes={name: stat.st_size for name, stat in stats.items()},
+        stamps={name: stat.st_mtime_ns for name, stat in stats.items()},
+        inputs=inputs,
+        meta=made.meta,
+        created=time.time(),
+    )
+    manifest = partial / "manifest.json"
+    manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}))
+    for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, partial):
+        _fsync(path)
+    partial.rename(place)
+    _fsync(place.parent)
+    return artifact
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(place: Path) -> None:
+    """Out of sight in one step, then gone: a kill in between leaves rubbish that says so by its name."""
+    if not place.exists():
+        return
+    if not place.name.startswith("."):
+        removed = place.parent / f".removed-{place.name}"
+        shutil.rmtree(removed, ignore_errors=True)
+        place.rename(removed)
+        place = removed
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _os_error(error: OSError, folder: Path) -> str:
+    where = error.filename or folder
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(folder if folder.exists() else home().parent).free
+        return f"{where}: no space left ({free / 1e9:.1f} GB free); make room, or set TAME_HOME to a larger disk"
+    return f"{where}: {error.strerror or error}; make it writable, or set TAME_HOME to a folder that is"
