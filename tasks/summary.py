@@ -1,0 +1,112 @@
+"""A release in a few lines: the figures as people see them, the headline, and Prefect's table and markdown artifacts.
+
+Every place that shows a number to a person (the terminal, Prefect, the report, the model card) rounds it with
+`figure`, so that all say the same. Files for programs (result.json, MLflow) keep the number unrounded.
+"""
+
+import math
+
+# The contract's metrics in reading order: what it costs in quality, then in size, then in time.
+LABELS = {
+    "size_bytes": "Size",
+    "bits_per_weight": "Bits per weight",
+    "quantized_share": "Parameters quantized",
+    "perplexity": "Perplexity",
+    "perplexity_ratio": "Perplexity ratio",
+    "kl_mean": "KL divergence, mean (nats)",
+    "kl_median": "KL divergence, median (nats)",
+    "kl_p99": "KL divergence, 99th percentile (nats)",
+    "kl_max": "KL divergence, maximum (nats)",
+    "top1_agreement": "Top-1 agreement",
+    "load_seconds": "Load time",
+    "peak_memory_bytes": "Peak memory",
+    "time_to_first_token_seconds": "Time to first token",
+    "prefill_tokens_per_second": "Prefill (tokens/s)",
+    "decode_tokens_per_second": "Decode (tokens/s)",
+}
+SHARES = ("acc", "exact_match", "em", "f1", "pass", "prompt_level", "inst_level")  # lm-eval metrics in 0..1
+
+
+def figure(name: str, value: float | None) -> str:
+    """`value` of the metric `name` (contract names, intervals included) as people read it; "–" for None.
+
+    Sizes in decimal units, shares and accuracies in percent, accuracy differences in percentage points, speeds to three
+    significant digits. The unit is in the figure, or, for nats and tokens/s, in `label(name)`.
+    """
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    name = name.removesuffix("_low").removesuffix("_high")
+    metric = name.rsplit("/", 1)[-1]
+    if metric.endswith("_bytes"):
+        return _size(value)
+    if metric.endswith("_seconds"):
+        return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
+    if metric.endswith("_per_second"):
+        return _digits(value, 3)
+    if metric == "flips":
+        return f"{value:,.0f}"
+    if metric.endswith("_p"):
+        return f"{value:.3f}" if value >= 0.001 else "<0.001"
+    if metric.startswith("kl_"):
+        return _decimals(value, 4)
+    if metric == "perplexity_ratio":
+        return f"{value:.4f}"
+    if metric.endswith("_difference"):
+        share = metric.startswith(SHARES)
+        return f"{100 * value:+.2f} points".replace("-", "−") if share else f"{value:+.4g}".replace("-", "−")
+    if metric in ("quantized_share", "top1_agreement") or (name.startswith("task/") and metric.startswith(SHARES)):
+        return f"{100 * value:.2f} %"
+    if metric == "bits_per_weight":
+        return f"{value:.2f}"
+    return _decimals(value, 3)
+
+
+def label(name: str) -> str:
+    """What people call the metric `name`: "KL divergence, mean (nats)"; task metrics as "piqa: acc"."""
+    if name.startswith("task/"):
+        task, metric = name.removeprefix("task/").rsplit("/", 1)
+        metric = metric.removesuffix("_difference") + " difference" if metric.endswith("_difference") else metric
+        metric = f"{metric.removesuffix('_p')}, McNemar's p" if metric.endswith("_p") else metric
+        return f"{task}: {'answers that changed' if metric == 'flips' else metric}"
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def span(name: str, metrics: dict[str, float]) -> str:
+    """The 95 % interval of `name` as people read it, "0.0180 to 0.0201", or "" where there is none."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    if low is None or high is None:
+        return ""
+    return f"{figure(name, low)} to {figure(name, high)}"
+
+
+def points(metrics: list[dict[str, float]]) -> list[str]:
+    """The names of all metrics in `metrics` that are not ends of an interval, in reading order."""
+    found = {name for values in metrics for name in values}
+    ends = {name for name in found if name.removesuffix("_low").removesuffix("_high") in found - {name}}
+    order = list(LABELS)
+    rank = {name: order.index(name) if name in order else len(order) for name in found - ends}
+    return sorted(rank, key=lambda name: (rank[name], name))
+
+
+def _size(value: float) -> str:
+    for unit, scale, decimals in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if abs(value) >= scale:
+            return f"{value / scale:.{decimals}f} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def _decimals(value: float, decimals: int) -> str:
+    """Fixed decimals; what would round to zero and is not keeps two significant digits."""
+    if value and abs(value) < 0.5 * 10**-decimals:
+        return f"{value:.1e}"
+    return f"{value:,.{decimals}f}"
+
+
+def _digits(value: float, digits: int) -> str:
+    """Significant digits without an exponent: 1809.6 is 1,810, 4.7512 is 4.75."""
+    if not value:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
