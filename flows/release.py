@@ -1,0 +1,104 @@
+"""One recipe, from download to published: the flow that tame is."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+
+from configs.errors import TameError
+from configs.schema import Recipe, Variant
+from tasks import result as results
+from tasks import store, summary, track
+from tasks.card import release_files
+from tasks.download import Snapshot, download_task
+from tasks.evaluate.stage import Evaluation, baseline_task, evaluate_task
+from tasks.gate import gate_task
+from tasks.plan import Plan, plan_task
+from tasks.publish import publish_task
+from tasks.quantize.stage import quantize_task
+from tasks.report import report_task
+from tasks.result import Result, ResultVariant
+
+
+def _run_name() -> str:
+    recipe: Recipe = flow_run.parameters["recipe"]
+    return f"{recipe.name}: {', '.join(variant.label for variant in recipe.variants)}"
+
+
+@flow(name="release", flow_run_name=_run_name)
+def release(recipe: Recipe, out: str | None = None) -> State[Result]:
+    """Download a model, quantize it into each variant, measure and judge them, log it all, and publish what passes.
+
+    Args:
+        recipe: What to do.
+        out: Folder for result.json and report.html; empty: TAME_HOME/runs/NAME.
+    """
+    folder = results.folder_of(recipe, out)
+    result = results.begin(recipe, flow_run.get_id())
+    run = track.begin(recipe, {"prefect_run": str(flow_run.get_id())})
+    try:
+        plan = plan_task(recipe, folder)
+        snapshot = download_task(recipe.source, return_state=True).result()
+        result = result.with_source(snapshot, plan.found.licence)
+        baseline = baseline_task(snapshot, recipe.evaluate, return_state=True).result()
+        result = result.with_baseline(baseline, snapshot)
+    except Exception as error:
+        return _finish(result.ended_by(error), folder, run)
+    for variant in recipe.variants:
+        result = result.with_variant(_measure(result.variant(variant.label), variant, snapshot, baseline, recipe))
+        track.log_task(result, run, None, final=False)
+    for label, target in plan.targets.items():
+        if result.variant(label).status == "passed":
+            result = result.with_variant(_publish(result, label, target, recipe))
+    return _finish(result, folder, run)
+
+
+def _measure(
+    known: ResultVariant, variant: Variant, snapshot: Snapshot, baseline: Evaluation, recipe: Recipe
+) -> ResultVariant:
+    try:
+        quantized = quantize_task(snapshot, variant, return_state=True).result()
+        known = results.quantized(known, quantized)
+        evaluation = evaluate_task(
+            quantized.path, quantized.digest, variant.label, baseline, snapshot, recipe.evaluate, return_state=True
+        ).result()
+        verdict = gate_task(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
+        return results.judged(known, evaluation, verdict)
+    except Exception as error:
+        return results.failed(known, error)
+
+
+def _publish(result: Result, label: str, target: str, recipe: Recipe) -> ResultVariant:
+    variant = result.variant(label)
+    assert variant.artifact is not None
+    try:
+        done = publish_task(
+            label,
+            Path(variant.artifact.path),
+            variant.artifact.files,
+            release_files(result, label),
+            target,
+            recipe.publish,
+            tag=None,
+            return_state=True,
+        ).result()
+        return results.published(variant, done)
+    except Exception as error:
+        return results.failed(variant, error)
+
+
+def _finish(result: Result, folder: Path, run: str | None) -> State[Result]:
+    result = result.model_copy(update={"mlflow_run": run})
+    try:
+        results.write(result, folder)
+        report = report_task(result, folder)
+        track.log_task(result, run, report, final=True)
+        summary.publish_artifacts(result)
+    except TameError as error:
+        result = result.ended_by(error)
+    store.sweep()
+    headline = summary.headline(result)
+    if result.exit_code in (1, 2):
+        return Failed(message=headline, data=result)
+    return Completed(name="Rejected" if result.exit_code == 3 else "Completed", message=headline, data=result)
