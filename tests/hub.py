@@ -1,8 +1,9 @@
 """A Hub over loopback HTTP, for the real huggingface_hub client: `python -m tests.hub --port 8765 --folder DIR`.
 
-It keeps what the client's requests mean (huggingface_hub 2.4: hf_api.py, _commit_api.py, lfs.py, file_download.py): users and
-tokens, repos of models and data sets with commits, branches, tags and pull requests, private and gated access, LFS in one part
-or in several, files with ranges. It has no Xet storage, and says so by 404. It goes wrong on demand: see `Hub.fail`.
+It keeps what the client's requests mean (huggingface_hub 2.4: hf_api.py, _commit_api.py, lfs.py, file_download.py):
+users and tokens, repos of models and data sets with commits, branches, tags and pull requests, private and gated
+access, LFS in one part or in several, files with ranges. It has no Xet storage, and says so by 404. It goes wrong on
+demand: see `Hub.fail`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class File:
 
 @dataclass
 class Repo:
-    """A repo: `commits` are file lists by commit id, `refs` are branches, tags and pull requests by their full names."""
+    """A repo: `commits` are file lists by commit id, `refs` are branches, tags and pull requests by full name."""
 
     id: str
     kind: str
