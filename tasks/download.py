@@ -94,10 +94,16 @@ def look(source: Source) -> Found:
             magic = file.read(4)
         if magic != b"GGUF":
             raise BadInputError(f"source.model {path}: starts with {magic!r}, not b'GGUF'; download it again")
-        return Found(kind="gguf", name=path.stem, path=str(path), commit=None, files={path.name: path.stat().st_size}, config={})
+        return Found(
+            kind="gguf", name=path.stem, path=str(path), commit=None, files={path.name: path.stat().st_size}, config={}
+        )
     from tasks.quantize.source import check_source
 
-    names = [p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() and p.relative_to(path).parts[0] != ".git"]
+    names = [
+        p.relative_to(path).as_posix()
+        for p in path.rglob("*")
+        if not p.is_dir() and p.relative_to(path).parts[0] != ".git"
+    ]
     config = _read_json(path / "config.json") if "config.json" in names else None
     taken = select(source, names, config, _read_json(path / WEIGHTS[0]) if WEIGHTS[0] in names else None)
     check_source(path)
@@ -156,7 +162,11 @@ def local_path(model: str) -> Path | None:
                 return path
         raise BadInputError(
             f"source.model {model}: "
-            + (f"no {inside} in that package" if spec else f"the package {package} is not installed; `make demo` installs the demo's")
+            + (
+                f"no {inside} in that package"
+                if spec
+                else f"the package {package} is not installed; `make demo` installs the demo's"
+            )
         )
     path = Path(model).expanduser()
     if path.exists():
@@ -174,7 +184,9 @@ def select(source: Source, names: list[str], config: dict[str, Any] | None, inde
     """
     model = source.model
     if config is None:
-        raise BadInputError(f"source.model {model}: it has no config.json; give a folder or repo that transformers can load")
+        raise BadInputError(
+            f"source.model {model}: it has no config.json; give a folder or repo that transformers can load"
+        )
     top = [name for name in names if "/" not in name]
     if not source.trust_remote_code:
         code = [name for name in top if name.endswith(".py")]
@@ -192,7 +204,9 @@ def select(source: Source, names: list[str], config: dict[str, Any] | None, inde
         if outside := [name for name in weights if name.startswith("/") or ".." in name.split("/")]:
             raise BadInputError(f"source.model {model}: {WEIGHTS[0]} names {outside[0]!r}, outside of the folder")
         if missing := [name for name in weights if name not in names]:
-            raise TameError(f"source.model {model}: {WEIGHTS[0]} names {missing[0]}, which is not there; download it again")
+            raise TameError(
+                f"source.model {model}: {WEIGHTS[0]} names {missing[0]}, which is not there; download it again"
+            )
         weights.append(WEIGHTS[0])
     elif WEIGHTS[1] in names:
         weights = [WEIGHTS[1]]
@@ -216,7 +230,9 @@ def _look_hub(source: Source) -> Found:
         info = hub.model_info(source.model, source.revision)
     except hub.UnreachableError as error:
         if cached is None:
-            raise TameError(f"{source.model}: {error}, and no complete copy of it is cached; try again when it can be reached") from None
+            raise TameError(
+                f"{source.model}: {error}, and no complete copy of it is cached; try again when it can be reached"
+            ) from None
         log.info("%s: %s; using the cached commit %s", source.model, error, cached.commit[:12])
         names = cached.names
         config = _read_json(cached.folder / "config.json") if "config.json" in names else None
@@ -238,7 +254,9 @@ def _look_hub(source: Source) -> Found:
     return Found(
         kind="hub",
         name=source.model.rsplit("/", 1)[-1],
-        path=str(cached.folder) if cached and cached.commit == info.commit and set(taken) <= set(cached.names) else None,
+        path=str(cached.folder)
+        if cached and cached.commit == info.commit and set(taken) <= set(cached.names)
+        else None,
         commit=info.commit,
         files={name: info.files[name] for name in taken},
         config=config or {},
@@ -299,7 +317,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: not readable as JSON ({' '.join(str(error).split())}); download it again") from None
+        raise BadInputError(
+            f"{path}: not readable as JSON ({' '.join(str(error).split())}); download it again"
+        ) from None
     if not isinstance(content, dict):
         raise BadInputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content

@@ -27,7 +27,9 @@ def judge(metrics: dict[str, float], gate: Gate) -> Verdict:
     checks: list[tuple[str, float | None, float, bool]] = []
     if gate.max_perplexity_increase is not None:
         ratio = _end(metrics, "perplexity_ratio", "high")
-        checks.append(("perplexity increase", None if ratio is None else ratio - 1, gate.max_perplexity_increase, False))
+        checks.append(
+            ("perplexity increase", None if ratio is None else ratio - 1, gate.max_perplexity_increase, False)
+        )
     if gate.max_mean_kl is not None:
         checks.append(("kl_mean", _end(metrics, "kl_mean", "high"), gate.max_mean_kl, False))
     if gate.min_top1_agreement is not None:
@@ -36,7 +38,9 @@ def judge(metrics: dict[str, float], gate: Gate) -> Verdict:
         differences = [name for name in metrics if name.startswith("task/") and name.endswith("_difference")]
         for name in differences:
             low = _end(metrics, name, "low")
-            checks.append((name.removesuffix("_difference") + " drop", None if low is None else -low, gate.max_task_drop, False))
+            checks.append(
+                (name.removesuffix("_difference") + " drop", None if low is None else -low, gate.max_task_drop, False)
+            )
         if not differences:
             checks.append(("task drop", None, gate.max_task_drop, False))
     reasons, kept = [], []

@@ -30,7 +30,9 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> None:
         progress(f"dequantize {gguf.name}", 2, 3)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
-        raise TameError(f"{gguf}: transformers cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+        raise TameError(
+            f"{gguf}: transformers cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

@@ -164,24 +164,34 @@ def explained(repo: str, revision: str) -> Iterator[None]:
             f"{repo} is gated: ask for access on {page}, then set HF_TOKEN to a token of that account (or run `hf auth login`)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise BadInputError(f"{repo} has no revision {revision!r}; see {page}/tree/main for its branches and tags") from None
+        raise BadInputError(
+            f"{repo} has no revision {revision!r}; see {page}/tree/main for its branches and tags"
+        ) from None
     except errors.RepositoryNotFoundError as error:
         if (code := _status(error)) == 401 and os.environ.get("HF_TOKEN"):
-            raise BadInputError(f"{repo}: the Hub does not accept the token in HF_TOKEN ({code}), or there is no such repo; see {page}") from None
+            raise BadInputError(
+                f"{repo}: the Hub does not accept the token in HF_TOKEN ({code}), or there is no such repo; see {page}"
+            ) from None
         raise BadInputError(
             f"{repo} does not exist on {endpoint()}, or is private: check the name, or set HF_TOKEN to a token that may read it"
         ) from None
     except errors.HfHubHTTPError as error:
         code = _status(error)
         if code in (401, 403):
-            raise BadInputError(f"{repo}: the Hub refuses ({code}); set HF_TOKEN to a token that may read {page}") from None
+            raise BadInputError(
+                f"{repo}: the Hub refuses ({code}); set HF_TOKEN to a token that may read {page}"
+            ) from None
         if code == 429 or (code or 500) >= 500:
             raise UnreachableError(f"the Hub at {endpoint()} answers {code}") from None
         raise TameError(f"{repo}: the Hub answers {code} for {page}") from None
     except errors.LocalEntryNotFoundError:
         raise UnreachableError(f"the Hub at {endpoint()} cannot be reached") from None
     except (errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError, TimeoutError) as error:
-        why = "is not asked (HF_HUB_OFFLINE is set)" if isinstance(error, errors.OfflineModeIsEnabled) else "cannot be reached"
+        why = (
+            "is not asked (HF_HUB_OFFLINE is set)"
+            if isinstance(error, errors.OfflineModeIsEnabled)
+            else "cannot be reached"
+        )
         raise UnreachableError(f"the Hub at {endpoint()} {why}") from None
     except errors.HFValidationError:
         raise BadInputError(f"{repo!r} is not a legal Hub repo id; expected owner/name") from None

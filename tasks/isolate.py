@@ -44,9 +44,7 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     level = logging.getLogger("tame").getEffectiveLevel()
-    process = context.Process(
-        target=_child, args=(sending, level, function, args, kwargs), name=what, daemon=False
-    )
+    process = context.Process(target=_child, args=(sending, level, function, args, kwargs), name=what, daemon=False)
     process.start()
     sending.close()
     try:

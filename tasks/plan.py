@@ -47,7 +47,9 @@ def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
     """Where each variant is published: Hub repo ids, or absolute folders (relative ones lie under `out`/published)."""
     if recipe.publish.to == "nowhere":
         return {}
-    filled = {v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name) for v in recipe.variants}
+    filled = {
+        v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name) for v in recipe.variants
+    }
     if recipe.publish.to == "folder":
         return {label: str((out.absolute() / "published" / Path(repo).expanduser())) for label, repo in filled.items()}
     return filled
@@ -59,7 +61,9 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     from tasks.publish import preflight as preflight_publish
 
     path = local_path(recipe.source.model)
-    model = recipe.source.model.rsplit("/", 1)[-1] if path is None else path.stem if path.is_file() else path.resolve().name
+    model = (
+        recipe.source.model.rsplit("/", 1)[-1] if path is None else path.stem if path.is_file() else path.resolve().name
+    )
     where = targets(recipe, model, out)
     # The token first: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None, False, 0) if where else []
@@ -113,7 +117,12 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
         goes = f", published to {target}" if target else ", published nowhere"
         lines.append((variant.label, f"about {size / 1e9:.2f} GB{share}{goes}{left}"))
     free = shutil.disk_usage(_existing(store.home())).free
-    lines.append(("disk", f"{free / 1e9:.1f} GB free, about {(need * (2 if plan.targets else 1) + found.bytes) / 1e9:.1f} GB needed"))
+    lines.append(
+        (
+            "disk",
+            f"{free / 1e9:.1f} GB free, about {(need * (2 if plan.targets else 1) + found.bytes) / 1e9:.1f} GB needed",
+        )
+    )
     lines += [("note", warning) for warning in plan.warnings]
     return lines
 

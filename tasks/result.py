@@ -133,10 +133,13 @@ class Result(_Value):
         """This result, ended early: every variant that was not done has failed for that reason."""
         text = one_line(error)
         variants = [
-            variant.model_copy(update={"error": text}) if variant.error == NOT_REACHED else variant for variant in self.variants
+            variant.model_copy(update={"error": text}) if variant.error == NOT_REACHED else variant
+            for variant in self.variants
         ]
         code = 2 if isinstance(error, BadInputError) else 1
-        return self.model_copy(update={"variants": variants, "error": text, "exit_code": code, "seconds": self._elapsed()})
+        return self.model_copy(
+            update={"variants": variants, "error": text, "exit_code": code, "seconds": self._elapsed()}
+        )
 
     def _elapsed(self) -> float:
         return round(time.time() - datetime.fromisoformat(self.started).timestamp(), 3)
@@ -148,11 +151,14 @@ NOT_REACHED = "not reached"
 def begin(recipe: Recipe, prefect_run: str | None) -> Result:
     """The result of a run that has done nothing yet."""
     variants = [
-        ResultVariant(name=v.label, status="failed", spec=v.model_dump(mode="json"), error=NOT_REACHED) for v in recipe.variants
+        ResultVariant(name=v.label, status="failed", spec=v.model_dump(mode="json"), error=NOT_REACHED)
+        for v in recipe.variants
     ]
     return Result(
         recipe=recipe.model_dump(mode="json"),
-        source=ResultSource(model=recipe.source.model, revision=recipe.source.revision, commit=None, digest="", files={}),
+        source=ResultSource(
+            model=recipe.source.model, revision=recipe.source.revision, commit=None, digest="", files={}
+        ),
         baseline=None,
         variants=variants,
         versions=versions(),
@@ -255,5 +261,7 @@ def write_file(path: Path, text: str) -> Path:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        raise TameError(f"{path}: {error.strerror or error}; make it writable, or give another folder with --out") from None
+        raise TameError(
+            f"{path}: {error.strerror or error}; make it writable, or give another folder with --out"
+        ) from None
     return path

@@ -1,9 +1,9 @@
 """The artifact store: folders named by the content that made them, complete or absent, never built twice.
 
-    TAME_HOME/artifacts/KIND-KEY/manifest.json     written last; its presence means complete
-    TAME_HOME/artifacts/KIND-KEY/files/            what the stage made, and nothing else
-    TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that was killed
-    TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
+TAME_HOME/artifacts/KIND-KEY/manifest.json     written last; its presence means complete
+TAME_HOME/artifacts/KIND-KEY/files/            what the stage made, and nothing else
+TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that was killed
+TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
 """
 
 import errno
@@ -92,6 +92,7 @@ def build(
     """
     place = _place(kind, inputs)
     if artifact := _read(place):
+        os.utime(place / "manifest.json")  # when it was last used, for prune
         return artifact, True
     partial = place.parent / f".partial-{place.name}"
     with _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"):
@@ -129,7 +130,9 @@ def verify(artifact: Artifact) -> list[str]:
         if not path.is_file():
             wrong.append(f"{path} is missing")
         elif (actual := sha256_file(path)) != expected:
-            wrong.append(f"{path} has sha256 {actual[:12]}…, but {expected[:12]}… was written; remove it with cache prune")
+            wrong.append(
+                f"{path} has sha256 {actual[:12]}…, but {expected[:12]}… was written; remove it with cache prune"
+            )
     extra = {p.relative_to(artifact.path).as_posix() for p in _walk(Path(artifact.path))} - set(artifact.files)
     return wrong + [f"{Path(artifact.path) / name} was not made by tame" for name in sorted(extra)]
 
@@ -143,6 +146,18 @@ def remove(artifact: Artifact) -> bool:
             return True
     except Timeout:
         return False
+
+
+def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]]:
+    """Remove what killed runs left, what is damaged, and what was not used for so many days: (removed, kept)."""
+    sweep()
+    removed, kept = [], []
+    for artifact in list(artifacts()):
+        idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
+        old = older_than_days is not None and idle >= older_than_days * 86_400
+        gone = (old or bool(verify(artifact))) and remove(artifact)
+        (removed if gone else kept).append(artifact)
+    return removed, kept
 
 
 def sweep() -> int:
@@ -176,7 +191,9 @@ def sha256_file(path: Path) -> str:
     before = path.stat()
     identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
     with _known_digests() as known:
-        row = known.execute("SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))).fetchone()
+        row = known.execute(
+            "SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))
+        ).fetchone()
     if row:
         return str(row[0])
     with path.open("rb") as file:
@@ -201,7 +218,9 @@ class _known_digests:  # noqa: N801
     def __enter__(self) -> sqlite3.Connection:
         home().mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(home() / "digests.db", timeout=60)
-        self.connection.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, identity TEXT, sha256 TEXT)")
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, identity TEXT, sha256 TEXT)"
+        )
         return self.connection
 
     def __exit__(self, *_: object) -> None:
@@ -334,4 +353,6 @@ def need_space(folder: Path, size: int, what: str) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < size:
-        raise TameError(f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk")
+        raise TameError(
+            f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk"
+        )

@@ -35,6 +35,7 @@ def tiny(folder: Path, config: Any = None, dtype: str = "bfloat16", seed: int = 
 def tokenizer() -> Any:
     """A byte-level BPE of 512 tokens, trained on the prose inside CPython."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

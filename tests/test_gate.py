@@ -1,0 +1,51 @@
+"""The gate: the pessimistic end of every interval, at the limit and beyond it."""
+
+import math
+
+import pytest
+
+from configs.schema import Gate
+from tasks.gate import judge
+
+METRICS = {
+    "perplexity_ratio": 1.04, "perplexity_ratio_low": 1.02, "perplexity_ratio_high": 1.06,
+    "kl_mean": 0.09, "kl_mean_low": 0.08, "kl_mean_high": 0.11,
+    "top1_agreement": 0.91, "top1_agreement_low": 0.89, "top1_agreement_high": 0.93,
+    "task/piqa/acc_difference": -0.01, "task/piqa/acc_difference_low": -0.03, "task/piqa/acc_difference_high": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept", "broken"),
+    [
+        ("max_perplexity_increase", 0.0601, 0.05),
+        ("max_mean_kl", 0.11, 0.10),
+        ("min_top1_agreement", 0.89, 0.90),
+        ("max_task_drop", 0.03, 0.02),
+    ],
+)
+def test_limits_are_judged_on_the_pessimistic_end(limit: str, kept: float, broken: float) -> None:
+    assert judge(METRICS, Gate(**{limit: kept})).passed
+    verdict = judge(METRICS, Gate(**{limit: broken}))
+    assert not verdict.passed
+    assert len(verdict.reasons) == 1
+    assert f"{broken:g}" in verdict.reasons[0]
+
+
+def test_a_gate_without_limits_passes_everything() -> None:
+    assert judge({}, Gate()).passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_what_was_not_measured_does_not_pass(value: float | None) -> None:
+    metrics = {} if value is None else {"kl_mean": value}
+    verdict = judge(metrics, Gate(max_mean_kl=1e300))
+    assert not verdict.passed
+    assert "not measured" in verdict.reasons[0]
+    assert not judge({}, Gate(max_task_drop=1.0)).passed
+
+
+def test_all_broken_limits_are_named() -> None:
+    verdict = judge(METRICS, Gate(max_mean_kl=0.01, min_top1_agreement=0.99, max_perplexity_increase=0.5))
+    assert [reason.split()[0] for reason in verdict.reasons] == ["kl_mean", "top1_agreement"]
+    assert verdict.checked == ["perplexity increase 0.06 ≤ 0.5"]

@@ -1,0 +1,53 @@
+"""Work in a process of its own: what comes back, and what happens when it dies."""
+
+import logging
+import os
+import signal
+
+import pytest
+
+from configs.errors import BadInputError, TameError
+from tasks.isolate import isolated
+from tasks.progress import show
+
+
+def _double(value: int, *, progress=show) -> tuple[int, int]:
+    progress("double", 1, 2)
+    logging.getLogger("tame.test").warning("doubling %d", value)
+    return 2 * value, os.getpid()
+
+
+def _refuse() -> None:
+    raise BadInputError("no such thing")
+
+
+class _Odd(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def _unpicklable() -> None:
+    raise _Odd(1, 2)
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_result_logs_and_process(caplog: pytest.LogCaptureFixture) -> None:
+    value, pid = isolated("double it", _double, 21, progress=show)
+    assert value == 42
+    assert pid != os.getpid()
+    assert "doubling 21" in caplog.text
+
+
+def test_errors_come_back_as_they_are() -> None:
+    with pytest.raises(BadInputError, match="no such thing"):
+        isolated("refuse", _refuse)
+    with pytest.raises(TameError, match="_Odd: 1 and 2"):
+        isolated("odd", _unpicklable)
+
+
+def test_a_killed_process_is_named_with_what_to_do() -> None:
+    with pytest.raises(TameError, match=r"evaluate nf4: .*SIGKILL.*memory"):
+        isolated("evaluate nf4", _killed)
