@@ -4,7 +4,13 @@ Every place that shows a number to a person (the terminal, Prefect, the report, 
 `figure`, so that all say the same. Files for programs (result.json, MLflow) keep the number unrounded.
 """
 
+import logging
 import math
+import re
+
+from tasks.result import Measured, Result, ResultVariant
+
+logger = logging.getLogger("tame.summary")
 
 # The contract's metrics in reading order: what it costs in quality, then in size, then in time.
 LABELS = {
@@ -88,6 +94,112 @@ def points(metrics: list[dict[str, float]]) -> list[str]:
     order = list(LABELS)
     rank = {name: order.index(name) if name in order else len(order) for name in found - ends}
     return sorted(rank, key=lambda name: (rank[name], name))
+
+
+def outcome(result: Result) -> str:
+    """The release in a word, the worst of its variants': Failed, Rejected, Passed or Published."""
+    statuses = {variant.status for variant in result.variants}
+    return next(word.title() for word in ("failed", "rejected", "passed", "published") if word in statuses)
+
+
+def headline(result: Result) -> str:
+    """The release in a line, the worst first: `Rejected: kl_mean 0.131 > 0.1 for nf4. Published: int8`."""
+    parts = [f"Failed: {_one_line(result.error)}"] if result.error else []
+    told = [variant for variant in result.variants if not result.error or variant.error != result.error]
+    for status in ("failed", "rejected", "passed", "published"):
+        variants = [variant for variant in told if variant.status == status]
+        if variants:
+            parts.append(f"{status.title()}: {'; '.join(map(_why, variants))}")
+    return ". ".join(parts)
+
+
+def _why(variant: ResultVariant) -> str:
+    if variant.status == "failed":
+        return f"{variant.name} ({_one_line(variant.error or 'no reason given')})"
+    if variant.status == "rejected" and variant.gate:
+        return f"{', '.join(variant.gate.reasons)} for {variant.name}"
+    return variant.name
+
+
+def table(result: Result) -> list[dict[str, str]]:
+    """A row for the baseline and each variant: name, verdict, and every metric as `figure` and `span` give it."""
+    measured = rows(result)
+    names = points([row.metrics for row in measured])
+    return [
+        {"variant": row.name, "verdict": verdict(row), **{label(name): cell(name, row.metrics) for name in names}}
+        for row in measured
+    ]
+
+
+def rows(result: Result) -> list[Measured]:
+    """The baseline, if it was measured, and the variants."""
+    return [*([result.baseline] if result.baseline else []), *result.variants]
+
+
+def verdict(measured: Measured) -> str:
+    """The status of a variant; `baseline` for the baseline."""
+    return measured.status if isinstance(measured, ResultVariant) else "baseline"
+
+
+def cell(name: str, metrics: dict[str, float]) -> str:
+    """A metric with its interval: `0.0189 (0.0171 to 0.0209)`."""
+    between = span(name, metrics)
+    return figure(name, metrics.get(name)) + (f" ({between})" if between else "")
+
+
+def markdown(result: Result) -> str:
+    """The release on one screen of Markdown: headline, a table of what matters most, what to know, where things are."""
+    measured = rows(result)
+    main = ("size_bytes", "perplexity", "kl_mean", "top1_agreement", "peak_memory_bytes", "decode_tokens_per_second")
+    names = [name for name in main if any(name in row.metrics for row in measured)]
+    lines = [f"**{_plain(headline(result))}**", "", f"{_plain(result.source.model)} at `{_commit(result)}`", ""]
+    lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
+    lines += ["|" + " --- |" * (len(names) + 2)]
+    for row in measured:
+        cells = [row.name, verdict(row), *(cell(name, row.metrics) for name in names)]
+        lines.append("| " + " | ".join(map(_plain, cells)) + " |")
+    notes = dict.fromkeys(note for row in measured for note in row.notes)
+    lines += ["", *(f"- {_plain(note)}" for note in notes)]
+    lines += [f"- {variant.name}: <{variant.published}>" for variant in result.variants if variant.published]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def create_artifacts(result: Result, mlflow_url: str | None = None, report: str | None = None) -> None:
+    """Inside a flow run: Prefect's table, markdown and link artifacts, under keys that keep their history.
+
+    Best effort: a server that refuses one is said in a line, and the release goes on.
+    """
+    from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+    key = re.sub(r"[^a-z0-9]+", "-", str(result.recipe["name"]).lower()).strip("-")
+    line = headline(result)
+    try:
+        create_table_artifact(key=f"{key}-variants", table=table(result), description=line)
+        where = f"\nThe report is at `{report}`.\n" if report else ""
+        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=line)
+        if mlflow_url:
+            create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=line)
+        for variant in result.variants:
+            if variant.published and variant.published.startswith("https://"):
+                name = re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
+                create_link_artifact(
+                    key=f"{key}-{name}-hub", link=variant.published, link_text=f"{variant.name} on the Hub"
+                )
+    except Exception as error:  # the numbers are in result.json
+        logger.warning("Prefect took no artifact (%s)", _one_line(str(error)))
+
+
+def _commit(result: Result) -> str:
+    return result.source.commit or f"sha256 {result.source.digest[:12]}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: models' names, errors and notes may hold anything."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", _one_line(text))
 
 
 def _size(value: float) -> str:
