@@ -1,0 +1,226 @@
+"""What a folder of safetensors holds, from its headers alone: no torch, no tensor data.
+
+The format: 8 bytes, little-endian, with the length of a JSON header; the header; then the tensors, back to back, at the
+`data_offsets` that the header gives relative to its end (https://github.com/huggingface/safetensors#format).
+"""
+
+import fnmatch
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.errors import BadInputError, TameError
+
+ITEMSIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes; what safetensors itself allows
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZED_NAMES = (".SCB", ".absmax", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")
+CARRIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "vocab*",
+    "merges*", "encoder.json", "bpe.codes", "*.model", "*.spm", "*.tiktoken", "chat_template*", "*.jinja",
+    "*processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+CODE = ("*.py",)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: bytes `start` to `end` of `file`, counted from the file's beginning."""
+
+    name: str
+    dtype: str
+    """As safetensors writes it: BF16, F32, …"""
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+
+def check_source(folder: Path) -> None:
+    """Check that `folder` holds a checkpoint that can be quantized: complete, well-formed, not quantized yet.
+
+    Raises:
+        BadInputError: no config.json, no safetensors, or already quantized.
+        TameError: a file is damaged, or the index and the files disagree; it names file and tensor.
+    """
+    read_config(folder)
+    read_tensors(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model that is not quantized yet."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+    config = _json(path)
+    if not isinstance(config, dict):
+        raise BadInputError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    refuse_quantized(config, str(path))
+    for name in ("quantize_config.json", "hf_quant_config.json"):
+        if (folder / name).exists():
+            raise BadInputError(f"{folder / name}: the model is already quantized; give the original, in 16 or 32 bits")
+    return config
+
+
+def refuse_quantized(config: dict[str, Any], where: str) -> None:
+    """Refuse a config.json that says that the model is quantized, by any method.
+
+    Raises:
+        BadInputError: it does; `where` names the model or file.
+    """
+    for at, part in [("", config), *((f"{key}.", value) for key, value in config.items() if isinstance(value, dict))]:
+        for key in ("quantization_config", "compression_config"):
+            if marker := part.get(key):
+                method = f" ({marker['quant_method']})" if isinstance(marker, dict) and "quant_method" in marker else ""
+                raise BadInputError(
+                    f"{where}: {at}{key} says that the model is already quantized{method}; give the original, in 16 or 32 bits"
+                )
+
+
+def read_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint in `folder`, by name, from one file or from the index's files."""
+    tensors: dict[str, Stored] = {}
+    for file, expected in weight_files(folder).items():
+        found = read_header(_inside(folder, file), file)
+        for name in expected - found.keys():
+            raise TameError(
+                f"{folder / INDEX}: places {name} in {file}, which does not hold it; download the model again"
+            )
+        for name, tensor in found.items():
+            if name in tensors:
+                raise TameError(f"{folder}: {name} is in both {tensors[name].file} and {file}; remove one")
+            tensors[name] = tensor
+    for name, tensor in tensors.items():
+        if tensor.dtype.startswith("F8") or name.endswith(QUANTIZED_NAMES) or ".quant_state." in name:
+            raise BadInputError(
+                f"{folder / tensor.file}: {name} ({tensor.dtype}) says that the model is already quantized; "
+                "give the original, in 16 or 32 bits"
+            )
+    if not tensors:
+        raise TameError(f"{folder}: its safetensors hold no tensor; download the model again")
+    return tensors
+
+
+def weight_files(folder: Path) -> dict[str, set[str]]:
+    """The files that transformers would load, each with the tensors that the index promises (none without an index)."""
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: set()}
+    if not (folder / INDEX).is_file():
+        others = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHT_SUFFIXES)) if folder.is_dir() else []
+        have = f" ({', '.join(others[:3])} will not do)" if others else ""
+        raise BadInputError(f"{folder}: neither {WEIGHTS} nor {INDEX}{have}; save the model as safetensors")
+    index = _json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise TameError(f"{folder / INDEX}: no weight_map of tensor names to file names; download the model again")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise TameError(
+                f"{folder / INDEX}: places {name} in {file!r}, which is not a safetensors file of this folder"
+            )
+        files.setdefault(file, set()).add(name)
+    return dict(sorted(files.items()))
+
+
+def read_header(path: Path, file: str) -> dict[str, Stored]:
+    """The tensors of one safetensors file, in the order of their data.
+
+    Raises:
+        TameError: the file is missing, truncated, or its header lies: about lengths, overlaps, gaps, duplicates.
+    """
+    again = "download it again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise TameError(f"{path}: the header claims {length} bytes of a file of {size}; truncated? {again}")
+            header = json.loads(opened.read(length), object_pairs_hook=_unique)
+    except OSError as error:
+        raise TameError(f"{path}: {error.strerror}; {again}") from error
+    except ValueError as error:
+        raise TameError(f"{path}: the header is not safetensors JSON ({error}); {again}") from error
+    if not isinstance(header, dict):
+        raise TameError(f"{path}: the header is not a JSON object; {again}")
+    header.pop("__metadata__", None)
+    try:
+        stored = [
+            Stored(name, str(entry["dtype"]), tuple(entry["shape"]), file, *entry["data_offsets"])
+            for name, entry in header.items()
+        ]
+        stored.sort(key=lambda tensor: (tensor.start, tensor.end))
+        ends = [0, *(tensor.end for tensor in stored)]
+        for tensor, before in zip(stored, ends, strict=False):
+            if tensor.dtype not in ITEMSIZE:
+                raise TameError(
+                    f"{path}: {tensor.name} has dtype {tensor.dtype}; expected one of {', '.join(ITEMSIZE)}"
+                )
+            expected = math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+            if tensor.end - tensor.start != expected or min(tensor.shape, default=0) < 0:
+                raise TameError(
+                    f"{path}: {tensor.name} {tensor.dtype} {list(tensor.shape)} needs {expected} bytes, "
+                    f"the header gives it {tensor.end - tensor.start}; {again}"
+                )
+            if tensor.start != before:
+                what = "overlaps the tensor before it" if tensor.start < before else "leaves a gap before it"
+                raise TameError(f"{path}: {tensor.name} {what} (starts at {tensor.start}, expected {before}); {again}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TameError(f"{path}: a header entry is not {{dtype, shape, data_offsets}} ({error}); {again}") from error
+    if ends[-1] != size - 8 - length:
+        raise TameError(
+            f"{path}: its tensors need {ends[-1] + 8 + length} bytes, the file has {size}; truncated? {again}"
+        )
+    return {t.name: t._replace(start=t.start + 8 + length, end=t.end + 8 + length) for t in stored}
+
+
+def carried_files(folder: Path, names: list[str] | None = None, code: bool = False) -> list[str]:
+    """What a checkpoint takes along besides weights and config: tokenizer, templates, processors, licences; no README.
+
+    `names` limits it to files that are known; `code` adds Python files, for models that are allowed to bring theirs.
+    """
+    patterns = CARRIED + CODE if code else CARRIED
+    found = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("additional_chat_templates/*"))]
+    return sorted(
+        name
+        for name in found
+        if (folder / name).is_file()
+        and (names is None or name in names)
+        and not name.endswith(WEIGHT_SUFFIXES)
+        and any(fnmatch.fnmatchcase(Path(name).name, pattern) for pattern in patterns)
+    )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder / name`, unless it is a link that leaves the folder (for the Hub's cache: the repo's cache folder)."""
+    path = folder / name
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    if not path.exists():
+        raise TameError(f"{path}: missing, though {INDEX} names it; download the model again")
+    if not path.resolve().is_relative_to(root):
+        raise TameError(f"{path}: a link that leads out of the folder, to {path.resolve()}; put the file itself there")
+    return path
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except OSError as error:
+        raise TameError(f"{path}: {error.strerror}; download the model again") from error
+    except ValueError as error:
+        raise TameError(f"{path}: not valid JSON ({error}); download the model again") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when a key comes twice: Python would silently keep the last one."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return result
