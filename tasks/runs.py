@@ -11,21 +11,11 @@ import re
 from datetime import datetime
 from typing import Any
 
-from tasks import evidence, summary
+from tasks import evidence, registry, summary
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 
 MAX_STEPS = 500
 """Points of a stepped metric; of a longer curve every n-th is logged."""
-
-
-def experiment_name(recipe: dict[str, Any]) -> str:
-    """The experiment of a recipe: `track.experiment`, else the recipe's name."""
-    return str((recipe.get("track") or {}).get("experiment") or recipe["name"])
-
-
-def model_name(recipe: dict[str, Any]) -> str:
-    """The registered model of a recipe: its experiment's name, without what MLflow forbids in one."""
-    return re.sub(r"[/:.%\"']", "-", experiment_name(recipe))
 
 
 def experiment(client: Any, name: str) -> str:
@@ -86,7 +76,7 @@ def close(client: Any, run: Any, status: str) -> None:
 
 def write(client: Any, result: Result, run_id: str | None, release: str, report: str | None, final: bool) -> str:
     """Make MLflow show `result` under the run `run_id` (found or made where None or gone), and return the run's id."""
-    experiment_id = experiment(client, experiment_name(result.recipe))
+    experiment_id = experiment(client, registry.experiment_name(result.recipe))
     if run_id is None or not _exists(client, run_id):
         run_id = open_release(client, experiment_id, result.recipe["name"], {}, release)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
@@ -109,27 +99,17 @@ def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
     """Everything that decided the numbers, flat: the variant's spec, `evaluate.*`, `source.*`, `version.*`, …"""
     source = result.source.model_dump(include={"model", "revision", "commit", "digest", "licence"})
     flat: dict[str, str] = {
-        **_flat("evaluate", result.recipe.get("evaluate") or {}),
-        **_flat("gate", result.recipe.get("gate") or {}),
-        **_flat("source", source),
-        **_flat("version", result.versions),
-        **_flat("hardware", result.hardware),
+        **registry.flat("evaluate", result.recipe.get("evaluate") or {}),
+        **registry.flat("gate", result.recipe.get("gate") or {}),
+        **registry.flat("source", source),
+        **registry.flat("version", result.versions),
+        **registry.flat("hardware", result.hardware),
     }
     if measured is not None:
-        flat |= _flat("protocol", measured.protocol)
+        flat |= registry.flat("protocol", measured.protocol)
     if isinstance(measured, ResultVariant):
-        flat |= _flat("", measured.spec) | {"bits": bits(measured)}
+        flat |= registry.flat("", measured.spec) | {"bits": registry.bits(measured)}
     return flat
-
-
-def bits(variant: ResultVariant) -> str:
-    """4 or 8, by the method."""
-    return "8" if variant.spec.get("method") == "int8" else "4"
-
-
-def verdict(variant: ResultVariant) -> str:
-    """Passed, rejected or failed; what was published passed."""
-    return "passed" if variant.status == "published" else variant.status
 
 
 def metric_key(name: str) -> str:
@@ -158,11 +138,13 @@ def _write_measured(
     dataset = _dataset(measured)
     if dataset is not None:
         _log_dataset(client, run_id, dataset)
-    model = _model(client, result, measured, experiment_id, run_id) if isinstance(measured, ResultVariant) else None
+    model = (
+        registry.model(client, result, measured, experiment_id, run_id) if isinstance(measured, ResultVariant) else None
+    )
     _batch(client, run_id, measured.metrics, params(result, measured), _tags(result, measured), began, model, dataset)
     _log_windows(client, run_id, measured, began)
-    if isinstance(measured, ResultVariant) and model is not None and verdict(measured) == "passed":
-        _register(client, result, measured, model, run_id)
+    if isinstance(measured, ResultVariant) and model is not None and registry.verdict(measured) == "passed":
+        registry.register(client, result, measured, model, run_id)
     status = "FAILED" if isinstance(measured, ResultVariant) and measured.status == "failed" else "FINISHED"
     client.set_terminated(run_id, status, ended)
     client.set_tag(run_id, "tame.content", content)
@@ -176,7 +158,7 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
         tags |= {
             "kind": "variant",
             "status": measured.status,
-            "verdict": verdict(measured),
+            "verdict": registry.verdict(measured),
             "reasons": reasons or measured.error or "",
             "published": measured.published or "",
             "hub_commit": commit.group(1) if commit else "",
@@ -268,92 +250,6 @@ def _log_dataset(client: Any, run_id: str, dataset: Any) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
 
 
-def _model(client: Any, result: Result, variant: ResultVariant, experiment_id: str, run_id: str) -> Any:
-    """The variant as an MLflow model that lies elsewhere: found or made, never a copy of the weights."""
-    import mlflow
-    from mlflow.entities import LoggedModelOutput
-
-    if variant.artifact is None:
-        return None
-    tags = {
-        "artifact_digest": variant.artifact.digest,
-        "artifact_path": variant.artifact.path,
-        "published": variant.published or "",
-        "verdict": verdict(variant),
-    }
-    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", max_results=1)
-    if found:
-        client.set_logged_model_tags(found[0].model_id, tags)
-        return found[0]
-    model = mlflow.create_external_model(
-        name=re.sub(r"[/:.%\"']", "-", f"{result.recipe['name']}-{variant.name}"),
-        source_run_id=run_id,
-        tags=tags,
-        params={"base_model": result.source.model, **_flat("", variant.spec)},
-        model_type="bitsandbytes",
-        experiment_id=experiment_id,
-    )
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-    return model
-
-
-def _register(client: Any, result: Result, variant: ResultVariant, model: Any, run_id: str) -> None:
-    """Register a variant that passed, once for the same weights, and move the aliases.
-
-    `newest` (MLflow reserves `latest`) is the least damaged variant of the newest release, `best` the least damaged of all releases that were
-    measured as this one was (numbers of another text or window do not compare), `best-4bit` and `best-8bit` the same
-    among their kind. Least damaged: the lowest mean KL divergence, then perplexity ratio, then size.
-    """
-    from mlflow.exceptions import MlflowException
-
-    name = model_name(result.recipe)
-    try:
-        client.create_registered_model(name, tags={"base_model": result.source.model, "tame": "true"})
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    assert variant.artifact is not None
-    digest = variant.artifact.digest
-    known = client.search_model_versions(f"name = '{name}' and tags.artifact_digest = '{digest}'", max_results=1)
-    tags = {
-        "artifact_digest": digest,
-        "bits": bits(variant),
-        "measured_as": _measured_as(result),
-        "published": variant.published or "",
-        "release": result.started,
-        "variant": variant.name,
-        **{key: repr(variant.metrics[key]) for key in ("kl_mean", "perplexity_ratio") if key in variant.metrics},
-        "size_bytes": repr(variant.metrics.get("size_bytes", float(variant.artifact.bytes))),
-    }
-    if known:
-        version = known[0].version
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version, key, value)
-    else:
-        source = f"models:/{model.model_id}"
-        version = client.create_model_version(name, source, run_id, tags=tags, model_id=model.model_id).version
-    alike = client.search_model_versions(f"name = '{name}' and tags.measured_as = '{tags['measured_as']}'")
-    newest = [other for other in alike if other.tags["release"] == max(each.tags["release"] for each in alike)]
-    chosen = {"newest": newest, "best": alike}
-    chosen |= {f"best-{kind}bit": [other for other in alike if other.tags["bits"] == kind] for kind in ("4", "8")}
-    for alias, among in chosen.items():
-        if among:
-            client.set_registered_model_alias(name, alias, min(among, key=_damage).version)
-
-
-def _damage(version: Any) -> tuple[float, float, float]:
-    none = float("inf")
-    kl, ratio, size = (float(version.tags.get(key, none)) for key in ("kl_mean", "perplexity_ratio", "size_bytes"))
-    return kl, ratio, size
-
-
-def _measured_as(result: Result) -> str:
-    """A digest of what makes numbers comparable: the same base model's name and the same way of measuring."""
-    protocol = result.baseline.protocol if result.baseline else {}
-    content = json.dumps([result.source.model, result.recipe.get("evaluate"), protocol], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
 def _children(client: Any, experiment_id: str, run_id: str) -> dict[str, Any]:
     found = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     return {run.data.tags["variant"]: run for run in found if "variant" in run.data.tags}
@@ -368,15 +264,3 @@ def _exists(client: Any, run_id: str) -> bool:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-
-
-def _flat(prefix: str, value: Any) -> dict[str, str]:
-    """Nested mappings as dotted keys; lists as JSON; what is None or empty is left out."""
-    if isinstance(value, dict):
-        items: dict[str, str] = {}
-        for key, inner in value.items():
-            items |= _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-        return items
-    if value is None or value in ([], ""):
-        return {}
-    return {re.sub(r"[^\w./ :-]", "-", prefix): value if isinstance(value, str) else json.dumps(value)}

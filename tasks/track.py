@@ -66,10 +66,10 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
     """
     try:
         client = _connect()
-        from tasks import runs
+        from tasks import registry, runs
 
         _replay(client)
-        experiment = runs.experiment(client, runs.experiment_name(recipe.model_dump(mode="json")))
+        experiment = runs.experiment(client, registry.experiment_name(recipe.model_dump(mode="json")))
         _close_dead(client)
         run_id = runs.open_release(client, experiment, recipe.name, {**tags, **_signs_of_life()}, _release(tags))
         _stay_alive(client, run_id)
