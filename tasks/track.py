@@ -65,7 +65,7 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
     KILLED. `tags` go on the run; with `prefect_run` among them, a retried flow run finds its run again.
     """
     try:
-        client = _connect()
+        client = connect()
         from tasks import registry, runs
 
         _replay(client)
@@ -75,7 +75,7 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         _stay_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
         logger.warning(
-            "MLflow at %s cannot be used (%s); the release goes on and is logged later", _place(), _line(error)
+            "MLflow at %s cannot be used (%s); the release goes on and is logged later", place(), _line(error)
         )
         return None
     return run_id
@@ -94,12 +94,12 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     with FileLock(spooled.with_suffix(".lock")):
         _spool(spooled, result, run_id, report, final)
         try:
-            run_id = _write(_connect(), spooled)
+            run_id = _write(connect(), spooled)
         except Exception as error:  # whatever MLflow throws: it is all in the spool
             logger.warning(
                 "MLflow at %s cannot be used (%s); the result is kept in %s and logged by the next run or tame track "
                 "--replay",
-                _place(),
+                place(),
                 _line(error),
                 spooled,
             )
@@ -114,11 +114,11 @@ def fail(run_id: str | None, message: str) -> None:
         return
     _rest(run_id)
     try:
-        client = _connect()
+        client = connect()
         client.set_tag(run_id, "headline", message[:5000])
         client.set_terminated(run_id, "FAILED")
     except Exception as error:  # the next run closes it
-        logger.warning("MLflow at %s cannot be used (%s); its run is closed by the next one", _place(), _line(error))
+        logger.warning("MLflow at %s cannot be used (%s); its run is closed by the next one", place(), _line(error))
 
 
 def replay() -> int:
@@ -127,7 +127,7 @@ def replay() -> int:
     Raises:
         Exception: MLflow's own, when it cannot be reached at all.
     """
-    return _replay(_connect())
+    return _replay(connect())
 
 
 def run_url(run_id: str | None) -> str | None:
@@ -135,13 +135,13 @@ def run_url(run_id: str | None) -> str | None:
     if run_id is None or not re.match("https?:", database_uri()):
         return None
     try:
-        experiment = _connect().get_run(run_id).info.experiment_id
+        experiment = connect().get_run(run_id).info.experiment_id
     except Exception:  # a link is never worth a release
         return None
-    return f"{_place().rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{place().rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
-def _connect() -> Any:
+def connect() -> Any:
     """An MLflow client of `database_uri()`, quiet, and giving up in well under a minute on a server that is away."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -158,7 +158,7 @@ def _connect() -> Any:
 
 def _prepare() -> None:
     try:
-        _connect()
+        connect()
     except Exception as error:  # begin() meets it again, and says so
         logger.debug("MLflow is not ready: %s", _line(error))
 
@@ -179,7 +179,7 @@ def _create(database: Path) -> None:
 def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | None, final: bool) -> None:
     page = report.read_text() if report and report.exists() else None
     content = {
-        "server": _place(),
+        "server": place(),
         "run_id": run_id,
         "final": final,
         "result": result.model_dump(mode="json"),
@@ -206,7 +206,7 @@ def _replay(client: Any) -> int:
     for spooled in sorted((home() / "spool").glob("*.json")):
         try:
             with FileLock(spooled.with_suffix(".lock"), timeout=0):
-                if not spooled.exists() or json.loads(spooled.read_text())["server"] != _place():
+                if not spooled.exists() or json.loads(spooled.read_text())["server"] != place():
                     continue
                 _write(client, spooled)
                 logged += 1
@@ -290,7 +290,7 @@ def _rest(run_id: str) -> None:
         resting.set()
 
 
-def _place() -> str:
+def place() -> str:
     """The server's address without the credentials that it may hold."""
     return re.sub(r"//[^/@]*@", "//", database_uri())
 

@@ -1,0 +1,164 @@
+"""The report: one self-contained HTML page that says what a release made, what it cost, and how that is known.
+
+Pure: the same result and evidence give the same bytes. Everything in a result (names, errors, what models answered) is
+untrusted text; Jinja escapes it, and only http(s) addresses become links.
+"""
+
+import json
+from datetime import datetime
+from typing import Any
+
+from configs.errors import BadInputError
+from tasks import plots, summary
+from tasks.result import Measured, Result, ResultVariant
+
+ANSWER = 2000
+"""Characters of an answer that are shown; more of it says little and could fill the page."""
+
+
+def render(result: Result) -> str:
+    """The report of one release, as HTML."""
+    measured = summary.rows(result)
+    gate = result.recipe.get("gate") or {}
+    baseline = result.baseline.metrics if result.baseline else {}
+    increase = gate.get("max_perplexity_increase")
+    limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
+    cost = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
+    return _page(
+        "report.html",
+        result=result,
+        name=result.source.model.rstrip("/").rsplit("/", 1)[-1],
+        measured=measured,
+        metrics=summary.points([row.metrics for row in measured]),
+        quality=[
+            plots.size_against(result, "kl_mean", gate.get("max_mean_kl")),
+            plots.size_against(result, "perplexity", limit),
+            plots.windows(result),
+        ],
+        cost=[(summary.label(name), plots.bars(result, name)) for name in cost],
+        answers=_answers(result),
+        left=_left(result),
+        protocol=_protocol(measured),
+        notes=dict.fromkeys(note for row in measured for note in row.notes),
+        recipe=_yaml(result.recipe),
+        seconds=f"{result.seconds / 60:.1f} minutes" if result.seconds >= 120 else f"{result.seconds:.0f} s",
+        started=datetime.fromisoformat(result.started).strftime("%-d %B %Y, %H:%M UTC"),
+    )
+
+
+def history(model: str | None = None) -> str:
+    """What all releases of `model` (an MLflow experiment of tame's; None: all of them) have looked like, as HTML.
+
+    Raises:
+        BadInputError: there is no such experiment, or no release in it.
+    """
+    import mlflow
+
+    from tasks import track
+
+    client = track.connect()
+    known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
+    if model is not None and model not in known:
+        names = ", ".join(sorted(known)[:10]) or "none yet"
+        raise BadInputError(f"--model {model}: no release of it is logged in {track.place()}; there are: {names}")
+    chosen = sorted(known) if model is None else [model]
+    sections = []
+    for name in chosen:
+        found = mlflow.search_runs([known[name].experiment_id], "tags.kind = 'variant'", output_format="list")
+        if found:
+            sections.append(_history_of(name, found))
+    if not sections:
+        raise BadInputError(f"{track.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one")
+    return _page("history.html", sections=sections)
+
+
+def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
+    """One model's releases, oldest first: plots of what matters, and a row a variant of each release."""
+    runs = sorted(runs, key=lambda run: (run.data.tags.get("started", ""), run.data.tags["variant"]))
+    releases = sorted({run.data.tags.get("started", "") for run in runs})
+    index = {started: i for i, started in enumerate(releases)}
+    ticks = [started[5:10] for started in releases]
+    drawn = []
+    for metric in ("kl_mean", "perplexity_ratio", "size_bytes", "decode_tokens_per_second"):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for run in runs:
+            if metric in run.data.metrics:
+                point = (index[run.data.tags.get("started", "")], run.data.metrics[metric])
+                series.setdefault(run.data.tags["variant"], []).append(point)
+        drawn.append((summary.label(metric), plots.over_time(series, ticks, metric)))
+    shown = ("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "decode_tokens_per_second")
+    return {"name": name, "plots": drawn, "runs": list(reversed(runs)), "metrics": shown}
+
+
+def _answers(result: Result) -> list[dict[str, Any]]:
+    """A prompt, the baseline's answer, and each variant's in three parts: as the baseline, first difference, the rest."""
+    prompts: dict[str, dict[str, Any]] = {}
+    for variant in result.variants:
+        for sample in variant.samples:
+            shown = prompts.setdefault(
+                sample["prompt"], {"prompt": sample["prompt"], "baseline": _cut(sample["baseline"]), "answers": []}
+            )
+            shown["answers"].append((variant.name, *_parts(_cut(sample["answer"]), sample.get("diverges_at"))))
+    return list(prompts.values())
+
+
+def _parts(answer: str, at: int | None) -> tuple[str, str, str]:
+    if at is None or at > len(answer):
+        return answer, "", ""
+    end = at + 1
+    while end < len(answer) and not answer[end].isspace():
+        end += 1
+    return answer[:at], answer[at:end] or "∅", answer[end:]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER else f"{text[:ANSWER]} …"
+
+
+def _left(result: Result) -> list[dict[str, Any]]:
+    """What stayed unquantized, by reason, once for all variants that left the same."""
+    groups: dict[str, dict[str, Any]] = {}
+    for variant in result.variants:
+        if not variant.left:
+            continue
+        group = groups.setdefault(json.dumps(variant.left, sort_keys=True), {"variants": [], "reasons": {}})
+        group["variants"].append(variant.name)
+        if len(group["variants"]) == 1:
+            for entry in variant.left:
+                reason = group["reasons"].setdefault(entry["reason"], {"modules": [], "tensors": 0, "parameters": 0})
+                reason["modules"].append(entry["module"])
+                reason["tensors"] += entry.get("tensors", 0)
+                reason["parameters"] += entry.get("parameters", 0)
+    return list(groups.values())
+
+
+def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
+    """How the numbers were measured: a row a setting, a column for the baseline and each variant that has a protocol."""
+    keys = dict.fromkeys(key for row in measured for key in row.protocol)
+    return [(key, [_plain(row.protocol.get(key)) for row in measured if row.protocol]) for key in keys]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _page(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("tasks"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["svg"] = Markup  # only ever given what plots.py drew
+    functions = ("figure", "span", "label", "headline", "verdict")
+    environment.globals |= {name: getattr(summary, name) for name in functions}
+    environment.globals["is_variant"] = lambda row: isinstance(row, ResultVariant)
+    return environment.get_template(template).render(**values).strip() + "\n"
