@@ -20,10 +20,10 @@ from configs.schema import Source
 from tasks import hub, store
 from tasks.isolate import isolated
 from tasks.progress import Progress, show
+from tasks.quantize.source import INDEX, WEIGHTS, check_source, refuse_quantized
 
 log = logging.getLogger("tame.download")
 
-WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 OTHERS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*",
@@ -97,15 +97,13 @@ def look(source: Source) -> Found:
         return Found(
             kind="gguf", name=path.stem, path=str(path), commit=None, files={path.name: path.stat().st_size}, config={}
         )
-    from tasks.quantize.source import check_source
-
     names = [
         p.relative_to(path).as_posix()
         for p in path.rglob("*")
         if not p.is_dir() and p.relative_to(path).parts[0] != ".git"
     ]
     config = _read_json(path / "config.json") if "config.json" in names else None
-    taken = select(source, names, config, _read_json(path / WEIGHTS[0]) if WEIGHTS[0] in names else None)
+    taken = select(source, names, config, _read_json(path / INDEX) if INDEX in names else None)
     check_source(path)
     files = {name: (path / name).stat().st_size for name in taken}
     name = path.resolve().name
@@ -129,8 +127,6 @@ def download(source: Source, *, progress: Progress = show) -> Snapshot:
         folder, cached = Path(str(found.path)), True
     else:
         folder, cached = _fetch(source, found, progress)
-    from tasks.quantize.source import check_source
-
     files = store.sha256_files(folder, sorted(found.files))
     if found.kind == "hub":
         _compare(source.model, folder, files, found.sha256)
@@ -196,20 +192,20 @@ def select(source: Source, names: list[str], config: dict[str, Any] | None, inde
                 f"source.model {model}: it carries code ({what}), and tame runs no code from models; read it, and set "
                 "source.trust_remote_code: true if you trust it"
             )
-    if index is not None:
+    if WEIGHTS in names:  # transformers looks for it first
+        weights = [WEIGHTS]
+    elif index is not None:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise BadInputError(f"source.model {model}: {WEIGHTS[0]} has no usable weight_map")
+            raise BadInputError(f"source.model {model}: {INDEX} has no usable weight_map")
         weights = sorted(set(shards.values()))
         if outside := [name for name in weights if name.startswith("/") or ".." in name.split("/")]:
-            raise BadInputError(f"source.model {model}: {WEIGHTS[0]} names {outside[0]!r}, outside of the folder")
+            raise BadInputError(f"source.model {model}: {INDEX} names {outside[0]!r}, outside of the folder")
         if missing := [name for name in weights if name not in names]:
             raise TameError(
-                f"source.model {model}: {WEIGHTS[0]} names {missing[0]}, which is not there; download it again"
+                f"source.model {model}: {INDEX} names {missing[0]}, which is not there; download it again"
             )
-        weights.append(WEIGHTS[0])
-    elif WEIGHTS[1] in names:
-        weights = [WEIGHTS[1]]
+        weights.append(INDEX)
     else:
         pickled = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLED)]
         there = f"only pickled weights ({pickled[0]}), which can run code" if pickled else "no model.safetensors"
@@ -236,7 +232,7 @@ def _look_hub(source: Source) -> Found:
         log.info("%s: %s; using the cached commit %s", source.model, error, cached.commit[:12])
         names = cached.names
         config = _read_json(cached.folder / "config.json") if "config.json" in names else None
-        taken = select(source, names, config, _read_json(cached.folder / WEIGHTS[0]) if WEIGHTS[0] in names else None)
+        taken = select(source, names, config, _read_json(cached.folder / INDEX) if INDEX in names else None)
         return Found(
             kind="hub",
             name=source.model.rsplit("/", 1)[-1],
@@ -245,11 +241,9 @@ def _look_hub(source: Source) -> Found:
             files={name: (cached.folder / name).stat().st_size for name in taken},
             config=config or {},
         )
-    small = hub.fetch_json(source.model, info.commit, [n for n in ("config.json", WEIGHTS[0]) if n in info.files])
+    small = hub.fetch_json(source.model, info.commit, [n for n in ("config.json", INDEX) if n in info.files])
     config = small.get("config.json")
-    taken = select(source, list(info.files), config, small.get(WEIGHTS[0]))
-    from tasks.quantize.source import refuse_quantized
-
+    taken = select(source, list(info.files), config, small.get(INDEX))
     refuse_quantized(config or {}, source.model)
     return Found(
         kind="hub",
@@ -270,7 +264,7 @@ def _fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool
     if found.path is not None:
         return Path(found.path), True
     store.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
-    return hub.fetch(source.model, str(found.commit), sorted(found.files), found.bytes, progress), False
+    return hub.fetch(source.model, source.revision, str(found.commit), sorted(found.files), found.bytes, progress), False
 
 
 def _compare(model: str, folder: Path, actual: dict[str, str], expected: dict[str, str]) -> None:

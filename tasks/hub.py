@@ -96,8 +96,14 @@ def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, 
     return read
 
 
-def fetch(repo: str, commit: str, names: list[str], size: int, progress: Progress) -> Path:
-    """Download `names` at `commit` into the Hub client's cache, resuming what is there, and return the folder."""
+def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, progress: Progress) -> Path:
+    """Download `names` into the Hub client's cache, resuming what is there, and return the folder of `commit`.
+
+    Asked for by `revision`, so that the client remembers which commit that was when the Hub cannot be reached.
+
+    Raises:
+        UnreachableError: `revision` is no longer `commit`.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -118,9 +124,11 @@ def fetch(repo: str, commit: str, names: list[str], size: int, progress: Progres
 
     with explained(repo, commit), _quiet():
         folder = snapshot_download(
-            repo, revision=commit, allow_patterns=names, tqdm_class=Bar, max_workers=4, endpoint=endpoint()
+            repo, revision=revision, allow_patterns=names, tqdm_class=Bar, max_workers=4, endpoint=endpoint()
         )
     progress(what, size, size)
+    if Path(folder).name != commit:
+        raise UnreachableError(f"{repo}: {revision} moved to {Path(folder).name[:12]} during the download; run again")
     return Path(folder)
 
 

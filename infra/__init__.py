@@ -1,0 +1,1 @@
+"""What runs tame on a machine: servers, deployments, workers."""

@@ -1,0 +1,187 @@
+"""Sources: local folders, a .gguf, and the Hub through its real client against tests/hub.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Source
+from tasks import store
+from tasks.download import download, look
+from tests.hub import Hub
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that may be written into."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def in_process(hub: Hub, tmp_path: Path, **environment: str) -> Any:
+    """Download org/model in a fresh process, as the Hub client reads its settings when it is imported."""
+    program = (
+        "import sys, json\nfrom configs.schema import Source\nfrom configs.errors import TameError\n"
+        "from tasks.download import download\n"
+        "try: print(download(Source(model='org/model')).model_dump_json())\n"
+        "except TameError as e: print(json.dumps({'code': e.exit_code, 'error': str(e)}))"
+    )
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "TAME_HOME": str(tmp_path / "tame"),
+        "NO_PROXY": "*", **environment,
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_folder_is_known_by_its_content_not_by_its_path(tame_home: Path, model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_text("not part of a release")
+    (model / "pytorch_model.bin").write_bytes(b"neither is this")
+    first = download(Source(model=str(model)))
+    assert set(first.files) == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    moved = download(Source(model=str(shutil.move(model, tmp_path / "elsewhere"))))
+    assert moved.digest == first.digest
+    weights = tmp_path / "elsewhere" / "model.safetensors"
+    stat = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert download(Source(model=str(tmp_path / "elsewhere"))).digest != first.digest
+
+
+def damage(model: Path, how: str) -> None:
+    weights, config = model / "model.safetensors", model / "config.json"
+    if how == "no config":
+        config.unlink()
+    elif how == "pickle only":
+        weights.rename(model / "pytorch_model.bin")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "code":
+        (model / "modeling_x.py").write_text("print('run me')")
+    elif how == "auto_map":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "x.y"}}))
+    elif how == "quantized":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    elif how == "not json":
+        config.write_text("{")
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif how == "no header":
+        weights.write_bytes(b"\xff" * 100)
+    else:
+        raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("no config", 2, "no config.json"),
+        ("pickle only", 2, "only pickled weights (pytorch_model.bin)"),
+        ("no weights", 2, "no model.safetensors"),
+        ("code", 2, "carries code (modeling_x.py)"),
+        ("auto_map", 2, "carries code (an auto_map in config.json)"),
+        ("quantized", 2, "already quantized (gptq)"),
+        ("not json", 2, "config.json"),
+        ("truncated", 1, "truncated?"),
+        ("no header", 1, "truncated?"),
+    ],
+)
+def test_a_bad_folder_is_refused(tame_home: Path, model: Path, how: str, code: int, said: str) -> None:
+    damage(model, how)
+    with pytest.raises(TameError) as error:
+        look(Source(model=str(model)))
+    assert error.value.exit_code == code
+    assert said in str(error.value)
+    assert str(model) in str(error.value)
+
+
+def test_code_is_taken_along_only_where_it_was_allowed(tame_home: Path, model: Path) -> None:
+    damage(model, "code")
+    snapshot = download(Source(model=str(model), trust_remote_code=True))
+    assert "modeling_x.py" in snapshot.files
+    assert snapshot.trust_remote_code
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "/nothing/here", "nothing.gguf", "a/b/c", "package:nothing/x.gguf"])
+def test_what_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(BadInputError, match=name.split(":")[-1].split("/", maxsplit=1)[0] or "nothing"):
+        look(Source(model=name))
+
+
+def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"not one")
+    with pytest.raises(BadInputError, match="not b'GGUF'"):
+        look(Source(model=str(tmp_path / "x.gguf")))
+
+
+def test_from_the_hub_pinned_complete_and_again_without_a_hub(model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / "pytorch_model.bin").write_bytes(b"x" * 100)
+    with Hub() as hub:
+        hub.add_model("org/model", model)
+        snapshot = in_process(hub, tmp_path)
+        commit = snapshot["commit"]
+        assert len(commit) == 40
+        assert Path(snapshot["path"]).name == commit
+        assert snapshot["name"] == "model"
+        assert not {"README.md", "pytorch_model.bin"} & set(snapshot["files"])
+        before = len(hub.requests)
+        again = in_process(hub, tmp_path)
+        assert again["digest"] == snapshot["digest"]
+        assert again["cached"]
+        assert len(hub.requests) - before <= 2
+        hub.write("org/model", "config.json", hub.read("org/model", "config.json") + b" ")
+        moved = in_process(hub, tmp_path)
+        assert moved["commit"] != commit
+        assert moved["digest"] != snapshot["digest"]
+    offline = in_process(hub, tmp_path)
+    assert offline["commit"] == moved["commit"]
+    assert offline["digest"] == moved["digest"]
+    assert store.digest_of(moved["files"]) == moved["digest"]
+
+
+def test_the_hub_says_no(model: Path, tmp_path: Path) -> None:
+    with Hub() as hub:
+        missing = in_process(hub, tmp_path)
+        assert missing["code"] == 2
+        assert "org/model does not exist" in missing["error"]
+        hub.add_model("org/model", model, gated=True)
+        gated = in_process(hub, tmp_path)
+        assert gated["code"] == 2
+        assert f"ask for access on {hub.url}/org/model" in gated["error"]
+        assert "HF_TOKEN" in gated["error"]
+    gone = in_process(hub, tmp_path)
+    assert gone["code"] == 1
+    assert "cannot be reached" in gone["error"]
+
+
+def test_the_hub_has_a_bad_model(model: Path, tmp_path: Path) -> None:
+    damage(model, "code")
+    with Hub() as hub:
+        hub.add_model("org/model", model)
+        refused = in_process(hub, tmp_path)
+    assert refused["code"] == 2
+    assert "carries code" in refused["error"]
+    assert not list((tmp_path / "hf").rglob("model.safetensors"))
+
+
+def test_a_corrupted_download_is_caught_and_not_kept(model: Path, tmp_path: Path) -> None:
+    with Hub() as hub:
+        hub.add_model("org/model", model)
+        hub.corrupt("org/model", "model.safetensors", honest=False)
+        caught = in_process(hub, tmp_path)
+        assert caught["code"] == 1
+        assert "model.safetensors arrived with sha256" in caught["error"]
+        assert not list((tmp_path / "hf").rglob("model.safetensors"))
