@@ -37,6 +37,8 @@ class ResultSource(_Value):
     files: dict[str, str]
     licence: str | None = None
     """The base model's licence id from its card, if it has one."""
+    card: dict[str, Any] = {}
+    """The front matter of the base model's card, for what the published card inherits: language, licence, datasets."""
 
 
 class ResultArtifact(_Value):
