@@ -1,0 +1,334 @@
+"""The model card and the other files published beside the weights, made from a result and nothing else.
+
+Equal results make equal bytes. Front matter follows the Hub's model card metadata
+(https://huggingface.co/docs/hub/model-cards), `.eval_results/*.yaml` its evaluation results
+(https://huggingface.co/docs/hub/eval-results). Figures in tables are rounded by `tasks.summary.figure`; tame.json and the
+front matter have them unrounded.
+"""
+
+import hashlib
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from configs.errors import TameError
+from configs.schema import Variant
+from tasks import provenance
+from tasks.result import Result, ResultVariant
+from tasks.summary import figure, label, points, span
+
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+SPEED = ("load_seconds", "peak_memory_bytes", "time_to_first_token_seconds")
+METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
+# Benchmarks of the Hub (data set, task id) and the lm-evaluation-harness task and metric that is the same thing.
+BENCHMARKS = {
+    "task/gsm8k/exact_match": ("openai/gsm8k", "gsm8k"),
+    "task/mmlu_pro/exact_match": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
+    "task/gpqa_diamond_zeroshot/acc": ("Idavidrein/gpqa", "diamond"),
+}
+
+
+def release_files(result: Result, label: str, repos: dict[str, str] | None = None) -> dict[str, bytes]:
+    """README.md, tame.json and .eval_results/*.yaml of the variant `label`, by name.
+
+    `repos` says where each variant goes, by its label; without it the recipe's template is filled in.
+    """
+    variant = next(found for found in result.variants if found.name == label)
+    repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
+    documents = {"README.md": _card(result, variant, repos).encode(), **_eval_results(result, variant)}
+    return {**documents, provenance.NAME: _provenance(result, variant, documents)}
+
+
+def _provenance(result: Result, variant: ResultVariant, documents: dict[str, bytes]) -> bytes:
+    """tame.json of `variant`; `documents` are the other files."""
+    artifact = variant.artifact
+    content = {
+        "format": 1,
+        "source": {**result.source.model_dump(exclude={"card"}), "model": provenance.base_name(result.source.model)},
+        "variant": {"name": variant.name, "spec": variant.spec},
+        "artifact": artifact.model_dump(include={"digest", "bytes", "files"}) if artifact else None,
+        "metrics": provenance.lasting(variant.metrics),
+        "baseline": provenance.lasting(result.baseline.metrics) if result.baseline else None,
+        "protocol": variant.protocol,
+        "gate": variant.gate.model_dump() if variant.gate else None,
+        "notes": variant.notes,
+        "left": variant.left,
+        "recipe": provenance.without_paths(result.recipe),
+        "versions": result.versions,
+        "documents": {name: hashlib.sha256(text).hexdigest() for name, text in sorted(documents.items())},
+        "run": {
+            "hardware": result.hardware,
+            "metrics": provenance.passing(variant.metrics),
+            "baseline": provenance.passing(result.baseline.metrics) if result.baseline else None,
+            "prefect": result.prefect_run,
+            "mlflow": result.mlflow_run,
+        },
+    }
+    return provenance.dump(content)
+
+
+def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, bytes]:
+    """A card, unless there is one, and a tame.json for a folder of which nothing more is known than its files."""
+    config = json.loads((folder / "config.json").read_bytes()) if "config.json" in files else {}
+    method = _method_of(config.get("quantization_config") or {})
+    documents: dict[str, bytes] = {}
+    if "README.md" not in files:
+        front = {"library_name": "transformers", "tags": _tags(method)}
+        lines = [f"# {repo.split('/')[-1]}", *_usage(repo), "## Provenance", _plain_provenance(method)]
+        documents["README.md"] = _with_front_matter(front, lines).encode()
+    return {**documents, provenance.NAME: provenance.plain_document(folder, files, documents)}
+
+
+def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
+    spec = Variant.model_validate(variant.spec)
+    base = provenance.base_name(result.source.model)
+    repo = repos.get(variant.name, variant.name)
+    title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
+    front = _front_matter(result, variant, spec, title)
+    commit = (
+        f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
+    )
+    name = f"[{base}](https://huggingface.co/{base})" if result.source.commit else f"`{base}`"
+    method = METHODS[spec.method] + (" with double quantization" if spec.double_quant else "")
+    lines = [
+        f"# {title}",
+        f"{name}{commit}, quantized to {method} with bitsandbytes by tame {result.versions.get('tame', '')}".rstrip()
+        + ".",
+        "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
+        "model's own results are its authors' to tell: see its card.",
+        *_usage(repo),
+        *_quality(result, variant),
+        *_speed(result, variant),
+        *_left(variant),
+        *_limits(variant, spec),
+        *_siblings(variant, repos),
+        *_reproduce(result),
+    ]
+    return _with_front_matter(front, lines)
+
+
+def _front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
+    base = result.source.card
+    front: dict[str, Any] = {key: base[key] for key in INHERITED if base.get(key)}
+    if result.source.licence:
+        front.setdefault("license", result.source.licence)
+    if result.source.commit:
+        front |= {"base_model": result.source.model, "base_model_relation": "quantized"}
+    front.setdefault("pipeline_tag", "text-generation")
+    front |= {"library_name": "transformers", "tags": _tags(spec.method)}
+    if results := _model_index(result, variant):
+        front["model-index"] = [{"name": title, "results": results}]
+    return front
+
+
+def _tags(method: str | None) -> list[str]:
+    if method is None:
+        return ["tame"]
+    return ["bitsandbytes", "8-bit" if method == "int8" else "4-bit", method, "quantized", "tame"]
+
+
+def _method_of(quantization: dict[str, Any]) -> str | None:
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
+
+
+def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
+    """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
+    text = result.recipe["evaluate"]["text"]
+    data = {
+        "type": text.get("dataset") or "text",
+        "name": str(variant.protocol.get("text") or text.get("dataset") or "text"),
+    }
+    if text.get("dataset"):
+        data |= {key: text[key] for key in ("config", "split") if text.get(key)}
+    found = [
+        {"type": kind, "value": variant.metrics[name], "name": label(name)}
+        for name, kind in (
+            ("perplexity", "perplexity"),
+            ("kl_mean", "kl_divergence"),
+            ("top1_agreement", "top1_agreement"),
+        )
+        if name in variant.metrics
+    ]
+    task = {"type": "text-generation", "name": "Text Generation"}
+    results: list[dict[str, Any]] = [{"task": task, "dataset": data, "metrics": found}] if found else []
+    for name in points([variant.metrics]):
+        if _is_score(name):
+            task_name, metric = name.removeprefix("task/").rsplit("/", 1)
+            score = {"type": metric, "value": variant.metrics[name], "name": label(name)}
+            results.append({"task": task, "dataset": {"type": task_name, "name": task_name}, "metrics": [score]})
+    return results
+
+
+def _eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
+    """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
+    if result.recipe["evaluate"].get("task_limit") is not None:
+        return {}
+    files = {}
+    for metric, (dataset, task) in BENCHMARKS.items():
+        if metric in variant.metrics:
+            shots = result.recipe["evaluate"].get("task_fewshot")
+            notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
+            entry = {
+                "dataset": {"id": dataset, "task_id": task},
+                "value": round(100 * variant.metrics[metric], 4),
+                "notes": notes,
+            }
+            files[f".eval_results/{dataset.split('/')[1].lower()}.yaml"] = yaml.safe_dump(
+                [entry], sort_keys=False
+            ).encode()
+    return files
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("task/") and not name.endswith(("_difference", "_p", "/flips"))
+
+
+def _usage(repo: str) -> list[str]:
+    return [
+        "## Use",
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
+        'print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])\n'
+        "```",
+        "Needs `pip install transformers accelerate bitsandbytes`.",
+    ]
+
+
+def _quality(result: Result, variant: ResultVariant) -> list[str]:
+    if not variant.metrics:
+        return []
+    base = result.baseline.metrics if result.baseline else {}
+    rows = ["| | Base model | This model | 95 % interval | Difference |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name in points([base, variant.metrics]):
+        if _is_speed(name) or name.endswith(("_difference", "_p")) or name == "perplexity_ratio":
+            continue
+        difference = "perplexity_ratio" if name == "perplexity" else f"{name}_difference"
+        rows.append(_row(label(name), figure(name, base.get(name)), variant.metrics, name, difference))
+    lines = ["## What it cost", "\n".join(rows)]
+    lines.append(
+        "The difference in perplexity is the ratio to the base model's. Figures are rounded; `tame.json` has them in full."
+    )
+    protocol = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in variant.protocol.items())
+    lines.append(f"How it was measured: {protocol}.")
+    if variant.gate and (variant.gate.checked or variant.gate.reasons):
+        lines.append(
+            "Limits it had to keep, each at the pessimistic end of its interval: "
+            + "; ".join(variant.gate.checked + variant.gate.reasons)
+            + "."
+        )
+    return lines
+
+
+def _row(what: str, base: str, metrics: dict[str, float], name: str, difference: str) -> str:
+    change = ""
+    if difference in metrics:
+        change = ("× " if difference == "perplexity_ratio" else "") + figure(difference, metrics[difference])
+        if between := span(difference, metrics):
+            change += f" ({between})"
+    return f"| {what} | {base} | {figure(name, metrics.get(name))} | {span(name, metrics)} | {change} |"
+
+
+def _is_speed(name: str) -> bool:
+    return name in SPEED or name.endswith("_per_second")
+
+
+def _speed(result: Result, variant: ResultVariant) -> list[str]:
+    names = [name for name in points([variant.metrics]) if _is_speed(name)]
+    if not names:
+        return []
+    base = result.baseline.metrics if result.baseline else {}
+    rows = [
+        f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, variant.metrics[name])} |" for name in names
+    ]
+    speed = result.recipe["evaluate"].get("speed") or {}
+    return [
+        "## Speed and memory",
+        "\n".join(["| | Base model | This model |", "| --- | ---: | ---: |", *rows]),
+        f"On {_machine(result.hardware, variant.protocol)}, one sequence, {speed.get('prompt_tokens')} tokens of prompt and "
+        f"{speed.get('new_tokens')} new ones. Another machine gives other figures.",
+    ]
+
+
+def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
+    gpus = hardware.get("gpus") or []
+    if gpus and str(protocol.get("device", hardware.get("device"))) != "cpu":
+        return str(gpus[0]["name"])
+    return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
+
+
+def _left(variant: ResultVariant) -> list[str]:
+    if not variant.left:
+        return []
+    rows = [f"| `{left['module']}` | {left['parameters']:,} | {left['reason']} |" for left in variant.left[:30]]
+    more = [f"And {len(variant.left) - 30} more: see `tame.json`."] if len(variant.left) > 30 else []
+    table = "\n".join(["| Module | Parameters | Why |", "| --- | ---: | --- |", *rows])
+    return ["## What was not quantized", table, *more]
+
+
+def _limits(variant: ResultVariant, spec: Variant) -> list[str]:
+    known = [
+        "It was compared with its base model on the text and tasks above. Other languages, long contexts and safety behaviour "
+        "may have suffered more or less.",
+        "The files are in bitsandbytes' format: transformers with bitsandbytes reads them, most other programs do not.",
+    ]
+    if spec.method == "int8":
+        known.append("8-bit layers quantize activations too, so that answers can depend on what else is in a batch.")
+    return ["## Limits", "\n".join(f"- {note}" for note in [*variant.notes, *known])]
+
+
+def _siblings(variant: ResultVariant, repos: dict[str, str]) -> list[str]:
+    others = [f"- {name}: `{repo}`" for name, repo in repos.items() if name != variant.name]
+    if not others:
+        return []
+    return ["## Variants of the same release", "Each is published only if it kept the limits.", "\n".join(others)]
+
+
+def _reproduce(result: Result) -> list[str]:
+    recipe = yaml.safe_dump(provenance.without_paths(result.recipe), sort_keys=False, allow_unicode=True, width=1000)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
+    return [
+        "## Reproduce",
+        f"`tame run recipe.yaml` with {versions}, and this recipe:",
+        f"```yaml\n{recipe}```",
+        "`tame.json` has the digest of every file that went in and came out; `tame publish --check` compares them.",
+    ]
+
+
+def _repos(result: Result) -> dict[str, str]:
+    model = PurePath(provenance.base_name(result.source.model)).name.removesuffix(".gguf")
+    template = result.recipe["publish"]["repo"]
+    return {v.name: template.format(model=model, variant=v.name, name=result.recipe["name"]) for v in result.variants}
+
+
+def _plain_provenance(method: str | None) -> str:
+    what = f"Quantized to {METHODS[method]} with bitsandbytes. " if method in METHODS else ""
+    return f"{what}Published with tame; nothing was measured. `tame.json` has the digest of every file."
+
+
+def _with_front_matter(front: dict[str, Any], lines: list[str]) -> str:
+    from huggingface_hub import ModelCard
+
+    order = (
+        *INHERITED[:4],
+        "base_model",
+        "base_model_relation",
+        "library_name",
+        "pipeline_tag",
+        "datasets",
+        "tags",
+        "model-index",
+    )
+    head = yaml.safe_dump(
+        {key: front[key] for key in order if key in front}, sort_keys=False, allow_unicode=True, width=1000
+    )
+    text = f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n"
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError) as error:
+        raise TameError(f"the model card's front matter is not valid: {str(error).splitlines()[0]}") from error
+    return text
