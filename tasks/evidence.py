@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def windows(folder: str | None) -> dict[str, list[float]]:
-    """The loss and, for a variant, the KL divergence of each window, nats a token: {"loss": […], "kl": […]}."""
+    """The mean loss and, for a variant, KL divergence of each window of the text, nats a token: {"loss": […], "kl": […]}."""
     path = Path(folder) / "windows.json" if folder else None
     if path is None or not path.is_file():
         return {}
-    rows = json.loads(path.read_text())
-    return {name: [float(row[name]) for row in rows] for name in ("loss", "kl") if rows and name in rows[0]}
+    rows = json.loads(path.read_bytes())
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}

@@ -45,7 +45,7 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
         low, high = row.metrics.get(f"{name}_low", y), row.metrics.get(f"{name}_high", y)
         error = [[max(y - low, 0.0)], [max(high - y, 0.0)]]
         axes.errorbar(x, y, yerr=error, fmt=_marker(row), color=_ink(row), markersize=7, capsize=3, elinewidth=1.2)
-        axes.annotate(row.name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9.5)
+        axes.annotate(row.name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=12)
     best = _frontier([(row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)) for row in shown])
     axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle=":", zorder=1)
     if limit is not None:
@@ -56,10 +56,10 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
-            fontsize=9,
+            fontsize=11,
         )
-    axes.set_xlabel(f"Size ({unit})")
-    axes.set_ylabel(label(name))
+    axes.set_xlabel(f"Size ({unit})", fontsize=12)
+    axes.set_ylabel(label(name), fontsize=12)
     axes.margins(x=0.18, y=0.15)
     axes.set_xlim(left=0)
     if name == "kl_mean":
@@ -81,7 +81,7 @@ def bars(result: Result, name: str) -> Plot | None:
     axes.barh(range(len(shown)), values, color=[_ink(row) for row in shown], height=0.62)
     for i, value in enumerate(values):
         axes.annotate(
-            figure(name, value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5
+            figure(name, value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=12
         )
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
     axes.invert_yaxis()
@@ -96,7 +96,7 @@ def bars(result: Result, name: str) -> Plot | None:
 
 def windows(result: Result) -> Plot | None:
     """The KL divergence of each window of the text, as a box a variant: is the damage even, or in some places?"""
-    found = [(row, values) for row in result.variants if (values := evidence.windows(row.evidence).get("kl"))]
+    found = [(row, values) for row in result.variants if (values := evidence.windows(row.evidence).get("kl", []))]
     if not found:
         return None
     canvas, axes = _axes(0.75 + 0.5 * len(found))
@@ -118,7 +118,7 @@ def windows(result: Result) -> Plot | None:
     axes.set_yticks(range(len(found)), [row.name for row, _ in found])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("KL divergence of a window (nats)")
+    axes.set_xlabel("KL divergence of a window (nats)", fontsize=12)
     said = "; ".join(
         f"{row.name}: median {figure('kl_mean', sorted(values)[len(values) // 2])}, "
         f"{figure('kl_mean', min(values))} to {figure('kl_mean', max(values))}"
@@ -144,9 +144,9 @@ def over_time(series: dict[str, list[tuple[int, float]]], ticks: list[str], name
         )
     every = -(-len(ticks) // 6)
     axes.set_xticks(range(0, len(ticks), every), ticks[::every])
-    axes.set_ylabel(label(name))
+    axes.set_ylabel(label(name), fontsize=12)
     axes.margins(x=0.08, y=0.15)
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.legend(frameon=False, fontsize=11, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     said = "; ".join(
         f"{variant} {', '.join(figure(name, value) for _, value in series[variant])}" for variant in sorted(series)
     )
@@ -163,7 +163,7 @@ def _axes(height: float) -> tuple[Any, Any]:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(MUTED)
-    axes.tick_params(colors=TEXT, labelsize=9.5, color=MUTED)
+    axes.tick_params(colors=TEXT, labelsize=12, color=MUTED)
     axes.grid(color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)
     return canvas, axes
@@ -173,7 +173,7 @@ def _svg(canvas: Any, name: str) -> str:
     """A figure as inline SVG without ids that could meet another figure's, dates or fixed colours."""
     import matplotlib as mpl
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "text.color": TEXT,

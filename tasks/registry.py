@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+from tasks import summary
 from tasks.result import Result, ResultVariant
 
 
@@ -49,7 +50,7 @@ def model(client: Any, result: Result, variant: ResultVariant, experiment_id: st
         name=re.sub(r"[/:.%\"']", "-", f"{result.recipe['name']}-{variant.name}"),
         source_run_id=run_id,
         tags=tags,
-        params={"base_model": result.source.model, **flat("", variant.spec)},
+        params={"base_model": result.source.model, **summary.flat("", variant.spec)},
         model_type="bitsandbytes",
         experiment_id=experiment_id,
     )
@@ -112,15 +113,3 @@ def _measured_as(result: Result) -> str:
     protocol = result.baseline.protocol if result.baseline else {}
     content = json.dumps([result.source.model, result.recipe.get("evaluate"), protocol], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def flat(prefix: str, value: Any) -> dict[str, str]:
-    """Nested mappings as dotted keys; lists as JSON; what is None or empty is left out."""
-    if isinstance(value, dict):
-        items: dict[str, str] = {}
-        for key, inner in value.items():
-            items |= flat(f"{prefix}.{key}" if prefix else str(key), inner)
-        return items
-    if value is None or value in ([], ""):
-        return {}
-    return {re.sub(r"[^\w./ :-]", "-", prefix): value if isinstance(value, str) else json.dumps(value)}

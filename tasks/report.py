@@ -134,14 +134,8 @@ def _left(result: Result) -> list[dict[str, Any]]:
 
 def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
     """How the numbers were measured: a row a setting, a column for the baseline and each variant that has a protocol."""
-    keys = dict.fromkeys(key for row in measured for key in row.protocol)
-    return [(key, [_plain(row.protocol.get(key)) for row in measured if row.protocol]) for key in keys]
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    flat = [summary.flat("", row.protocol) for row in measured if row.protocol]
+    return [(key, [each.get(key, "–") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
 
 
 def _yaml(recipe: dict[str, Any]) -> str:

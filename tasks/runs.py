@@ -9,13 +9,21 @@ import hashlib
 import json
 import re
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks import evidence, registry, summary
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 
 MAX_STEPS = 500
 """Points of a stepped metric; of a longer curve every n-th is logged."""
+
+
+class Release(NamedTuple):
+    """Which release it is, the MLflow run that it has, and the tags that tell whether its process lives."""
+
+    name: str
+    run_id: str | None
+    life: dict[str, str]
 
 
 def experiment(client: Any, name: str) -> str:
@@ -74,11 +82,12 @@ def close(client: Any, run: Any, status: str) -> None:
     client.set_terminated(run.info.run_id, status)
 
 
-def write(client: Any, result: Result, run_id: str | None, release: str, report: str | None, final: bool) -> str:
-    """Make MLflow show `result` under the run `run_id` (found or made where None or gone), and return the run's id."""
+def write(client: Any, result: Result, release: Release, report: str | None, final: bool) -> str:
+    """Make MLflow show `result` under the release's run, found or made where it is not known or gone; the run's id."""
+    run_id = release.run_id
     experiment_id = experiment(client, registry.experiment_name(result.recipe))
     if run_id is None or not _exists(client, run_id):
-        run_id = open_release(client, experiment_id, result.recipe["name"], {}, release)
+        run_id = open_release(client, experiment_id, result.recipe["name"], release.life, release.name)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
     ended = began + int(result.seconds * 1000)
     children = _children(client, experiment_id, run_id)
@@ -99,16 +108,16 @@ def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
     """Everything that decided the numbers, flat: the variant's spec, `evaluate.*`, `source.*`, `version.*`, …"""
     source = result.source.model_dump(include={"model", "revision", "commit", "digest", "licence"})
     flat: dict[str, str] = {
-        **registry.flat("evaluate", result.recipe.get("evaluate") or {}),
-        **registry.flat("gate", result.recipe.get("gate") or {}),
-        **registry.flat("source", source),
-        **registry.flat("version", result.versions),
-        **registry.flat("hardware", result.hardware),
+        **summary.flat("evaluate", result.recipe.get("evaluate") or {}),
+        **summary.flat("gate", result.recipe.get("gate") or {}),
+        **summary.flat("source", source),
+        **summary.flat("version", result.versions),
+        **summary.flat("hardware", result.hardware),
     }
     if measured is not None:
-        flat |= registry.flat("protocol", measured.protocol)
+        flat |= summary.flat("protocol", measured.protocol)
     if isinstance(measured, ResultVariant):
-        flat |= registry.flat("", measured.spec) | {"bits": registry.bits(measured)}
+        flat |= summary.flat("", measured.spec) | {"bits": registry.bits(measured)}
     return flat
 
 
@@ -237,11 +246,9 @@ def _dataset(measured: Measured) -> Any:
     from mlflow.entities import Dataset
 
     text = measured.protocol.get("text")
-    if not text:
+    if not isinstance(text, dict) or "sha256" not in text:
         return None
-    name = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
-    digest = str(measured.protocol.get("text_sha256") or hashlib.sha256(name.encode()).hexdigest())[:36]
-    return Dataset(name[:500], digest, "text", json.dumps({"text": text}))
+    return Dataset(str(text.get("name"))[:500], text["sha256"][:36], "text", json.dumps(text))
 
 
 def _log_dataset(client: Any, run_id: str, dataset: Any) -> None:

@@ -4,9 +4,12 @@ Every place that shows a number to a person (the terminal, Prefect, the report, 
 `figure`, so that all say the same. Files for programs (result.json, MLflow) keep the number unrounded.
 """
 
+import json
 import logging
 import math
 import re
+
+from typing import Any
 
 from tasks.result import Measured, Result, ResultVariant
 
@@ -23,9 +26,12 @@ LABELS = {
     "kl_median": "KL divergence, median (nats)",
     "kl_p99": "KL divergence, 99th percentile (nats)",
     "kl_max": "KL divergence, maximum (nats)",
+    "floor_kl_mean": "Noise floor of the KL divergence (nats)",
     "top1_agreement": "Top-1 agreement",
+    "floor_top1_agreement": "Noise floor of the agreement",
     "load_seconds": "Load time",
     "peak_memory_bytes": "Peak memory",
+    "peak_host_memory_bytes": "Peak host memory",
     "time_to_first_token_seconds": "Time to first token",
     "prefill_tokens_per_second": "Prefill (tokens/s)",
     "decode_tokens_per_second": "Decode (tokens/s)",
@@ -44,14 +50,14 @@ def figure(name: str, value: float | None) -> str:
     if not math.isfinite(value):
         return "not finite"
     name = name.removesuffix("_low").removesuffix("_high")
-    metric = name.rsplit("/", 1)[-1]
+    metric = name.rsplit("/", 1)[-1].removeprefix("floor_")
     if metric.endswith("_bytes"):
         return _size(value)
     if metric.endswith("_seconds"):
         return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
     if metric.endswith("_per_second"):
         return _digits(value, 3)
-    if metric == "flips":
+    if metric in ("flips", "items") and not name.endswith("/floor_flips"):
         return f"{value:,.0f}"
     if metric.endswith("_p"):
         return f"{value:.3f}" if value >= 0.001 else "<0.001"
@@ -62,7 +68,9 @@ def figure(name: str, value: float | None) -> str:
     if metric.endswith("_difference"):
         share = metric.startswith(SHARES)
         return f"{100 * value:+.2f} points".replace("-", "−") if share else f"{value:+.4g}".replace("-", "−")
-    if metric in ("quantized_share", "top1_agreement") or (name.startswith("task/") and metric.startswith(SHARES)):
+    if metric in ("quantized_share", "top1_agreement", "flips") or (
+        name.startswith("task/") and metric.startswith(SHARES)
+    ):
         return f"{100 * value:.2f} %"
     if metric == "bits_per_weight":
         return f"{value:.2f}"
@@ -73,9 +81,11 @@ def label(name: str) -> str:
     """What people call the metric `name`: "KL divergence, mean (nats)"; task metrics as "piqa: acc"."""
     if name.startswith("task/"):
         task, metric = name.removeprefix("task/").rsplit("/", 1)
-        metric = metric.removesuffix("_difference") + " difference" if metric.endswith("_difference") else metric
-        metric = f"{metric.removesuffix('_p')}, McNemar's p" if metric.endswith("_p") else metric
-        return f"{task}: {'answers that changed' if metric == 'flips' else metric}"
+        kinds = {"flips": "answers that changed", "floor_flips": "noise floor of the changes", "items": "questions"}
+        for suffix, words in (("_difference", " difference"), ("_p", ", McNemar's p")):
+            if metric.endswith(suffix):
+                return f"{task}: {metric.removesuffix(suffix)}{words}"
+        return f"{task}: {kinds.get(metric, metric)}"
     return LABELS.get(name, name.replace("_", " "))
 
 
@@ -187,6 +197,18 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
                 )
     except Exception as error:  # the numbers are in result.json
         logger.warning("Prefect took no artifact (%s)", _one_line(str(error)))
+
+
+def flat(prefix: str, value: Any) -> dict[str, str]:
+    """Nested mappings as dotted keys; lists as JSON; what is None or empty is left out."""
+    if isinstance(value, dict):
+        items: dict[str, str] = {}
+        for key, inner in value.items():
+            items |= flat(f"{prefix}.{key}" if prefix else str(key), inner)
+        return items
+    if value is None or value in ([], ""):
+        return {}
+    return {re.sub(r"[^\w./ :-]", "-", prefix): value if isinstance(value, str) else json.dumps(value)}
 
 
 def _commit(result: Result) -> str:

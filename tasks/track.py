@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from prefect import task
@@ -71,7 +72,8 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         _replay(client)
         experiment = runs.experiment(client, registry.experiment_name(recipe.model_dump(mode="json")))
         _close_dead(client)
-        run_id = runs.open_release(client, experiment, recipe.name, {**tags, **_signs_of_life()}, _release(tags))
+        name = _release(tags.get("prefect_run"))
+        run_id = runs.open_release(client, experiment, recipe.name, {**tags, **_signs_of_life()}, name)
         _stay_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
         logger.warning(
@@ -87,7 +89,7 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     The result is spooled before and taken out of the spool after, so that neither a server that is away nor a SIGKILL
     loses it. None when there is no run yet because MLflow cannot be reached.
     """
-    release = _release({"prefect_run": result.prefect_run} if result.prefect_run else {}, result)
+    release = _release(result.prefect_run, result)
     folder = home() / "spool"
     folder.mkdir(parents=True, exist_ok=True)
     spooled = folder / f"{release}.json"
@@ -182,6 +184,7 @@ def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | Non
         "server": place(),
         "run_id": run_id,
         "final": final,
+        "life": _signs_of_life(),
         "result": result.model_dump(mode="json"),
         "report": page,
     }
@@ -196,7 +199,8 @@ def _write(client: Any, spooled: Path) -> str:
 
     content = json.loads(spooled.read_text())
     result = Result.model_validate(content["result"])
-    run_id = runs.write(client, result, content["run_id"], spooled.stem, content["report"], content["final"])
+    release = runs.Release(spooled.stem, content["run_id"], content["life"])
+    run_id = runs.write(client, result, release, content["report"], content["final"])
     spooled.unlink()
     return run_id
 
@@ -218,12 +222,13 @@ def _replay(client: Any) -> int:
     return logged
 
 
-def _release(tags: dict[str, Any], result: Result | None = None) -> str:
+def _release(prefect_run: str | None, result: Result | None = None) -> str:
     """What tells this release from all others, also as a file name: its Prefect run, else a hash of when and what."""
-    if tags.get("prefect_run"):
-        return re.sub(r"[^\w-]", "-", str(tags["prefect_run"]))
-    content = f"{result.started} {json.dumps(result.recipe, sort_keys=True)}" if result else f"{_signs_of_life()}"
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    if prefect_run:
+        return re.sub(r"[^\w-]", "-", prefect_run)
+    if result is None:
+        return uuid4().hex
+    return hashlib.sha256(f"{result.started} {json.dumps(result.recipe, sort_keys=True)}".encode()).hexdigest()[:32]
 
 
 def _signs_of_life() -> dict[str, str]:

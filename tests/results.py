@@ -20,14 +20,17 @@ RECIPE = {
     "publish": {"to": "hub", "repo": "me/{model}-{variant}"},
 }
 PROTOCOL = {
-    "text": "python-docs of CPython 3.11.9",
-    "text_sha256": "5d" * 32,
+    "device": "cpu",
+    "text": {"name": "python-docs of CPython 3.11.9", "revision": None, "sha256": "5d" * 32},
+    "windows": 8,
     "window": 512,
     "tokens_scored": 4088,
-    "bos": "none",
-    "dtype": "bfloat16",
+    "special_tokens": "none",
     "batch_size": 8,
-    "device": "cpu",
+    "dtype": "bfloat16",
+    "weights": "as stored",
+    "floor": {"kl_mean": 2.1e-05, "top1_agreement": 0.9995, "batch_size": 1},
+    "speed": {"prompt_tokens": 512, "new_tokens": 64, "repeats": 3, "batch_size": 1, "threads": 2},
 }
 BASELINE = {
     "size_bytes": 269060552.0,
@@ -35,6 +38,8 @@ BASELINE = {
     "perplexity": 19.44812,
     "perplexity_low": 18.1,
     "perplexity_high": 20.9,
+    "floor_kl_mean": 2.1e-05,
+    "floor_top1_agreement": 0.9995,
     "load_seconds": 0.61,
     "peak_memory_bytes": 712345600.0,
     "time_to_first_token_seconds": 0.284,
@@ -43,6 +48,8 @@ BASELINE = {
     "task/piqa/acc": 0.665,
     "task/piqa/acc_low": 0.6,
     "task/piqa/acc_high": 0.73,
+    "task/piqa/items": 200.0,
+    "task/piqa/floor_flips": 0.01,
 }
 INT8 = {
     "size_bytes": 163557634.0,
@@ -71,6 +78,7 @@ INT8 = {
     "task/piqa/acc": 0.66,
     "task/piqa/acc_low": 0.594,
     "task/piqa/acc_high": 0.725,
+    "task/piqa/items": 200.0,
     "task/piqa/acc_difference": -0.005,
     "task/piqa/acc_difference_low": -0.02,
     "task/piqa/acc_difference_high": 0.01,
@@ -104,6 +112,7 @@ NF4 = {
     "task/piqa/acc": 0.635,
     "task/piqa/acc_low": 0.568,
     "task/piqa/acc_high": 0.702,
+    "task/piqa/items": 200.0,
     "task/piqa/acc_difference": -0.03,
     "task/piqa/acc_difference_low": -0.0723,
     "task/piqa/acc_difference_high": 0.0123,
@@ -117,10 +126,12 @@ LEFT = [
 ]
 
 
-def evidence(folder: Path, scale: float, baseline: dict[str, float] | None = None) -> Path:
+def evidence(folder: Path, scale: float) -> Path:
     """An evaluation artifact's folder, as tasks/evaluate writes it: eight windows."""
     folder.mkdir(parents=True, exist_ok=True)
-    windows = [{"loss": 2.9 + 0.05 * i + scale / 4, "kl": scale * (0.8 + 0.05 * i)} for i in range(8)]
+    windows = [
+        {"loss": 2.9 + 0.05 * i + scale / 4} | ({"kl": scale * (0.8 + 0.05 * i)} if scale else {}) for i in range(8)
+    ]
     (folder / "windows.json").write_text(json.dumps(windows))
     return folder
 
