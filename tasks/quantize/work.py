@@ -1,0 +1,96 @@
+"""One folder in, one folder out: everything that happens in the process that quantizes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Variant
+from tasks.progress import Progress, silent
+from tasks.quantize.source import carried_files, read_config, read_tensors
+
+
+def work(
+    source: Path,
+    out: Path,
+    variant: Variant,
+    *,
+    device: str,
+    workers: int | None = None,
+    max_shard_size: int = 50 * 10**9,
+    names: list[str] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Quantize the checkpoint in `source` into the folder `out`, which is empty or holds what a killed run left.
+
+    Returns {digests, parameters, quantized, weight_bytes, left, notes}; `digests` are sha256 of the weight files.
+
+    Raises:
+        BadInputError, TameError: as `check_source`, `lay_out` and `stream`. OSError: no space left.
+    """
+    config = read_config(source)
+    tensors = read_tensors(source)
+    from tasks.quantize.quiet import import_libraries
+
+    import_libraries()
+    from tasks.quantize.layout import lay_out
+    from tasks.quantize.output import shards, write_index
+    from tasks.quantize.stream import Journal, identity_of, stream
+
+    layout = lay_out(source, variant, tensors, trust_remote_code)
+    growing = {name for name in layout.outputs if variant.double_quant and ".quant_state." in name}
+    files = shards(out, layout.outputs, max_shard_size, growing)
+    stats = {name: (source / name).stat() for name in {tensor.file for tensor in tensors.values()}}
+    journal = Journal(
+        out,
+        identity_of(
+            [
+                {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+                [(shard.path.name, shard.at, shard.data) for shard in files],
+                [(job.source, str(job.dtype)) for job in layout.jobs],
+                variant.model_dump(exclude={"name"}),
+                device.partition(":")[0],
+            ]
+        ),
+    )
+    expected = {journal.path, *(shard.path for shard in files)}
+    for path in set(out.iterdir()) - expected:
+        path.unlink()
+    digests = stream(
+        source, layout.jobs, files, variant, _devices(device), _workers(workers, device), journal, progress
+    )
+    write_index(out, files, layout.parameters)
+    written = {**config, **layout.config} if "dtype" in layout.config else config
+    (out / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if layout.generation_config is not None:
+        (out / "generation_config.json").write_text(
+            json.dumps(layout.generation_config, indent=2) + "\n", encoding="utf-8"
+        )
+    for name in carried_files(source, names, trust_remote_code):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+    journal.remove()
+    return {
+        "digests": digests,
+        "parameters": layout.parameters,
+        "quantized": layout.quantized,
+        "weight_bytes": sum(shard.path.stat().st_size for shard in files),
+        "left": layout.left,
+        "notes": layout.notes,
+    }
+
+
+def _devices(device: str) -> list[str]:
+    """`cuda` means all GPUs that this process sees."""
+    if device != "cuda":
+        return [device]
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _workers(workers: int | None, device: str) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers or (cores if device == "cpu" else min(cores, 6))
