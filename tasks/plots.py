@@ -5,7 +5,9 @@ nothing to draw.
 """
 
 import io
+import math
 import re
+from math import isfinite
 from typing import Any
 
 from tasks import evidence
@@ -30,12 +32,15 @@ SERIES = (PASS, REJECT, FAIL, MUTED, TEXT)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.2
 """Inches: at 72 points an inch the text stays readable on a phone's 350 pixels."""
+LONGEST = 18
 
 
 def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
     """The metric `name` over size, with intervals and the gate's limit: down and to the left is better."""
-    shown = [row for row in rows(result) if "size_bytes" in row.metrics and (name in row.metrics or _is_baseline(row))]
-    shown = [row for row in shown if name in row.metrics or name == "kl_mean"]
+    shown = [
+        row for row in _drawable(rows(result), "size_bytes") if name not in row.metrics or isfinite(row.metrics[name])
+    ]
+    shown = [row for row in shown if name in row.metrics or (name == "kl_mean" and _is_baseline(row))]
     if sum(not _is_baseline(row) for row in shown) == 0:
         return None
     unit, scale = ("GB", 1e9) if max(row.metrics["size_bytes"] for row in shown) >= 1e9 else ("MB", 1e6)
@@ -43,9 +48,9 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
     for row in shown:
         x, y = row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)  # the baseline's divergence is zero
         low, high = row.metrics.get(f"{name}_low", y), row.metrics.get(f"{name}_high", y)
-        error = [[max(y - low, 0.0)], [max(high - y, 0.0)]]
+        error = [[max(y - low, 0.0) if isfinite(low) else 0.0], [max(high - y, 0.0) if isfinite(high) else 0.0]]
         axes.errorbar(x, y, yerr=error, fmt=_marker(row), color=_ink(row), markersize=7, capsize=3, elinewidth=1.2)
-        axes.annotate(row.name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=12)
+        axes.annotate(_short(row.name), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=12)
     best = _frontier([(row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)) for row in shown])
     axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle=":", zorder=1)
     if limit is not None:
@@ -73,7 +78,7 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
 
 def bars(result: Result, name: str) -> Plot | None:
     """The metric `name` of the baseline and each variant as labelled bars."""
-    shown = [row for row in rows(result) if name in row.metrics]
+    shown = _drawable(rows(result), name)
     if not shown:
         return None
     canvas, axes = _axes(0.55 + 0.36 * len(shown))
@@ -83,7 +88,7 @@ def bars(result: Result, name: str) -> Plot | None:
         axes.annotate(
             figure(name, value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=12
         )
-    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.set_yticks(range(len(shown)), [_short(row.name) for row in shown])
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.margins(x=0.22)
@@ -115,7 +120,7 @@ def windows(result: Result) -> Plot | None:
             medianprops={"color": TEXT, "linewidth": 2},
             flierprops={"marker": ".", "markersize": 4, "markeredgecolor": _ink(row)},
         )
-    axes.set_yticks(range(len(found)), [row.name for row, _ in found])
+    axes.set_yticks(range(len(found)), [_short(row.name) for row, _ in found])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("KL divergence of a window (nats)", fontsize=12)
@@ -140,7 +145,7 @@ def over_time(series: dict[str, list[tuple[int, float]]], ticks: list[str], name
             color=SERIES[i % len(SERIES)],
             linewidth=1.4,
             markersize=5,
-            label=variant,
+            label=_short(variant),
         )
     every = -(-len(ticks) // 6)
     axes.set_xticks(range(0, len(ticks), every), ticks[::every])
@@ -191,7 +196,7 @@ def _svg(canvas: Any, name: str) -> str:
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     used = set(re.findall(r"#([\w-]+)", "".join(re.findall(r'url\(#[^)]*\)|href="#[^"]*"', svg))))
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", svg)
@@ -201,6 +206,15 @@ def _svg(canvas: Any, name: str) -> str:
     for stand_in, ink in INKS.items():
         svg = svg.replace(stand_in, ink)
     return re.sub(r"\n\s*", "\n", svg).replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def _drawable(measured: list[Measured], name: str) -> list[Measured]:
+    return [row for row in measured if isfinite(row.metrics.get(name, math.nan))]
+
+
+def _short(name: str) -> str:
+    """A variant's name, as much as a plot has room for."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _is_baseline(row: Measured) -> bool:

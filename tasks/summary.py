@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import re
-
 from typing import Any
 
 from tasks.result import Measured, Result, ResultVariant

@@ -1,0 +1,173 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tasks import report, summary
+from tasks.result import Result, ResultVariant
+from tests.results import make
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements, ids and addresses of a page; fails on tags that do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_attributes(dict(attributes))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.handle_attributes(dict(attributes))
+
+    def handle_attributes(self, attributes: dict[str, str | None]) -> None:
+        assert not [name for name in attributes if name.startswith("on")], "an event handler"
+        self.ids += [attributes["id"] or ""] if "id" in attributes else []
+        self.addresses += [value or "" for name, value in attributes.items() if name in ("href", "src", "xlink:href")]
+        self.references += re.findall(r"url\(#([^)]*)\)", " ".join(value or "" for value in attributes.values()))
+        self.references += (attributes.get("aria-labelledby") or "").split()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.cells and self.open and self.open[-1] in ("td", "th", "span"):
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return make(tmp_path_factory.mktemp("evidence"))
+
+
+@pytest.fixture(scope="module")
+def html(result: Result) -> str:
+    return report.render(result)
+
+
+def test_same_result_same_bytes(result: Result, html: str) -> None:
+    assert report.render(result) == html
+
+
+def test_every_number_is_the_result_s(result: Result, html: str) -> None:
+    page = Page(html)
+    for row in summary.rows(result):
+        for name in summary.points([row.metrics]):
+            assert summary.figure(name, row.metrics[name]) in page.cells
+            assert summary.label(name) in page.cells
+            if interval := summary.span(name, row.metrics):
+                assert interval in page.text
+
+
+def test_verdict_comes_first_and_nothing_is_left_out(html: str) -> None:
+    text = re.sub(r"\s+", " ", " ".join(Page(html).text))
+    order = [
+        "Rejected: kl_mean 0.2741 > 0.1",
+        "Numbers",
+        "What it cost in quality",
+        "Speed and memory",
+        "Answers side by side",
+    ]
+    order += [
+        "What was left unquantized",
+        "model.embed_tokens",
+        "How it was measured",
+        "Where it comes from",
+        "How to make it again",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert "the process was killed (signal 9)" in text
+    assert "12fd25f77366fa6b3b4b768ec3050bf629380bac" in text
+
+
+def test_one_file_without_requests_or_scripts(html: str) -> None:
+    page = Page(html)
+    assert "script" not in page.tags
+    assert [address for address in page.addresses if not address.startswith(("#", "https://huggingface.co/me/"))] == []
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert set(page.references) <= set(page.ids)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+
+
+def test_plots_follow_the_page_s_colours_and_have_words(html: str) -> None:
+    assert html.count("<svg ") == html.count('role="img" aria-label=') == 7
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert re.findall(r"#[0-9a-fA-F]{6}\b", drawn) == []
+    words = re.findall(r'aria-label="([^"]*)"', html)
+    assert any("nf4-dq 111.9 MB, 0.2616" in words for words in words)
+
+
+def test_what_models_and_names_say_is_text(result: Result) -> None:
+    hostile = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
+    variant = result.variants[0]
+    samples = [{"prompt": hostile, "baseline": hostile, "answer": hostile + "!", "diverges_at": len(hostile)}]
+    variant = variant.model_copy(
+        update={"name": hostile, "samples": samples, "notes": [hostile], "published": "javascript:alert(1)"}
+    )
+    source = result.source.model_copy(update={"model": f"me/{hostile}", "licence": hostile})
+    page = Page(
+        report.render(
+            result.model_copy(update={"variants": [variant], "source": source, "versions": {hostile: hostile}})
+        )
+    )
+    assert not {"script", "img"} & set(page.tags)
+    assert page.addresses == [address for address in page.addresses if address.startswith("#")]
+    assert any("alert(1)" in text for text in page.text)
+
+
+def test_first_divergence_is_marked(html: str) -> None:
+    assert 'It <mark><span class="hidden">first difference: </span>is</mark> also the largest city.' in html
+    assert '<mark><span class="hidden">first difference: </span>Lyon.</mark>' in html
+    assert report._parts("Paris", 5) == ("Paris", "∅", "")
+    assert report._parts("Paris and", None) == ("Paris and", "", "")
+
+
+def test_a_release_that_measured_nothing_has_a_report(result: Result) -> None:
+    failed = [
+        ResultVariant(name=variant.name, status="failed", spec=variant.spec, error="no such model")
+        for variant in result.variants
+    ]
+    page = report.render(result.model_copy(update={"baseline": None, "variants": failed, "error": "no such model"}))
+    assert "<svg" not in page
+    assert "Failed: no such model" in page
+
+
+def test_numbers_that_are_not_finite_do_not_break_the_plots(result: Result) -> None:
+    broken = {
+        **result.variants[0].metrics,
+        "kl_mean": float("inf"),
+        "perplexity": float("nan"),
+        "load_seconds": float("inf"),
+    }
+    page = report.render(
+        result.model_copy(update={"variants": [result.variants[0].model_copy(update={"metrics": broken})]})
+    )
+    assert "not finite" in page
+
+
+def test_five_variants_with_long_answers_stay_small(result: Result, tmp_path: Path) -> None:
+    samples = [{"prompt": f"p{i}", "baseline": "b" * 20000, "answer": "a" * 20000, "diverges_at": 0} for i in range(50)]
+    variants = [result.variants[0].model_copy(update={"name": f"v{i}", "samples": samples}) for i in range(5)]
+    assert len(report.render(result.model_copy(update={"variants": variants})).encode()) < 3_000_000
