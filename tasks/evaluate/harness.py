@@ -1,0 +1,144 @@
+"""Tasks through lm-evaluation-harness, over the model that is already loaded."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Evaluate
+from tasks.evaluate.definitions import TaskWork
+from tasks.evaluate.load import Loaded, line, out_of_memory, quiet
+from tasks.progress import Progress, silent
+
+RESULT = "result.json"
+FLOOR_ITEMS = 200  # of each task, run again in another batch shape
+
+
+def run_tasks(
+    loaded: Loaded, work: TaskWork, spec: Evaluate, folder: Path, progress: Progress = silent, floor: bool = False
+) -> None:
+    """Run every task, and keep each item's result.
+
+    Writes NAME.jsonl for each task ({doc_id, doc_hash, metric: value, …} an item) and, last, result.json: for each task
+    its metrics, their number of items, its version, and, with `floor`, how many of its first 200 items flip when the same
+    model runs them in another batch shape.
+
+    Raises:
+        BadInputError: a task that asks to run code, or needs more than text.
+        TameError: a task whose data cannot be reached, or whose definition fails.
+    """
+    quiet()
+    import datasets
+
+    datasets.disable_progress_bars()
+    loaded_tasks = _load_tasks(work, spec)
+    progress("tasks", 0, 1)
+    results = _evaluate(loaded, loaded_tasks, spec.batch_size, spec.task_limit)
+    summary: dict[str, dict[str, Any]] = {}
+    for name, items in results["samples"].items():
+        rows = [_row(item) for item in items]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
+        summary[name] = {
+            "items": len({row["doc_id"] for row in rows}),
+            "metrics": {
+                key: value for key, value in metrics.items() if isinstance(value, float) and "stderr" not in key
+            },
+            "version": results["versions"].get(name),
+            "fewshot": results["n-shot"].get(name),
+        }
+    groups = {
+        name: {
+            key.removesuffix(",none"): value
+            for key, value in metrics.items()
+            if isinstance(value, float) and "stderr" not in key
+        }
+        for name, metrics in results["results"].items()
+        if name not in results["samples"]
+    }
+    if floor:
+        for name, flips in _floor(loaded, work, spec, results["samples"]).items():
+            summary[name]["floor"] = flips
+    progress("tasks", 1, 1)
+    protocol = {
+        "batch_size": spec.batch_size,
+        "limit": spec.task_limit,
+        "weights": loaded.weights,
+        "dtype": loaded.dtype,
+    }
+    (folder / RESULT).write_text(json.dumps({"tasks": summary, "groups": groups, "protocol": protocol}, indent=1))
+
+
+def _load_tasks(work: TaskWork, spec: Evaluate) -> Any:
+    """As lm_eval.simple_evaluate does it, without the index of all its tasks."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    try:
+        found = TaskManager(include_path=work.include, include_defaults=False).load(work.names)
+    except Exception as error:
+        raise TameError(
+            f"evaluate.tasks {', '.join(work.names)}: {type(error).__name__}: {line(error)}; see that the data can be reached"
+        ) from None
+    for name, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise BadInputError(
+                f"evaluate.tasks {name}: it runs code that the model writes, and tame does not; leave it out"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise BadInputError(
+                f"evaluate.tasks {name}: it needs images or sound, and tame measures text; leave it out"
+            )
+        default = task.get_config("num_fewshot")
+        if spec.task_fewshot is not None and default != 0:
+            task.set_config(key="num_fewshot", value=spec.task_fewshot)
+        elif default is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # lm-evaluation-harness's own default: its published scores use it
+    return found
+
+
+def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) -> Any:
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    random.seed(0)
+    np.random.seed(1234)  # noqa: NPY002
+    torch.manual_seed(1234)
+    while True:
+        try:
+            model = HFLM(
+                pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, device=loaded.device
+            )
+            for task in found["tasks"].values():
+                task._instances = None
+            with torch.inference_mode():
+                return evaluate(model, task_dict=found, limit=limit, bootstrap_iters=0, log_samples=True)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or batch_size == 1:
+                raise
+        batch_size //= 2
+
+
+def _row(item: dict[str, Any]) -> dict[str, Any]:
+    """What of an item's result is kept: which it was, and how it did."""
+    scores = {name: item[name] for name in item["metrics"] if isinstance(item.get(name), int | float)}
+    return {"doc_id": item["doc_id"], "doc_hash": item["doc_hash"], "filter": item["filter"], **scores}
+
+
+def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, samples: Any) -> dict[str, dict[str, int]]:
+    """For each task: of how many items, and how many change between right and wrong in another batch shape."""
+    limit = min(FLOOR_ITEMS, spec.task_limit or FLOOR_ITEMS)
+    again = _evaluate(loaded, _load_tasks(work, spec), 1 if spec.batch_size > 1 else 2, limit)["samples"]
+    floors = {}
+    for name, items in again.items():
+        metric = items[0]["metrics"][0]
+        before = {(item["doc_id"], item["filter"]): item.get(metric) for item in samples[name]}
+        flips = sum(before[item["doc_id"], item["filter"]] != item.get(metric) for item in items)
+        floors[name] = {"items": len(items), "flips": flips}
+    return floors

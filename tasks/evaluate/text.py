@@ -1,0 +1,199 @@
+"""The text that perplexity and divergence are measured on: files, a data set of the Hub, or the prose inside CPython."""
+
+import functools
+import hashlib
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import BadInputError, TameError
+from configs.schema import TextSource
+from tasks import store
+
+ROW_SEPARATOR = "\n\n"  # how the papers that report WikiText perplexity join its rows
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer makes of prose
+
+
+class LoadedText(BaseModel):
+    """A text, and what identifies it: the name for people, the sha256 of its UTF-8 bytes for keys."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    name: str
+    digest: str
+    revision: str | None
+    """The Hub commit of a data set."""
+
+
+def load_text(spec: TextSource) -> LoadedText:
+    """Read the text that `spec` names. Files and a data set's rows are joined by a blank line.
+
+    Raises:
+        BadInputError: a file, data set, split or column that is not there, a file that is not UTF-8, or no text at all.
+        TameError: the Hub cannot be reached and the data set is not cached.
+    """
+    revision = None
+    if spec.files is not None:
+        text = ROW_SEPARATOR.join(_read(Path(name).expanduser()) for name in spec.files)
+        name = " + ".join(Path(name).name for name in spec.files[:3]) + (" + …" if len(spec.files) > 3 else "")
+    elif spec.builtin is not None:
+        from pydoc_data.topics import topics
+
+        text, name = ROW_SEPARATOR.join(topics[key] for key in sorted(topics)), spec.builtin
+    else:
+        text, revision = _read_dataset(spec)
+        name = " ".join([str(spec.dataset), *([spec.config] if spec.config else []), spec.split])
+    if not text.strip():
+        raise BadInputError(f"evaluate.text {name}: there is no text in it; give one with words")
+    return LoadedText(text=text, name=name, digest=hashlib.sha256(text.encode()).hexdigest(), revision=revision)
+
+
+def check_text(text: LoadedText, window: int, tokenizer_folder: Path) -> int:
+    """Count tokens until `window` of them are certain: what was counted, at least `window`. Imports no transformers.
+
+    Raises:
+        BadInputError: the text is shorter than one window, the window longer than the model's positions, or there is no
+            tokenizer.
+    """
+    if (positions := max_positions(tokenizer_folder)) is not None and window > positions:
+        raise BadInputError(f"evaluate.window {window}: the model takes {positions} tokens at most; lower it")
+    start = text.text[: window * CHARACTERS_PER_TOKEN]
+    count = _count(start, tokenizer_folder)
+    if count < window and len(start) < len(text.text):
+        count = _count(text.text, tokenizer_folder)
+    if count < window:
+        raise BadInputError(
+            f"evaluate.text {text.name}: {count} tokens, less than one window of {window}; lower evaluate.window or give more text"
+        )
+    return count
+
+
+def max_positions(folder: Path) -> int | None:
+    """How many positions the model of config.json was made for, if it says so."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    config = config.get("text_config") or config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(config.get(name), int) and config[name] > 0:
+            return int(config[name])
+    return None
+
+
+def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
+    """Token ids of `text`, special tokens as the tokenizer adds them by itself, the first `limit` of them.
+
+    Of a long text only a start that certainly holds `limit` tokens is tokenized: characters are cut far behind the last
+    token that is used, so that the cut does not change it.
+    """
+    if limit is not None and len(text) > limit * CHARACTERS_PER_TOKEN:
+        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN])["input_ids"]
+        if len(ids) > limit + 1000:
+            return list(ids[:limit])
+    return list(tokenizer(text)["input_ids"][:limit])
+
+
+def _count(text: str, folder: Path) -> int:
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            return len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
+        except Exception as error:
+            raise BadInputError(
+                f"{folder / 'tokenizer.json'}: not a tokenizer ({_line(error)}); download it again"
+            ) from None
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(str(folder))(text)["input_ids"])
+    except Exception as error:
+        raise BadInputError(f"{folder}: no tokenizer that loads ({_line(error)}); add its tokenizer files") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(f"evaluate.text.files {path}: {error.strerror}; give a readable UTF-8 file") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise BadInputError(
+            f"evaluate.text.files {path}: byte {byte:#04x} at offset {error.start} is not UTF-8; convert the file to UTF-8"
+        ) from None
+
+
+def _read_dataset(spec: TextSource) -> tuple[str, str]:
+    """The joined rows and the commit. Kept in the store, so that a run that is cached neither downloads nor reads rows."""
+    commit = dataset_commit(str(spec.dataset), spec.revision)
+    inputs = {**spec.model_dump(include={"dataset", "config", "split", "column"}), "commit": commit, "stage": 1}
+
+    def make(folder: Path) -> store.Made:
+        (folder / "text.txt").write_bytes(_rows(spec, commit).encode())
+        return store.Made()
+
+    artifact, _ = store.build("text", {**inputs, "datasets": version("datasets")}, make)
+    return (Path(artifact.path) / "text.txt").read_bytes().decode(), commit
+
+
+def _rows(spec: TextSource, commit: str) -> str:
+    import datasets
+
+    datasets.disable_progress_bars()
+    where = f"evaluate.text.dataset {spec.dataset}"
+    try:
+        rows = datasets.load_dataset(spec.dataset, spec.config, split=spec.split, revision=commit)
+    except (ValueError, FileNotFoundError) as error:  # an unknown configuration or split, or files that are not there
+        raise BadInputError(f"{where}: {_line(error)}") from None
+    except Exception as error:
+        raise TameError(
+            f"{where}: {type(error).__name__}: {_line(error)}; try again when the Hub can be reached"
+        ) from None
+    if spec.column not in rows.column_names:
+        raise BadInputError(f"{where}: no column {spec.column!r}; it has {', '.join(rows.column_names)}")
+    column = rows[spec.column]
+    if len(column) and not isinstance(column[0], str):
+        raise BadInputError(
+            f"{where}: column {spec.column!r} holds {type(column[0]).__name__}, not text; name a text column"
+        )
+    return ROW_SEPARATOR.join(column)
+
+
+@functools.cache
+def dataset_commit(dataset: str, revision: str) -> str:
+    """The commit that `revision` of a Hub data set names now; without a network, the one that is cached for it.
+
+    Raises:
+        BadInputError: no such data set or revision.
+        TameError: the Hub cannot be reached, and nothing is cached.
+    """
+    if COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(dataset, revision=revision).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = "revision " + revision if isinstance(error, RevisionNotFoundError) else "data set"
+        raise BadInputError(f"{dataset}: the Hub has no such {what}, or your HF_TOKEN may not see it") from None
+    except Exception as error:
+        known = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "refs" / revision
+        if known.is_file():
+            return known.read_text().strip()
+        raise TameError(
+            f"data set {dataset}: the Hub cannot be reached ({_line(error)}), and it is not cached"
+        ) from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
