@@ -38,6 +38,22 @@ def same_release(one: bytes, other: bytes) -> bool:
         return False
 
 
+def identity(extra: dict[str, bytes]) -> str:
+    """What `extra` says that a second run would say again."""
+    content = json.loads(extra[NAME]) if NAME in extra else {}
+    kept = {key: value for key, value in content.items() if key not in ("run", "documents")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def tag(extra: dict[str, bytes], files: dict[str, str]) -> str:
+    """A tag for a release: tame's version, variant and source commit, or the files' digest where no more is known."""
+    content = json.loads(extra[NAME]) if NAME in extra else {}
+    if "variant" not in content:
+        return f"tame-{digest_of(files)[:12]}"
+    source = content["source"]["commit"] or content["source"]["digest"]
+    return f"tame-{content['versions'].get('tame', '0')}-{content['variant']['name']}-{source[:12]}"
+
+
 def settled(there: dict[str, bytes], extra: dict[str, bytes]) -> dict[str, bytes]:
     """`extra`, or `there` if it tells of the same release and nobody has edited it: run ids and times that differ are no
     reason to publish again.
@@ -84,10 +100,6 @@ def lasting(metrics: dict[str, float]) -> dict[str, float]:
 def passing(metrics: dict[str, float]) -> dict[str, float]:
     """What it does not: times, speeds, and memory."""
     return {name: value for name, value in metrics.items() if _is_volatile(name)}
-
-
-def signer() -> Any:
-    return None
 
 
 def plain_document(folder: Path, files: dict[str, str], documents: dict[str, bytes]) -> bytes:

@@ -1,13 +1,15 @@
 """Publish: what was measured goes to the Hub or into a folder, all of it or nothing, and never twice."""
 
+import functools
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-from prefect.states import Completed, State
+from prefect import State, task
+from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
@@ -15,8 +17,9 @@ from configs.schema import Publish, Recipe
 from tasks import hub, provenance, publish_hub, publish_local, store
 from tasks.hub import UnreachableError, endpoint
 from tasks.progress import Progress, show
-from tasks.publish_hub import Wanted
+from tasks.publish_hub import TAG, Release, Wanted
 from tasks.publish_wire import ask, connect, wait
+from tasks.signing import signer
 
 log = logging.getLogger("tame.publish")
 
@@ -80,9 +83,9 @@ def preflight(
     for repo in repos.values():
         _legal(repo)
     api = connect()
-    account = _account(api)
+    signer("")
     for repo in repos.values():
-        _may_write(api, account, _full_name(repo, account), spec.private)
+        _may_write(api, _full_name(repo, api), spec.private)
     warnings = _licence(recipe.source.model, source_licence, source_gated)
     if warnings and spec.licence_check == "refuse":
         raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
@@ -126,33 +129,31 @@ def publish(
         name: Wanted(size=(folder / name).stat().st_size, sha256=digest, path=str(folder / name))
         for name, digest in files.items()
     }
-    tag = tag or f"tame-{store.digest_of(files)[:12]}"
-    sign = provenance.signer()
-    done = _patiently(lambda: _to_hub(wanted, extra, repo, spec, tag, sign, progress), pauses)
-    return _told(done)
+    tag = tag or provenance.tag(extra, files)
+    release = Release(
+        repo=repo,
+        files=wanted,
+        extra=extra,
+        private=spec.private,
+        review=spec.review,
+        tag=tag if tag.startswith(TAG) else TAG + tag,
+    )
+    return _told(_patiently(lambda: _to_hub(release, progress), pauses))
 
 
-def _to_hub(
-    wanted: dict[str, Wanted],
-    extra: dict[str, bytes],
-    repo: str,
-    spec: Publish,
-    tag: str,
-    sign: Any,
-    progress: Progress,
-) -> Published:
+def _to_hub(release: Release, progress: Progress) -> Published:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        repo = repo if "/" in repo else _full_name(repo, _account(connect()))
-        done = publish_hub.put(wanted, extra, repo, spec.private, spec.review, tag, sign, progress)
+        release = release.model_copy(update={"repo": _full_name(release.repo, connect())})
+        done = publish_hub.put(release, signer(release.repo), progress)
     except BadInputError as error:  # too late for exit code 2: work has been done
         raise TameError(str(error)) from None
     except RepositoryNotFoundError:
-        raise TameError(f"{repo} is gone from {endpoint()}, or hidden from this token; run it again") from None
+        raise TameError(f"{release.repo} is gone from {endpoint()}, or hidden from this token; run it again") from None
     return Published(
         to="hub",
-        repo=repo,
+        repo=release.repo,
         url=done.url,
         commit=done.commit,
         visibility="private" if done.private else "public",
@@ -161,13 +162,13 @@ def _to_hub(
     )
 
 
-def _patiently(attempt: Any, pauses: tuple[float, ...]) -> Published:
+def _patiently(attempt: Callable[[], Published], pauses: tuple[float, ...]) -> Published:
     for pause in pauses:
         try:
-            return attempt()  # type: ignore[no-any-return]
+            return attempt()
         except UnreachableError as error:
             wait(error, pause)
-    return attempt()  # type: ignore[no-any-return]
+    return attempt()
 
 
 def _told(done: Published) -> Published:
@@ -197,9 +198,8 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
         raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
     _legal(repo)
     api = connect()
-    account = _account(api)
-    repo = _full_name(repo, account)
-    _may_write(api, account, repo, private)
+    repo = _full_name(repo, api)
+    _may_write(api, repo, private)
     files = store.sha256_files(folder, names)
     extra = {} if provenance.NAME in files else plain_files(folder, files, repo)
     return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
@@ -207,7 +207,7 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
 
 def _legal(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -218,18 +218,21 @@ def _legal(repo: str) -> None:
         ) from None
 
 
-def _account(api: Any) -> dict[str, Any]:
-    """Who the token belongs to."""
-    account: dict[str, Any] = ask("whoami", api.whoami)
+@functools.cache
+def _account(address: str, token: str) -> dict[str, Any]:
+    """Who the token belongs to, asked once: the Hub answers this seldom to those who ask often."""
+    from huggingface_hub import HfApi
+
+    account: dict[str, Any] = ask("whoami", HfApi(endpoint=address, token=token).whoami)
     return account
 
 
-def _full_name(repo: str, account: dict[str, Any]) -> str:
-    return repo if "/" in repo else f"{account['name']}/{repo}"
+def _full_name(repo: str, api: Any) -> str:
+    return repo if "/" in repo else f"{_account(api.endpoint, api.token)['name']}/{repo}"
 
 
-def _may_write(api: Any, account: dict[str, Any], repo: str, private: bool) -> None:
-    owner = repo.split("/")[0]
+def _may_write(api: Any, repo: str, private: bool) -> None:
+    account, owner = _account(api.endpoint, api.token), repo.split("/")[0]
     access = (account.get("auth") or {}).get("accessToken") or {}
     mine = {account["name"]} | {org["name"] for org in account.get("orgs") or [] if org.get("roleInOrg") != "read"}
     if access.get("role") == "read":
@@ -245,14 +248,26 @@ def _may_write(api: Any, account: dict[str, Any], repo: str, private: bool) -> N
         raise BadInputError(
             f"the token in HF_TOKEN has no write permission for {repo}; grant it on {endpoint()}/settings/tokens"
         )
-    there = publish_hub.look(api, repo)
-    if there and not there.ours:
+    _free(api, repo, private)
+
+
+def _free(api: Any, repo: str, private: bool) -> None:
+    """See that `repo` is not there yet, or that tame may go on with it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = ask(repo, lambda: api.model_info(repo))
+    except RepositoryNotFoundError:
+        return
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    if provenance.NAME not in names and names - {".gitattributes"}:
         raise BadInputError(
-            f"{repo} is there and tame did not make it (no {provenance.NAME}); give another name, or empty it"
+            f"{repo} is there and tame did not make it (it has no {provenance.NAME}); give another name, or empty it"
         )
-    if there and private and not there.private and provenance.NAME in there.files:
+    if private and not info.private:
         raise BadInputError(
-            f"{repo} is public and publish.private is true; set publish.private: false, or make it private on its page"
+            f"{repo} is public and publish.private is true; set publish.private: false, or make it private on "
+            f"{endpoint()}/{repo}/settings"
         )
 
 
@@ -321,7 +336,11 @@ def publish_task(
     tag: str | None = None,
 ) -> State[Published]:
     """`publish` in the flow: Prefect makes the further attempts, so that they can be seen."""
-    done = publish(folder, files, extra, repo, spec, tag=tag, pauses=())
+    try:
+        done = publish(folder, files, extra, repo, spec, tag=tag, pauses=())
+    except UnreachableError as error:
+        wait(error, 0.0)  # what the Hub asked for, on top of Prefect's own delay
+        raise
     return Completed(name="Cached" if done.cached else "Completed", data=done)
 
 

@@ -4,6 +4,7 @@ Each attempt begins by looking at what is there, and does only what is missing: 
 after a kill, safe. What was compared in full is tagged, so an untagged head is one that nobody has verified yet.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
 from tasks import provenance
-from tasks.hub import endpoint
+from tasks.hub import UnreachableError, endpoint
 from tasks.isolate import isolated
 from tasks.progress import Progress
 from tasks.publish_loads import loads
@@ -26,7 +27,9 @@ log = logging.getLogger("tame.publish")
 
 # What somebody may keep beside a model without changing what is loaded.
 HARMLESS = (".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore")
+TAG = "tame-"
 SIGNATURE = "model.sig"
+TIMEOUT = 60.0  # seconds
 SMALL = 20_000_000  # bytes: what is kept when it is read back, to load the configuration and tokenizer from
 
 
@@ -58,9 +61,19 @@ class Repo(BaseModel):
         return provenance.NAME in self.files or not self.files.keys() - {".gitattributes"}
 
     @property
-    def fresh(self) -> bool:
-        """Whether no commit of it was ever verified, and no stranger can see it."""
-        return self.private and not self.tags
+    def releases(self) -> set[str]:
+        """Commits that tame verified and tagged."""
+        return {commit for name, commit in self.tags.items() if name.startswith(TAG)}
+
+    @property
+    def verified(self) -> bool:
+        """Whether what it shows now is such a commit."""
+        return self.head in self.releases
+
+    @property
+    def hidden(self) -> bool:
+        """Whether no stranger can see it and nothing was released in it: what is committed now harms nobody."""
+        return self.private and not self.releases
 
 
 class Wanted(BaseModel):
@@ -86,13 +99,33 @@ class Wanted(BaseModel):
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+class Release(BaseModel):
+    """What is to be published where: `files` that were measured, `extra` files that tell of them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repo: str
+    files: dict[str, Wanted]
+    extra: dict[str, bytes]
+    private: bool
+    review: bool
+    tag: str
+
+    @property
+    def title(self) -> str:
+        """Of its commit or pull request: the same for the same release, whoever runs it and however often."""
+        told = provenance.identity(self.extra)
+        content = "".join(f"{file.sha256} {name}\n" for name, file in sorted(self.files.items()))
+        return f"tame: {self.tag} ({hashlib.sha256((content + told).encode()).hexdigest()[:12]})"
+
+
 class Done(BaseModel):
-    """What was done on the Hub."""
+    """What was done on the Hub. `url` is the commit's, or the pull request's that waits for review."""
 
     model_config = ConfigDict(frozen=True)
 
     url: str
-    commit: str | None
+    commit: str
     private: bool
     uploaded: list[str]
     already: bool
@@ -101,34 +134,18 @@ class Done(BaseModel):
 def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
     """What stands at `repo`; None if there is nothing, or nothing that this token may see."""
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
     try:
-        info = ask(repo, lambda: api.model_info(repo, revision=revision))
-        tree = ask(repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=info.sha)))
-        refs = ask(repo, lambda: api.list_repo_refs(repo))
+        info = ask(repo, lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT))
+        files = _files(api, repo, info.sha)
+        tags = {tag.name: tag.target_commit for tag in ask(repo, lambda: api.list_repo_refs(repo)).tags}
     except RepositoryNotFoundError:
         return None
-    files = {
-        entry.path: Remote(size=entry.size, oid=entry.blob_id, sha256=entry.lfs.sha256 if entry.lfs else None)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    }
-    tags = {tag.name: tag.target_commit for tag in refs.tags}
-    return Repo(id=info.id, private=bool(info.private), head=str(info.sha), files=files, tags=tags)
+    return Repo(id=info.id, private=bool(info.private), head=info.sha, files=files, tags=tags)
 
 
-def put(
-    files: dict[str, Wanted],
-    extra: dict[str, bytes],
-    repo: str,
-    private: bool,
-    review: bool,
-    tag: str,
-    sign: Callable[[dict[str, Wanted]], bytes] | None,
-    progress: Progress,
-) -> Done:
-    """One attempt to make the model repo `repo` hold exactly `files` and `extra`, verified, tagged and visible as asked.
+def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, progress: Progress) -> Done:
+    """One attempt to make the model repo hold exactly what `release` has, verified, tagged, and visible as asked.
 
     Raises:
         TameError: it holds what tame did not put there, changed meanwhile, or does not hold what was uploaded.
@@ -136,61 +153,69 @@ def put(
         BadInputError: the Hub does not let this token do it.
     """
     api = connect()
-    there = look(api, repo)
-    if there is None:
-        ask(repo, lambda: api.create_repo(repo, private=True, exist_ok=True))
-        there = look(api, repo)
-        if there is None:
-            raise TameError(
-                f"{repo} was made on {endpoint()} but cannot be seen; see that HF_TOKEN may read what it writes"
-            )
+    there = look(api, release.repo) or _create(api, release.repo)
     if not there.ours:
-        raise TameError(f"{repo} holds files that tame did not put there; give another name, or empty it")
-    wanted = _wanted(api, there, files, extra, sign)
+        raise TameError(f"{there.id} holds files that tame did not put there; give another name, or empty it")
+    wanted = _wanted(api, there, release, sign)
     adding = [name for name, file in wanted.items() if not file.is_at(there.files.get(name))]
     removing = _stale(api, there, wanted)
-    verified = there.head in there.tags.values()
-    if not adding and not removing and verified and there.private == private:
-        return Done(url=_url(there.id, there.head), commit=there.head, private=private, uploaded=[], already=True)
-    commit, unread = there.head, [] if verified else list(wanted)
-    if adding or removing:
-        if private and not there.private:
-            raise TameError(
-                f"{repo} is public and publish.private is true; make it private on {endpoint()}/{repo}/settings, or set "
-                "publish.private: false"
-            )
-        if there.fresh:
-            commit = upload(api, there.id, _sources(wanted, adding), removing, there.head, tag, progress).oid
-        else:
-            whole = sorted({*adding, *unread})
-            done = _propose(api, there, wanted, adding, removing, whole, review, tag, progress)
-            if isinstance(done, Done):
-                return done
-            commit, unread = done, []
+    if not adding and not removing and there.verified and there.private == release.private:
+        return Done(url=_url(there.id, there.head), commit=there.head, private=there.private, uploaded=[], already=True)
+    if release.private and not there.private:
+        raise TameError(
+            f"{there.id} is public and publish.private is true; set publish.private: false, or make it private on "
+            f"{endpoint()}/{there.id}/settings"
+        )
+    commit, unread = there.head, [] if there.verified else list(wanted)
+    if (adding or removing) and there.hidden:
+        operations = _sources(wanted, adding)
+        commit = upload(api, there.id, operations, removing, there.head, release.title, progress).oid
+    elif adding or removing:
+        number, commit, moved = _propose(api, there, release, wanted, adding, removing, progress)
+        _verify_proposal(api, there.id, number, commit, wanted, sorted({*adding, *unread}), progress)
+        if release.review:
+            url = f"{endpoint()}/{there.id}/discussions/{number}"
+            return Done(url=url, commit=commit, private=there.private, uploaded=moved, already=not moved)
+        commit, unread = _merge(api, there, number), []
     _verify(api, there.id, commit, wanted, unread, progress)
     _still(api, there.id, commit)
-    if there.private and not private:
-        ask(repo, lambda: api.update_repo_settings(repo, private=False))
-    _tag(api, there, tag, commit)
-    return Done(url=_url(there.id, commit), commit=commit, private=private, uploaded=adding, already=False)
+    if there.private and not release.private:
+        ask(there.id, lambda: api.update_repo_settings(there.id, private=False))
+    _tag(api, there, release.tag, commit)
+    return Done(url=_url(there.id, commit), commit=commit, private=release.private, uploaded=adding, already=False)
+
+
+def _files(api: Any, repo: str, commit: str) -> dict[str, Remote]:
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = ask(repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
+    return {
+        entry.path: Remote(size=entry.size, oid=entry.blob_id, sha256=entry.lfs.sha256 if entry.lfs else None)
+        for entry in tree
+        if isinstance(entry, RepoFile)
+    }
+
+
+def _create(api: Any, repo: str) -> Repo:
+    ask(repo, lambda: api.create_repo(repo, private=True, exist_ok=True))
+    there = look(api, repo)
+    if there is None:
+        raise TameError(f"{repo} is there and this token may not see it; give another name, or another HF_TOKEN")
+    return there
 
 
 def _wanted(
-    api: Any,
-    there: Repo,
-    files: dict[str, Wanted],
-    extra: dict[str, bytes],
-    sign: Callable[[dict[str, Wanted]], bytes] | None,
+    api: Any, there: Repo, release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None
 ) -> dict[str, Wanted]:
     """What is to be published, with documents that already tell of the same release left as they are."""
+    extra = release.extra
     if extra.keys() <= there.files.keys() and any(not in_memory(c).is_at(there.files[n]) for n, c in extra.items()):
         extra = provenance.settled({name: _content(api, there, name) for name in extra}, extra)
-    wanted = files | {name: in_memory(content) for name, content in extra.items()}
+    wanted = release.files | {name: in_memory(content) for name, content in extra.items()}
     if sign is None:
         return wanted
-    unchanged = all(file.is_at(there.files.get(name)) for name, file in wanted.items()) and SIGNATURE in there.files
-    signature = _content(api, there, SIGNATURE) if unchanged else sign(wanted)
-    return wanted | {SIGNATURE: in_memory(signature)}
+    signed = SIGNATURE in there.files and all(file.is_at(there.files.get(name)) for name, file in wanted.items())
+    return wanted | {SIGNATURE: in_memory(_content(api, there, SIGNATURE) if signed else sign(wanted))}
 
 
 def in_memory(content: bytes) -> Wanted:
@@ -220,7 +245,7 @@ def _stale(api: Any, there: Repo, wanted: Iterable[str]) -> list[str]:
         known = {*before["artifact"]["files"], *before["documents"], SIGNATURE}
     except (ValueError, KeyError, TypeError):
         raise TameError(f"{there.id}: its {provenance.NAME} cannot be read; give another name, or empty it") from None
-    for name in set(more) - known:
+    for name in sorted(set(more) - known):
         if not name.lower().endswith(HARMLESS) and not name.upper().startswith(("LICENSE", "NOTICE")):
             raise TameError(f"{there.id} has {name}, which tame did not put there; remove it, or give another name")
     return [name for name in more if name in known]
@@ -229,53 +254,49 @@ def _stale(api: Any, there: Repo, wanted: Iterable[str]) -> list[str]:
 def _propose(
     api: Any,
     there: Repo,
+    release: Release,
     wanted: dict[str, Wanted],
     adding: list[str],
     removing: list[str],
-    whole: list[str],
-    review: bool,
-    tag: str,
     progress: Progress,
-) -> Done | str:
-    """Open (or find) a pull request with the changes, verify it, and merge it; the new commit, or what waits for review."""
-    content = "".join(f"{wanted[name].sha256} {name}\n" for name in sorted(wanted))
-    title = f"tame: {tag} ({hashlib.sha256(content.encode()).hexdigest()[:12]})"
-    number = _open(api, there.id, title)
-    left = adding
+) -> tuple[int, str, list[str]]:
+    """Open a pull request, or complete the one that an attempt left: its number, its commit, what was uploaded now."""
+    found = ask(there.id, lambda: list(api.get_repo_discussions(there.id, discussion_status="open")))
+    number = next((d.num for d in found if d.is_pull_request and d.title == release.title), None)
     if number is None:
-        made = upload(api, there.id, _sources(wanted, adding), removing, there.head, title, progress, pull_request=True)
-        number, commit = int(made.pr_num), made.oid
-    else:
-        proposed = look(api, there.id, f"refs/pr/{number}")
-        if proposed is None:
-            raise TameError(f"{there.id}: pull request {number} is gone; run it again")
-        commit = proposed.head
-        left = [name for name in adding if not wanted[name].is_at(proposed.files.get(name))]
-        if left:
-            ref = f"refs/pr/{number}"
-            commit = upload(api, there.id, _sources(wanted, left), [], proposed.head, title, progress, ref).oid
+        operations = _sources(wanted, adding)
+        made = upload(api, there.id, operations, removing, there.head, release.title, progress, pull_request=True)
+        return int(made.pr_num), made.oid, adding
+    ref = f"refs/pr/{number}"
+    proposed = look(api, there.id, ref)
+    if proposed is None:
+        raise TameError(f"{there.id}: pull request {number} is gone; run it again")
+    left = [name for name in adding if not wanted[name].is_at(proposed.files.get(name))]
+    if not left:
+        return number, proposed.head, []
+    made = upload(api, there.id, _sources(wanted, left), [], proposed.head, release.title, progress, ref)
+    return number, made.oid, left
+
+
+def _verify_proposal(
+    api: Any, repo: str, number: int, commit: str, wanted: dict[str, Wanted], whole: list[str], progress: Progress
+) -> None:
     try:
-        _verify(api, there.id, commit, wanted, whole, progress)
-    except TameError:
-        ask(there.id, lambda: api.change_discussion_status(there.id, number, "closed"))
+        _verify(api, repo, commit, wanted, whole, progress)
+    except UnreachableError:
         raise
-    if review:
-        url = f"{endpoint()}/{there.id}/discussions/{number}"
-        log.info("%s waits for review", url)
-        return Done(url=url, commit=commit, private=there.private, uploaded=left, already=not left)
+    except TameError:
+        with contextlib.suppress(TameError):  # nobody shall merge it; that it is wrong is what has to be said
+            ask(repo, lambda: api.change_discussion_status(repo, number, "closed"))
+        raise
+
+
+def _merge(api: Any, there: Repo, number: int) -> str:
+    """Merge a verified pull request into what it was made for; the commit that this makes."""
     _still(api, there.id, there.head)
     with explained(there.id):
         api.merge_pull_request(there.id, number)
-    now = look(api, there.id)
-    if now is None:
-        raise TameError(f"{there.id} is gone; run it again")
-    return now.head
-
-
-def _open(api: Any, repo: str, title: str) -> int | None:
-    """The open pull request with this title, left by an attempt that did not end."""
-    found = ask(repo, lambda: list(api.get_repo_discussions(repo, discussion_status="open")))
-    return next((d.num for d in found if d.is_pull_request and d.title == title), None)
+    return str(ask(there.id, lambda: api.model_info(there.id, timeout=TIMEOUT)).sha)
 
 
 def _verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: list[str], progress: Progress) -> None:
@@ -284,46 +305,42 @@ def _verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: 
     Raises:
         TameError: a file is missing, is not what was measured, or the model cannot be built from its configuration.
     """
-    there = look(api, repo, commit)
-    files = there.files if there else {}
-    where = f"{repo} at {commit[:12]}"
+    there, where = _files(api, repo, commit), f"{repo} at {commit[:12]}"
     for name, file in wanted.items():
-        found = files.get(name)
+        found = there.get(name)
         if not file.is_at(found):
-            what = f"is {found.size} bytes with digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
-            expected = f"expected {file.size} bytes with sha256 {file.sha256[:12]}…"
-            raise TameError(f"{where}: {name} {what}, {expected}; run it again to upload it anew")
+            what = f"has {found.size} bytes and digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
+            expected = f"{file.size} bytes with sha256 {file.sha256[:12]}… were uploaded"
+            raise TameError(f"{where}: {name} {what}, but {expected}; it stays hidden; run it again to upload it anew")
     total, done = sum(wanted[name].size for name in whole), 0
     with tempfile.TemporaryDirectory(prefix="tame-") as folder:
         for name in whole:
-            file = wanted[name]
-            place = Path(folder) / name
+            file, place = wanted[name], Path(folder) / name
             place.parent.mkdir(parents=True, exist_ok=True)
             with place.open("w+b") as sink:
                 digest = fetch(api, repo, commit, name, file.size, sink if file.size <= SMALL else None)
             if digest not in (file.sha256, ""):
                 raise TameError(
-                    f"{where}: {name} was downloaded with sha256 {digest[:12]}…, but {file.sha256[:12]}… was uploaded; delete "
-                    "the repo's file and run it again"
+                    f"{where}: {name} comes back with sha256 {digest[:12]}…, but {file.sha256[:12]}… was uploaded; it "
+                    "stays hidden; remove it from the repo and run it again"
                 )
             done += file.size
             progress(f"verify {repo}", min(done, total - 1), total)
         if "config.json" in whole and (problem := isolated(f"load {repo}", loads, folder)):
-            raise TameError(f"{where} cannot be loaded: {problem}")
+            raise TameError(f"{where} cannot be loaded: {problem}; it stays hidden")
     progress(f"verify {repo}", total, total)
 
 
 def _still(api: Any, repo: str, commit: str) -> None:
     """See that nobody else changed `repo` meanwhile."""
-    if (now := ask(repo, lambda: api.model_info(repo)).sha) != commit:
-        raise TameError(
-            f"{repo} changed while it was being published (it is at {now[:12]}, not {commit[:12]}); run it again"
-        )
+    now = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT)).sha
+    if now != commit:
+        raise TameError(f"{repo} changed while it was published ({now[:12]}, not {commit[:12]}); run it again")
 
 
 def _tag(api: Any, there: Repo, tag: str, commit: str) -> None:
     """Tag `commit`, with a number added where the tag is taken by an earlier one: tags do not move."""
-    if commit in there.tags.values():
+    if commit in there.releases:
         return
     names = [tag, *(f"{tag}.{number}" for number in range(2, 1000))]
     free = next(name for name in names if name not in there.tags)

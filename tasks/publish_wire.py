@@ -33,17 +33,11 @@ def connect() -> Any:
     Raises:
         BadInputError: no token is set.
     """
-    from httpx2 import Client, Timeout
-    from huggingface_hub import HfApi, get_token, logging, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from httpx2 import Timeout
+    from huggingface_hub import HfApi, get_session, get_token
 
-    def client() -> Client:
-        made = default_client_factory()
-        made.timeout = Timeout(**LIMITS)
-        return made
-
-    set_client_factory(client)
-    logging.set_verbosity_error()
+    get_session().timeout = Timeout(**LIMITS)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     token = get_token()
     if not token:
         raise BadInputError(
@@ -229,11 +223,12 @@ class _Telling:
 def _choose_transfer(api: Any, repo: str) -> None:
     """Large files go by Xet where the Hub has it. Where it has not, the client does not find out by itself."""
     from huggingface_hub import constants, get_session
+    from huggingface_hub.utils._headers import build_hf_headers
 
     if constants.HF_HUB_DISABLE_XET or endpoint() == "https://huggingface.co":
         return
     url = f"{api.endpoint}/api/models/{repo}/xet-write-token/main"
-    answer = get_session().get(url, headers=api._build_hf_headers())
+    answer = get_session().get(url, headers=build_hf_headers(token=api.token))
     if "x-xet-cas-url" not in answer.headers:
         log.debug("%s has no Xet storage (%d): large files go by LFS", api.endpoint, answer.status_code)
         constants.HF_HUB_DISABLE_XET = True
@@ -246,6 +241,7 @@ def fetch(api: Any, repo: str, commit: str, name: str, size: int, sink: BinaryIO
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
 
     if size > TOO_LARGE:
         return ""
@@ -254,7 +250,7 @@ def fetch(api: Any, repo: str, commit: str, name: str, size: int, sink: BinaryIO
     def once() -> str:
         hasher = _Hasher(sink)
         with _quiet():
-            http_get(url, hasher, headers=api._build_hf_headers(), expected_size=size or None)  # type: ignore[arg-type]
+            http_get(url, hasher, headers=build_hf_headers(token=api.token), expected_size=size or None)  # type: ignore[arg-type]
         return hasher.digest.hexdigest()
 
     return ask(repo, once)
@@ -304,7 +300,7 @@ def _quiet() -> Iterator[None]:
     """No bars and no warnings of the client's own: tame shows its own progress."""
     import warnings
 
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()
     disable_progress_bars()
