@@ -17,10 +17,11 @@ from configs.errors import TameError
 from configs.schema import Variant
 from tasks import provenance
 from tasks.result import Result, ResultVariant
-from tasks.summary import figure, label, points, span
+from tasks.summary import SHARES, figure, label, points, span
 
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-SPEED = ("load_seconds", "peak_memory_bytes", "time_to_first_token_seconds")
+TASK = "text-generation"
+DERIVED = ("_difference", "_p")
 METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
 # Benchmarks of the Hub (data set, task id) and the lm-evaluation-harness task and metric that is the same thing.
 BENCHMARKS = {
@@ -116,7 +117,7 @@ def _front_matter(result: Result, variant: ResultVariant, spec: Variant, title: 
         front.setdefault("license", result.source.licence)
     if result.source.commit:
         front |= {"base_model": result.source.model, "base_model_relation": "quantized"}
-    front.setdefault("pipeline_tag", "text-generation")
+    front.setdefault("pipeline_tag", TASK)
     front |= {"library_name": "transformers", "tags": _tags(spec.method)}
     if results := _model_index(result, variant):
         front["model-index"] = [{"name": title, "results": results}]
@@ -138,10 +139,7 @@ def _method_of(quantization: dict[str, Any]) -> str | None:
 def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
     """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
     text = result.recipe["evaluate"]["text"]
-    data = {
-        "type": text.get("dataset") or "text",
-        "name": str(variant.protocol.get("text") or text.get("dataset") or "text"),
-    }
+    data = {"type": text.get("dataset") or "text", "name": _text(variant)}
     if text.get("dataset"):
         data |= {key: text[key] for key in ("config", "split") if text.get(key)}
     found = [
@@ -153,14 +151,18 @@ def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]
         )
         if name in variant.metrics
     ]
-    task = {"type": "text-generation", "name": "Text Generation"}
-    results: list[dict[str, Any]] = [{"task": task, "dataset": data, "metrics": found}] if found else []
+    results: list[dict[str, Any]] = [{"task": {"type": TASK}, "dataset": data, "metrics": found}] if found else []
     for name in points([variant.metrics]):
         if _is_score(name):
-            task_name, metric = name.removeprefix("task/").rsplit("/", 1)
+            task, metric = name.removeprefix("task/").rsplit("/", 1)
             score = {"type": metric, "value": variant.metrics[name], "name": label(name)}
-            results.append({"task": task, "dataset": {"type": task_name, "name": task_name}, "metrics": [score]})
+            results.append({"task": {"type": TASK}, "dataset": {"type": task, "name": task}, "metrics": [score]})
     return results
+
+
+def _text(variant: ResultVariant) -> str:
+    text = variant.protocol.get("text") or {}
+    return str(text.get("name") or "text") if isinstance(text, dict) else str(text)
 
 
 def _eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
@@ -184,7 +186,7 @@ def _eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
 
 
 def _is_score(name: str) -> bool:
-    return name.startswith("task/") and not name.endswith(("_difference", "_p", "/flips"))
+    return name.startswith("task/") and name.rsplit("/", 1)[1].startswith(SHARES) and not name.endswith(DERIVED)
 
 
 def _usage(repo: str) -> list[str]:
@@ -200,45 +202,56 @@ def _usage(repo: str) -> list[str]:
 
 
 def _quality(result: Result, variant: ResultVariant) -> list[str]:
-    if not variant.metrics:
-        return []
     base = result.baseline.metrics if result.baseline else {}
-    rows = ["| | Base model | This model | 95 % interval | Difference |", "| --- | ---: | ---: | ---: | ---: |"]
-    for name in points([base, variant.metrics]):
-        if _is_speed(name) or name.endswith(("_difference", "_p")) or name == "perplexity_ratio":
-            continue
-        difference = "perplexity_ratio" if name == "perplexity" else f"{name}_difference"
-        rows.append(_row(label(name), figure(name, base.get(name)), variant.metrics, name, difference))
-    lines = ["## What it cost", "\n".join(rows)]
-    lines.append(
-        "The difference in perplexity is the ratio to the base model's. Figures are rounded; `tame.json` has them in full."
-    )
-    protocol = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in variant.protocol.items())
-    lines.append(f"How it was measured: {protocol}.")
-    if variant.gate and (variant.gate.checked or variant.gate.reasons):
-        lines.append(
-            "Limits it had to keep, each at the pessimistic end of its interval: "
-            + "; ".join(variant.gate.checked + variant.gate.reasons)
-            + "."
-        )
+    table = rows(base, variant.metrics)
+    if not table:
+        return []
+    lines = [
+        "## What it cost",
+        "\n".join(
+            [
+                "| | Base model | This model | 95 % interval | Difference |",
+                "| --- | ---: | ---: | ---: | ---: |",
+                *table,
+            ]
+        ),
+        "The difference in perplexity is its ratio to the base model's. Figures are rounded; `tame.json` has them in full.",
+        f"Measured on {_protocol(variant)}.",
+    ]
+    if variant.gate and (limits := variant.gate.checked + variant.gate.reasons):
+        lines.append(f"Limits, each at the pessimistic end of its interval: {'; '.join(limits)}.")
     return lines
 
 
-def _row(what: str, base: str, metrics: dict[str, float], name: str, difference: str) -> str:
-    change = ""
-    if difference in metrics:
-        change = ("× " if difference == "perplexity_ratio" else "") + figure(difference, metrics[difference])
-        if between := span(difference, metrics):
-            change += f" ({between})"
-    return f"| {what} | {base} | {figure(name, metrics.get(name))} | {span(name, metrics)} | {change} |"
+def rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
+    """The lines of the card's table: every metric but times and memory, the base model's beside this one's."""
+    return [
+        f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, metrics.get(name))} | {span(name, metrics)} | "
+        f"{_difference(name, metrics)} |"
+        for name in points([base, metrics])
+        if not provenance.passes(name) and not name.endswith(DERIVED) and name != "perplexity_ratio"
+    ]
 
 
-def _is_speed(name: str) -> bool:
-    return name in SPEED or name.endswith("_per_second")
+def _difference(name: str, metrics: dict[str, float]) -> str:
+    difference, sign = ("perplexity_ratio", "× ") if name == "perplexity" else (f"{name}_difference", "")
+    if difference not in metrics:
+        return ""
+    between = span(difference, metrics)
+    return sign + figure(difference, metrics[difference]) + (f" ({between})" if between else "")
+
+
+def _protocol(variant: ResultVariant) -> str:
+    """What makes the numbers comparable, in one sentence."""
+    text = variant.protocol.get("text")
+    digest = text.get("sha256") if isinstance(text, dict) else None
+    told = [_text(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
+    plain = {key: value for key, value in variant.protocol.items() if key != "text" and not isinstance(value, dict)}
+    return ", ".join(told + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
 
 
 def _speed(result: Result, variant: ResultVariant) -> list[str]:
-    names = [name for name in points([variant.metrics]) if _is_speed(name)]
+    names = [name for name in points([variant.metrics]) if provenance.passes(name)]
     if not names:
         return []
     base = result.baseline.metrics if result.baseline else {}

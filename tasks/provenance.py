@@ -88,18 +88,19 @@ def _is_path(model: str) -> bool:
     )
 
 
-def _is_volatile(name: str) -> bool:
+def passes(name: str) -> bool:
+    """Whether the metric `name` is a time, a speed or memory: another run of the same gives another."""
     return name.removesuffix("_low").removesuffix("_high").endswith(VOLATILE)
 
 
 def lasting(metrics: dict[str, float]) -> dict[str, float]:
     """What a second measurement of the same files gives again."""
-    return {name: value for name, value in metrics.items() if not _is_volatile(name)}
+    return {name: value for name, value in metrics.items() if not passes(name)}
 
 
 def passing(metrics: dict[str, float]) -> dict[str, float]:
     """What it does not: times, speeds, and memory."""
-    return {name: value for name, value in metrics.items() if _is_volatile(name)}
+    return {name: value for name, value in metrics.items() if passes(name)}
 
 
 def plain_document(folder: Path, files: dict[str, str], documents: dict[str, bytes]) -> bytes:

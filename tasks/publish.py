@@ -205,6 +205,17 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
     return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
 
 
+def check(repo: str, source: str | None = None, progress: Progress = show) -> list[str]:
+    """`tame publish --check REPO [--source S]`: what is wrong with a published repo or folder, a line each.
+
+    Raises:
+        As `tasks.publish_check.problems`.
+    """
+    from tasks.publish_check import problems  # not above: it reads cards, and those are made from results
+
+    return problems(repo, source, progress)
+
+
 def _legal(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -344,4 +355,4 @@ def publish_task(
     return Completed(name="Cached" if done.cached else "Completed", data=done)
 
 
-__all__ = ["Published", "preflight", "publish", "publish_folder", "publish_task"]
+__all__ = ["Published", "check", "preflight", "publish", "publish_folder", "publish_task"]

@@ -27,11 +27,11 @@ LIMITS = {"connect": 20.0, "read": 300.0, "write": 300.0, "pool": None}  # secon
 TOO_LARGE = 50_000_000_000  # the Hub serves larger files by Xet alone
 
 
-def connect() -> Any:
+def connect(required: bool = True) -> Any:
     """The Hub's API with this user's token.
 
     Raises:
-        BadInputError: no token is set.
+        BadInputError: no token is set, and one is `required`.
     """
     from httpx2 import Timeout
     from huggingface_hub import HfApi, get_session, get_token
@@ -39,12 +39,12 @@ def connect() -> Any:
     get_session().timeout = Timeout(**LIMITS)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     token = get_token()
-    if not token:
+    if not token and required:
         raise BadInputError(
             f"publishing to {endpoint()} needs a token: set HF_TOKEN to one that may write ({endpoint()}/settings/tokens), or "
             "run `hf auth login`"
         )
-    return HfApi(endpoint=endpoint(), token=token)
+    return HfApi(endpoint=endpoint(), token=token or False)
 
 
 def ask(repo: str, request: Callable[[], T]) -> T:
