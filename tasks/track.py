@@ -154,7 +154,10 @@ def connect() -> Any:
 
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    mlflow.set_tracking_uri(database_uri())
+    uri, given = database_uri(), "MLFLOW_TRACKING_URI" in os.environ
+    mlflow.set_tracking_uri(uri)
+    if not given:  # MLflow sets it, and would so turn the embedded database into a choice of the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     return mlflow.MlflowClient()
 
 

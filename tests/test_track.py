@@ -1,0 +1,287 @@
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import Recipe
+from tasks import registry, summary, track
+from tasks.result import NOT_REACHED, Result
+from tests.results import RECIPE, make
+
+EXPERIMENT = "smollm2-135m"
+BEGIN = (
+    "import sys, time; from configs.schema import Recipe; from tasks import track; from tests.results import RECIPE;"
+    "print(track.begin(Recipe.model_validate(RECIPE), {}), flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without runs: making one costs seconds."""
+    place = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    track._create(place)
+    return place
+
+
+@pytest.fixture
+def home(tame_home: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tame_home.mkdir()
+    shutil.copy(empty_database, tame_home / "mlflow.db")
+    monkeypatch.setattr(track, "SYSTEM_METRICS_EVERY", 3600.0)
+    yield tame_home
+    for run_id in list(track._alive):
+        track._rest(run_id)
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Result:
+    return make(tmp_path / "evidence")
+
+
+def begin(**tags: str) -> str | None:
+    return track.begin(Recipe.model_validate(RECIPE), tags)
+
+
+def client() -> Any:
+    return track.connect()
+
+
+def runs(kind: str) -> dict[str, Any]:
+    """Runs of a kind by their variant, from the one call that people use."""
+    import mlflow
+
+    found = mlflow.search_runs(
+        experiment_names=[EXPERIMENT], filter_string=f"tags.kind = '{kind}'", output_format="list"
+    )
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def everything(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows of MLflow's tables: what a second logging must not change."""
+    import sqlite3
+
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {name: sorted(database.execute(f"SELECT * FROM {name}").fetchall(), key=repr) for name in tables}
+    return {name: found for name, found in rows.items() if found}
+
+
+def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> None:
+    run_id = begin(prefect_run=result.prefect_run or "")
+    assert track.log(result, run_id, None, final=True) == run_id
+    found = runs("variant") | runs("baseline")
+    for measured in summary.rows(result):
+        logged = {
+            name: value for name, value in found[measured.name].data.metrics.items() if not name.startswith("window/")
+        }
+        assert logged == measured.metrics
+        assert found[measured.name].data.tags["mlflow.parentRunId"] == run_id
+    nf4 = found["nf4-dq"].data
+    assert nf4.params["method"] == "nf4"
+    assert nf4.params["double_quant"] == "true"
+    assert nf4.params["bits"] == "4"
+    assert nf4.params["evaluate.window"] == "512"
+    assert nf4.params["version.torch"] == "2.13.0"
+    assert nf4.params["hardware.cores"] == "2"
+    assert nf4.params["protocol.text.sha256"] == "5d" * 32
+    assert (nf4.tags["verdict"], nf4.tags["source_commit"]) == ("rejected", result.source.commit)
+    assert found["int8"].data.tags["hub_commit"] == "c" * 40
+    assert [found[name].info.status for name in ("baseline", "int8", "nf4-dq", "fp4")] == ["FINISHED"] * 3 + ["FAILED"]
+    curve = client().get_metric_history(found["int8"].info.run_id, "window/kl")
+    assert [point.step for point in curve] == list(range(8))
+    parent = runs("release")[EXPERIMENT]
+    assert (parent.info.run_id, parent.info.status) == (run_id, "FAILED")
+    assert parent.data.tags["headline"] == summary.headline(result)
+    written = Path(parent.info.artifact_uri.removeprefix("file://")) / "result.json"
+    assert json.loads(written.read_text()) == result.model_dump(mode="json")
+
+
+def test_models_are_references_with_linked_numbers(home: Path, result: Result) -> None:
+    track.log(result, begin(), None, final=True)
+    models = client().search_logged_models([client().get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert {model.name for model in models} == {f"{EXPERIMENT}-int8", f"{EXPERIMENT}-nf4-dq"}
+    int8 = next(model for model in models if model.name.endswith("int8"))
+    variant = result.variants[0]
+    assert {metric.key: metric.value for metric in int8.metrics} == variant.metrics
+    assert {metric.dataset_digest for metric in int8.metrics} == {"5d" * 18}
+    assert int8.tags["artifact_digest"] == (variant.artifact and variant.artifact.digest)
+    run = runs("variant")["int8"]
+    assert [output.model_id for output in run.outputs.model_outputs] == [int8.model_id]
+    assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == ["python-docs of CPython 3.11.9"]
+    written = sum(path.stat().st_size for path in (home / "mlartifacts").rglob("*") if path.is_file())
+    assert written < 100_000
+
+
+def test_logging_again_changes_nothing(home: Path, result: Result, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<!doctype html>")
+    run_id = begin()
+    partly = [
+        result.variants[0],
+        *(v.model_copy(update={"status": "failed", "error": NOT_REACHED}) for v in result.variants[1:]),
+    ]
+    passed = result.variants[0].model_copy(update={"status": "passed", "published": None})
+    early = result.model_copy(update={"variants": [passed, *partly[1:]]})
+    assert track.log(early, run_id, None, final=False) == run_id
+    assert set(runs("variant")) == {"int8"}
+    assert runs("release")[EXPERIMENT].info.status == "RUNNING"
+    assert track.log(result, run_id, report, final=True) == run_id
+    assert [path.read_text() for path in (home / "mlartifacts").rglob("report.html")] == ["<!doctype html>"]
+    before = everything(home)
+    assert track.log(result, run_id, report, final=True) == run_id
+    assert everything(home) == before
+    versions = client().search_model_versions(f"name = '{EXPERIMENT}'")
+    assert [version.tags["published"] for version in versions] == [result.variants[0].published]
+
+
+def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> None:
+    import mlflow
+
+    def released(day: int, kl: float, digest: str, size: float, **recipe: Any) -> None:
+        int8, nf4, _ = result.variants
+        artifact = nf4.artifact and nf4.artifact.model_copy(update={"digest": digest})
+        better = nf4.model_copy(
+            update={
+                "status": "passed",
+                "artifact": artifact,
+                "metrics": {**nf4.metrics, "kl_mean": kl, "size_bytes": size},
+            }
+        )
+        update = {
+            "started": f"2026-11-{day:02}T18:00:00+00:00",
+            "variants": [int8, better],
+            "prefect_run": None,
+            "recipe": result.recipe | recipe,
+        }
+        track.log(result.model_copy(update=update), None, None, final=True)
+
+    released(1, 0.08, "aa" * 32, 1e8)
+    released(2, 0.06, "bb" * 32, 1e8)
+    released(3, 0.09, "cc" * 32, 1e8)
+    versions = {version.tags["artifact_digest"]: version.version for version in client().search_model_versions("")}
+    by_alias = {
+        alias: client().get_model_version_by_alias(EXPERIMENT, alias).tags["artifact_digest"]
+        for alias in ("best", "best-4bit", "best-8bit", "newest")
+    }
+    int8 = result.variants[0].artifact and result.variants[0].artifact.digest
+    assert by_alias == {"best": int8, "best-4bit": "bb" * 32, "best-8bit": int8, "newest": int8}
+    assert len(versions) == 4  # the same int8 weights three times are one version
+    best = mlflow.search_runs(
+        experiment_names=[EXPERIMENT],
+        filter_string="tags.kind = 'variant' and tags.verdict = 'passed' and params.bits = '4'",
+        order_by=["metrics.kl_mean"],
+        max_results=1,
+    )
+    assert best.iloc[0]["metrics.kl_mean"] == 0.06
+    assert best.iloc[0]["tags.artifact_digest"] == "bb" * 32
+    released(4, 0.2, "dd" * 32, 1e8, evaluate={**result.recipe["evaluate"], "window": 1024})
+    assert (
+        client().get_model_version_by_alias(EXPERIMENT, "best-4bit").tags["artifact_digest"] == "dd" * 32
+    )  # not comparable
+
+
+def test_mlflow_away_is_said_in_a_line_spooled_and_caught_up(
+    home: Path, result: Result, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, empty_database: Path
+) -> None:
+    place = home / "server" / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}")
+    caplog.set_level(logging.INFO, "tame")
+    place.parent.write_text("not a folder: MLflow cannot open its database")
+    assert begin(prefect_run="p1") is None
+    result = result.model_copy(update={"prefect_run": "p1"})
+    assert track.log(result, None, None, final=False) is None
+    assert track.log(result, None, None, final=True) is None
+    assert [path.name for path in (home / "spool").glob("*.json")] == ["p1.json"]
+    assert len(caplog.messages) == 3
+    assert all("cannot be used" in message and "\n" not in message for message in caplog.messages)
+    place.parent.unlink()
+    place.parent.mkdir()
+    shutil.copy(empty_database, place)
+    assert track.replay() == 1
+    assert list((home / "spool").glob("*.json")) == []
+    assert runs("variant")["int8"].data.metrics["kl_mean"] == result.variants[0].metrics["kl_mean"]
+    assert runs("release")[EXPERIMENT].info.status == "FAILED"  # a variant failed
+    assert track.replay() == 0
+
+
+def test_a_spool_waits_for_its_own_server_and_rubbish_stops_nothing(
+    home: Path, result: Result, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert track.log(result, None, None, final=True) is None
+    spooled = next((home / "spool").glob("*.json"))
+    assert "secret" not in spooled.read_text() + caplog.text
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (home / "spool" / "a.json").write_text("{")
+    assert begin() is not None
+    assert spooled.exists()
+    assert "a.json is not a spooled result" in caplog.text
+
+
+def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_next(tame_home: Path) -> None:
+    tame_home.mkdir()
+    (tame_home / ".partial-mlflow.db").write_bytes(b"SQLite format 3\0 and then it was killed")
+    killed, living = (
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
+        for _ in range(2)
+    )
+    try:
+        dead, alive = (process.stdout.readline().strip() for process in (killed, living) if process.stdout)
+        assert {path.name for path in tame_home.glob("*mlflow.*")} == {"mlflow.db", "mlflow.lock"}
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        mine = begin()
+        status = {run_id: client().get_run(run_id).info.status for run_id in (dead, alive, mine)}
+        assert status == {dead: "KILLED", alive: "RUNNING", mine: "RUNNING"}
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.wait()
+
+
+def test_silence_from_another_host_counts_as_death_after_a_while(home: Path) -> None:
+    elsewhere = {"tame.where": "another host", "tame.process": "1 1.0"}
+    assert not track._is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 100:.0f}"})
+    assert track._is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 1000:.0f}"})
+    assert track._is_dead({})
+    assert not track._is_dead(track._signs_of_life())
+    assert track._is_dead(
+        {**track._signs_of_life(), "tame.process": f"{os.getpid()} 1.0"}
+    )  # the pid lives on in another
+
+
+def test_failing_before_there_is_a_result_closes_the_run(home: Path) -> None:
+    run_id = begin()
+    track.fail(run_id, "source.model: no such repo")
+    run = client().get_run(run_id)
+    assert (run.info.status, run.data.tags["headline"]) == ("FAILED", "source.model: no such repo")
+
+
+def test_a_deleted_run_is_made_again_and_a_deleted_experiment_restored(home: Path, result: Result) -> None:
+    run_id = begin()
+    client().delete_run(run_id)
+    again = track.log(result, run_id, None, final=True)
+    assert again != run_id
+    client().delete_experiment(client().get_experiment_by_name(EXPERIMENT).experiment_id)
+    assert track.log(result, again, None, final=True) == again
+    assert set(runs("variant")) == {"int8", "nf4-dq", "fp4"}
+
+
+def test_names_that_mlflow_refuses() -> None:
+    from tasks.runs import metric_key
+
+    assert metric_key("task/gsm8k/exact_match,strict-match") == "task/gsm8k/exact_match-strict-match"
+    assert metric_key("task/piqa/acc_norm") == "task/piqa/acc_norm"
+    assert registry.model_name({"name": "x", "track": {"experiment": "me/model:v1.0"}}) == "me-model-v1-0"
