@@ -174,16 +174,20 @@ def upload(
         @contextmanager
         def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
             with super().as_file() as file:
-                yield _Telling(file, told) if with_tqdm else file  # type: ignore[misc]
+                if with_tqdm:
+                    read = file.read
+                    file.read = lambda size=-1: told(read(size))  # type: ignore[method-assign]
+                yield file
 
     operations = [Addition(name, content) for name, content in sorted(additions.items())]
     total = sum(operation.upload_info.size for operation in operations)
     done = 0
 
-    def told(size: int) -> None:
+    def told(piece: bytes) -> bytes:
         nonlocal done
-        done += size
-        progress(f"upload {repo}", max(0, min(done, total - 1)), total)
+        done += len(piece)
+        progress(f"upload {repo}", min(done, total - 1), total)  # what is sent again counts again, up to the end
+        return piece
 
     removing = [CommitOperationDelete(name) for name in removals]
     log.info("upload %s: %d files, %.1f MB", repo, len(operations), total / 1e6)
@@ -199,25 +203,6 @@ def upload(
         )
     progress(f"upload {repo}", total, total)
     return commit
-
-
-class _Telling:
-    """A file whose reads are told, and, when it is rewound to be sent again, taken back."""
-
-    def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
-        self.file, self.told = file, told
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self.file.read(size)
-        self.told(len(piece))
-        return piece
-
-    def __iter__(self) -> Iterator[bytes]:
-        while piece := self.read(1 << 20):
-            yield piece
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
 
 
 def _choose_transfer(api: Any, repo: str) -> None:

@@ -527,6 +527,8 @@ class _Handler(BaseHTTPRequestHandler):
                 file.write(piece)
         if self.fault and self.fault.corrupt:
             _flip(place)
+        if int(self.headers.get("Content-Length") or place.stat().st_size) != place.stat().st_size:
+            raise Answer(400, "The body is not as long as it says")
         etag = hashlib.sha256(place.read_bytes()).hexdigest()
         place.rename(self.hub.objects / (f"{oid}.{part}" if part else oid))
         raise Answer(200, None, ETag=f'"{etag}"')
