@@ -35,11 +35,13 @@ def experiment(client: Any, name: str) -> str:
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        embedded = client.tracking_uri == f"sqlite:///{home() / 'mlflow.db'}"
+        database = re.match(
+            "(sqlite|postgresql|mysql|mssql)", client.tracking_uri
+        )  # else a server, which has a place of its own
         folder = home() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
         try:
             made = client.create_experiment(
-                name, path_to_local_file_uri(str(folder)) if embedded else None, tags={"tame": "true"}
+                name, path_to_local_file_uri(str(folder)) if database else None, tags={"tame": "true"}
             )
             return str(made)
         except MlflowException:  # another process made it in between

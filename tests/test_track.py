@@ -206,7 +206,9 @@ def test_mlflow_away_is_said_in_a_line_spooled_and_caught_up(
     place.parent.unlink()
     place.parent.mkdir()
     shutil.copy(empty_database, place)
+    monkeypatch.chdir(place.parent)
     assert track.replay() == 1
+    assert [path.name for path in place.parent.iterdir()] == ["mlflow.db"]  # nothing lands where one happens to be
     assert list((home / "spool").glob("*.json")) == []
     assert runs("variant")["int8"].data.metrics["kl_mean"] == result.variants[0].metrics["kl_mean"]
     assert runs("release")[EXPERIMENT].info.status == "FAILED"  # a variant failed

@@ -1,0 +1,116 @@
+"""A real MLflow server that is stopped in the middle of a release."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.schema import Recipe
+from tasks import summary, track
+from tasks.result import NOT_REACHED, Result
+from tests.results import RECIPE, make
+
+pytestmark = pytest.mark.e2e
+
+
+class Server:
+    """`mlflow server` over its own database, started and stopped as a test likes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination",
+            str(self.folder),
+        ]
+        log = (self.folder / "log").open("ab")
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    running = Server(tmp_path / "server")
+    running.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
+    yield running
+    for run_id in list(track._alive):
+        track._rest(run_id)
+    running.stop()
+
+
+def test_a_server_stopped_in_the_middle_misses_nothing_once_it_is_back(
+    server: Server, tame_home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow
+
+    caplog.set_level(logging.INFO, "tame")
+    whole = make(tmp_path / "evidence")
+    early = [
+        whole.variants[0],
+        *(v.model_copy(update={"status": "failed", "error": NOT_REACHED}) for v in whole.variants[1:]),
+    ]
+    report = tmp_path / "report.html"
+    report.write_text("<!doctype html><title>report</title>")
+    recipe = Recipe.model_validate(RECIPE)
+    run_id = track.begin(recipe, {"prefect_run": whole.prefect_run or ""})
+    assert run_id
+    assert track.log(whole.model_copy(update={"variants": early}), run_id, None, final=False) == run_id
+    server.stop()
+    began = time.monotonic()
+    assert track.log(whole, run_id, None, final=False) == run_id
+    assert track.log(whole, run_id, report, final=True) == run_id
+    assert time.monotonic() - began < 60
+    assert len([message for message in caplog.messages if "cannot be used" in message]) == 2
+    assert len(list((tame_home / "spool").glob("*.json"))) == 1
+    server.start()
+    assert track.begin(recipe, {"prefect_run": "the next"})  # the next run catches up by itself
+    assert list((tame_home / "spool").glob("*.json")) == []
+    logged = {
+        run.info.run_name: run
+        for run in mlflow.search_runs(
+            experiment_names=[recipe.name],
+            filter_string=f"tags.`mlflow.parentRunId` = '{run_id}'",
+            output_format="list",
+        )
+    }
+    assert set(logged) == {"baseline", "int8", "nf4-dq", "fp4"}
+    for measured in summary.rows(whole):
+        metrics = {name: value for name, value in logged[measured.name].data.metrics.items() if "window/" not in name}
+        assert metrics == measured.metrics
+    client = mlflow.MlflowClient()
+    assert client.get_run(run_id).info.status == "FAILED"  # as its variant
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} >= {"report.html", "result.json"}
+    path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="result.json", dst_path=str(tmp_path))
+    assert Result.model_validate(json.loads(Path(path).read_text())) == whole
