@@ -18,7 +18,7 @@ from tasks import hub, provenance, publish_hub, publish_local, store
 from tasks.hub import UnreachableError, endpoint
 from tasks.progress import Progress, show
 from tasks.publish_hub import TAG, Release, Wanted
-from tasks.publish_wire import ask, connect, wait
+from tasks.publish_wire import MissingError, ask, connect, wait
 from tasks.signing import signer
 
 log = logging.getLogger("tame.publish")
@@ -234,7 +234,7 @@ def _account(address: str, token: str) -> dict[str, Any]:
     """Who the token belongs to, asked once: the Hub answers this seldom to those who ask often."""
     from huggingface_hub import HfApi
 
-    account: dict[str, Any] = ask("whoami", HfApi(endpoint=address, token=token).whoami)
+    account: dict[str, Any] = ask("your account", HfApi(endpoint=address, token=token).whoami)
     return account
 
 
@@ -268,7 +268,7 @@ def _free(api: Any, repo: str, private: bool) -> None:
 
     try:
         info = ask(repo, lambda: api.model_info(repo))
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, MissingError):
         return
     names = {sibling.rfilename for sibling in info.siblings or []}
     if provenance.NAME not in names and names - {".gitattributes"}:

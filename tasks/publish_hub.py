@@ -21,7 +21,7 @@ from tasks.hub import UnreachableError, endpoint
 from tasks.isolate import isolated
 from tasks.progress import Progress
 from tasks.publish_loads import loads
-from tasks.publish_wire import ask, connect, content, explained, fetch, upload
+from tasks.publish_wire import MissingError, ask, connect, content, explained, fetch, upload
 
 log = logging.getLogger("tame.publish")
 
@@ -139,7 +139,7 @@ def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
         info = ask(repo, lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT))
         files = _files(api, repo, info.sha)
         tags = {tag.name: tag.target_commit for tag in ask(repo, lambda: api.list_repo_refs(repo)).tags}
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, MissingError):
         return None
     return Repo(id=info.id, private=bool(info.private), head=info.sha, files=files, tags=tags)
 
@@ -157,7 +157,7 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
     if not there.ours:
         raise TameError(f"{there.id} holds files that tame did not put there; give another name, or empty it")
     wanted = _wanted(api, there, release, sign)
-    adding = [name for name, file in wanted.items() if not file.is_at(there.files.get(name))]
+    adding = [name for name, file in wanted.items() if not _has(api, there.id, there.head, there.files, name, file)]
     removing = _stale(api, there, wanted)
     if not adding and not removing and there.verified and there.private == release.private:
         return Done(url=_url(there.id, there.head), commit=there.head, private=there.private, uploaded=[], already=True)
@@ -194,6 +194,16 @@ def _files(api: Any, repo: str, commit: str) -> dict[str, Remote]:
         for entry in tree
         if isinstance(entry, RepoFile)
     }
+
+
+def _has(api: Any, repo: str, commit: str, there: dict[str, Remote], name: str, file: Wanted) -> bool:
+    """Whether `repo` has `file`: by the Hub's digest, or by the bytes where that digest is not one of the content."""
+    found = there.get(name)
+    if file.is_at(found):
+        return True
+    if found is None or found.sha256 or found.size != file.size:
+        return False
+    return fetch(api, repo, commit, name, file.size) == file.sha256
 
 
 def _create(api: Any, repo: str) -> Repo:
@@ -261,7 +271,10 @@ def _propose(
     progress: Progress,
 ) -> tuple[int, str, list[str]]:
     """Open a pull request, or complete the one that an attempt left: its number, its commit, what was uploaded now."""
-    found = ask(there.id, lambda: list(api.get_repo_discussions(there.id, discussion_status="open")))
+    try:
+        found = ask(there.id, lambda: list(api.get_repo_discussions(there.id, discussion_status="open")))
+    except MissingError:  # no discussion was ever opened
+        found = []
     number = next((d.num for d in found if d.is_pull_request and d.title == release.title), None)
     if number is None:
         operations = _sources(wanted, adding)
@@ -271,7 +284,8 @@ def _propose(
     proposed = look(api, there.id, ref)
     if proposed is None:
         raise TameError(f"{there.id}: pull request {number} is gone; run it again")
-    left = [name for name in adding if not wanted[name].is_at(proposed.files.get(name))]
+    files = proposed.files
+    left = [name for name in adding if not _has(api, there.id, proposed.head, files, name, wanted[name])]
     if not left:
         return number, proposed.head, []
     made = upload(api, there.id, _sources(wanted, left), [], proposed.head, release.title, progress, ref)
@@ -307,8 +321,8 @@ def _verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: 
     """
     there, where = _files(api, repo, commit), f"{repo} at {commit[:12]}"
     for name, file in wanted.items():
-        found = there.get(name)
-        if not file.is_at(found):
+        if not _has(api, repo, commit, there, name, file):
+            found = there.get(name)
             what = f"has {found.size} bytes and digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
             expected = f"{file.size} bytes with sha256 {file.sha256[:12]}… were uploaded"
             raise TameError(f"{where}: {name} {what}, but {expected}; it stays hidden; run it again to upload it anew")

@@ -27,6 +27,10 @@ LIMITS = {"connect": 20.0, "read": 300.0, "write": 300.0, "pool": None}  # secon
 TOO_LARGE = 50_000_000_000  # the Hub serves larger files by Xet alone
 
 
+class MissingError(TameError):
+    """The Hub has no such page."""
+
+
 def connect(required: bool = True) -> Any:
     """The Hub's API with this user's token.
 
@@ -95,6 +99,10 @@ def explained(repo: str) -> Iterator[None]:
         raise
     except errors.HfHubHTTPError as error:
         raise _refused(repo, error) from None
+    except errors.OfflineModeIsEnabled:
+        raise BadInputError(
+            f"{repo}: HF_HUB_OFFLINE is set, so nothing can be published to {endpoint()}; unset it"
+        ) from None
     except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
         raise UnreachableError(f"the connection to {endpoint()} broke ({type(error).__name__})") from None
     except json.JSONDecodeError:
@@ -125,7 +133,8 @@ def _refused(repo: str, error: Any) -> TameError:
         return later
     if code in (409, 412):
         return TameError(f"{repo} changed while it was being published ({said}); run it again")
-    return TameError(f"{repo}: the Hub at {endpoint()} answers {code} ({said})")
+    kind = MissingError if code == 404 else TameError
+    return kind(f"{repo}: the Hub at {endpoint()} answers {code} ({said})")
 
 
 def _bad_token() -> BadInputError:

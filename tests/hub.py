@@ -213,6 +213,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for the acknowledgement of its headers
     fault: Fault | None = None
 
     def log_message(self, format: str, *args: Any) -> None:
