@@ -98,9 +98,30 @@ def quantize(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """One model, against a baseline or alone."""
-    from tasks.evaluate.command import evaluate_command
+    from configs.load import explain
+    from configs.schema import Evaluate, Source
 
-    return evaluate_command(options)
+    given = {
+        "window": options.window,
+        "max_tokens": options.max_tokens,
+        "tasks": options.tasks,
+        "task_path": options.task_path,
+        "task_limit": options.task_limit,
+        "batch_size": options.batch_size,
+    }
+    asked = {key: value for key, value in given.items() if value is not None}
+    spec = _checked(Evaluate, explain, text={"files": options.text}, **asked)
+    model = _checked(Source, explain, model=options.model)
+    base = _checked(Source, explain, model=options.baseline) if options.baseline else None
+    from tasks.evaluate.alone import evaluate_alone
+    from tasks.result import write_file
+    from tasks.terminal import numbers
+
+    measured = evaluate_alone(model, base, spec, options.device)
+    print(numbers(measured))
+    if options.json:
+        write_file(Path(options.json), measured.model_dump_json(indent=1) + "\n")
+    return 0
 
 
 def publish(options: argparse.Namespace) -> int:
@@ -245,7 +266,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _checked(model: Any, explain: Callable[..., str], **values: Any) -> Any:
+def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
     from pydantic import ValidationError
 
     try:
@@ -264,7 +285,7 @@ def _set_up(debug: bool) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
-        "BITSANDBYTES_NOWELCOME": "1",
+        "TQDM_DISABLE": "1",  # tame has its own bars
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)

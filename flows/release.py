@@ -9,7 +9,7 @@ from tasks.card import release_files
 from tasks.evaluate.stage import Evaluation, baseline_task, evaluate_task
 from tasks.publish import publish_task
 from tasks.quantize.stage import quantize_task
-from tasks.report import report_task
+from tasks.report import render
 
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
@@ -39,18 +39,18 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
     run = track.begin(recipe, {"prefect_run": str(flow_run.get_id())})
     try:
         plan = plan_task(recipe, folder)
-        snapshot = download_task(recipe.source, return_state=True).result()
+        snapshot = download_task(recipe.source).result()
         result = result.with_source(snapshot, plan.found.licence)
-        baseline = baseline_task(snapshot, recipe.evaluate, return_state=True).result()
+        baseline = baseline_task(snapshot, recipe.evaluate).result()
         result = result.with_baseline(baseline, snapshot)
     except Exception as error:
         return _finish(result.ended_by(error), folder, run)
     for variant in recipe.variants:
         result = result.with_variant(_measure(result.variant(variant.label), variant, snapshot, baseline, recipe))
-        track.log_task(result, run, None, final=False)
+        run = track.track_task(variant.label, result, run, None, final=False)
     for label, target in plan.targets.items():
         if result.variant(label).status == "passed":
-            result = result.with_variant(_publish(result, label, target, recipe))
+            result = result.with_variant(_publish(result, label, target, plan.targets, recipe))
     return _finish(result, folder, run)
 
 
@@ -58,10 +58,10 @@ def _measure(
     known: ResultVariant, variant: Variant, snapshot: Snapshot, baseline: Evaluation, recipe: Recipe
 ) -> ResultVariant:
     try:
-        quantized = quantize_task(snapshot, variant, return_state=True).result()
+        quantized = quantize_task(snapshot, variant).result()
         known = results.quantized(known, quantized)
         evaluation = evaluate_task(
-            quantized.path, quantized.digest, variant.label, baseline, snapshot, recipe.evaluate, return_state=True
+            quantized.path, quantized.digest, variant.label, baseline, snapshot, recipe.evaluate
         ).result()
         verdict = gate_task(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
         return results.judged(known, evaluation, verdict)
@@ -69,7 +69,7 @@ def _measure(
         return results.failed(known, error)
 
 
-def _publish(result: Result, label: str, target: str, recipe: Recipe) -> ResultVariant:
+def _publish(result: Result, label: str, target: str, targets: dict[str, str], recipe: Recipe) -> ResultVariant:
     variant = result.variant(label)
     assert variant.artifact is not None
     try:
@@ -77,11 +77,9 @@ def _publish(result: Result, label: str, target: str, recipe: Recipe) -> ResultV
             label,
             Path(variant.artifact.path),
             variant.artifact.files,
-            release_files(result, label),
+            release_files(result, label, targets),
             target,
             recipe.publish,
-            tag=None,
-            return_state=True,
         ).result()
         return results.published(variant, done)
     except Exception as error:
@@ -92,9 +90,9 @@ def _finish(result: Result, folder: Path, run: str | None) -> State[Result]:
     result = result.model_copy(update={"mlflow_run": run})
     try:
         results.write(result, folder)
-        report = report_task(result, folder)
-        track.log_task(result, run, report, final=True)
-        summary.publish_artifacts(result)
+        report = results.write_file(folder / "report.html", render(result))
+        track.track_task("release", result, run, report, final=True)
+        summary.create_artifacts(result, track.run_url(run), str(report))
     except TameError as error:
         result = result.ended_by(error)
     store.sweep()

@@ -1,6 +1,7 @@
 """Registers a deployment of the release flow for each shipped recipe, and runs what is asked of them: `python -m infra.serve`."""
 
 import logging
+from typing import Any
 
 
 def main() -> None:
@@ -12,7 +13,7 @@ def main() -> None:
     from infra.up import CONFIGS
 
     logging.getLogger("tame").setLevel(logging.INFO)
-    deployments = []
+    deployments: list[Any] = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         recipe = load_recipe(path)
         parameters = {"recipe": recipe.model_dump(mode="json")}

@@ -35,7 +35,11 @@ def up(host: str) -> int:
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         python = [sys.executable, "-m"]
-        environment = {**os.environ, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_UI_API_URL": f"{prefect}/api"}
+        environment = {
+            **os.environ,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_UI_API_URL": f"{prefect}/api",
+        }
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             from tasks.track import database_uri
 

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks import hub, store
+from tasks.device import versions
 from tasks.isolate import isolated
 from tasks.progress import Progress, show
-from tasks.quantize.source import INDEX, WEIGHTS, check_source, refuse_quantized
+from tasks.quantize.source import INDEX, WEIGHTS, check_source, read_header, refuse_quantized, weight_files
 
 log = logging.getLogger("tame.download")
 
@@ -76,8 +77,10 @@ class Found(BaseModel):
         return sum(self.files.values())
 
 
-def look(source: Source) -> Found:
+def look(source: Source, quantized: bool = False) -> Found:
     """See whether `source` can be used, without downloading more than its config.json.
+
+    `quantized` admits checkpoints that are quantized already: they can be measured, if not quantized again.
 
     Raises:
         BadInputError: it does not exist, may not be read, has no config.json or safetensors, carries code, or is
@@ -86,7 +89,7 @@ def look(source: Source) -> Found:
     """
     path = local_path(source.model)
     if path is None:
-        return _look_hub(source)
+        return _look_hub(source, quantized)
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadInputError(f"source.model {source.model}: not a .gguf file; give a folder, a .gguf or a Hub repo")
@@ -104,14 +107,14 @@ def look(source: Source) -> Found:
     ]
     config = _read_json(path / "config.json") if "config.json" in names else None
     taken = select(source, names, config, _read_json(path / INDEX) if INDEX in names else None)
-    check_source(path)
+    _check(path, quantized)
     files = {name: (path / name).stat().st_size for name in taken}
     name = path.resolve().name
     return Found(kind="folder", name=name, path=str(path), commit=None, files=files, config=config or {})
 
 
-def download(source: Source, *, progress: Progress = show) -> Snapshot:
-    """Bring `source` onto this disk, and know the sha256 of every file of it.
+def download(source: Source, *, quantized: bool = False, progress: Progress = show) -> Snapshot:
+    """Bring `source` onto this disk, and know the sha256 of every file of it. `quantized` as in `look`.
 
     A Hub repo goes into the Hub client's own cache (HF_HOME), resumed where a killed run left it, and its large files are
     compared with the sha256 that the Hub names. A .gguf is dequantized to bf16 safetensors, once, in the artifact store.
@@ -120,7 +123,7 @@ def download(source: Source, *, progress: Progress = show) -> Snapshot:
         BadInputError: as `look`.
         TameError: a download that does not match its digest, a damaged .gguf, no space.
     """
-    found = look(source)
+    found = look(source, quantized)
     if found.kind == "gguf":
         return _dequantized(source, Path(str(found.path)), progress)
     if found.kind == "folder":
@@ -130,7 +133,7 @@ def download(source: Source, *, progress: Progress = show) -> Snapshot:
     files = store.sha256_files(folder, sorted(found.files))
     if found.kind == "hub":
         _compare(source.model, folder, files, found.sha256)
-        check_source(folder)
+        _check(folder, quantized)
     return Snapshot(
         path=str(folder),
         model=source.model,
@@ -142,6 +145,20 @@ def download(source: Source, *, progress: Progress = show) -> Snapshot:
         trust_remote_code=source.trust_remote_code,
         cached=cached,
     )
+
+
+def tokenizer_folder(source: Source, found: Found) -> Path | None:
+    """A folder with the configuration and tokenizer of `source`, fetched from the Hub if they are not here.
+
+    None for a .gguf that has not been dequantized yet.
+    """
+    if found.kind == "gguf":
+        artifact = store.find("dequantized", _dequantized_inputs(Path(str(found.path))))
+        return Path(artifact.path) if artifact else None
+    if found.path is not None:
+        return Path(found.path)
+    small = [name for name in found.files if not name.endswith(".safetensors")]
+    return hub.fetch_files(source.model, str(found.commit), small)
 
 
 def local_path(model: str) -> Path | None:
@@ -202,9 +219,7 @@ def select(source: Source, names: list[str], config: dict[str, Any] | None, inde
         if outside := [name for name in weights if name.startswith("/") or ".." in name.split("/")]:
             raise BadInputError(f"source.model {model}: {INDEX} names {outside[0]!r}, outside of the folder")
         if missing := [name for name in weights if name not in names]:
-            raise TameError(
-                f"source.model {model}: {INDEX} names {missing[0]}, which is not there; download it again"
-            )
+            raise TameError(f"source.model {model}: {INDEX} names {missing[0]}, which is not there; download it again")
         weights.append(INDEX)
     else:
         pickled = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLED)]
@@ -220,7 +235,7 @@ def select(source: Source, names: list[str], config: dict[str, Any] | None, inde
     return sorted({*weights, *others})
 
 
-def _look_hub(source: Source) -> Found:
+def _look_hub(source: Source, quantized: bool) -> Found:
     cached = hub.cached_commit(source.model, source.revision)
     try:
         info = hub.model_info(source.model, source.revision)
@@ -244,7 +259,8 @@ def _look_hub(source: Source) -> Found:
     small = hub.fetch_json(source.model, info.commit, [n for n in ("config.json", INDEX) if n in info.files])
     config = small.get("config.json")
     taken = select(source, list(info.files), config, small.get(INDEX))
-    refuse_quantized(config or {}, source.model)
+    if not quantized:
+        refuse_quantized(config or {}, source.model)
     return Found(
         kind="hub",
         name=source.model.rsplit("/", 1)[-1],
@@ -264,7 +280,17 @@ def _fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool
     if found.path is not None:
         return Path(found.path), True
     store.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
-    return hub.fetch(source.model, source.revision, str(found.commit), sorted(found.files), found.bytes, progress), False
+    return hub.fetch(
+        source.model, source.revision, str(found.commit), sorted(found.files), found.bytes, progress
+    ), False
+
+
+def _check(folder: Path, quantized: bool) -> None:
+    if not quantized:
+        check_source(folder)
+        return
+    for name in weight_files(folder):
+        read_header(folder / name, name)
 
 
 def _compare(model: str, folder: Path, actual: dict[str, str], expected: dict[str, str]) -> None:
@@ -278,14 +304,7 @@ def _compare(model: str, folder: Path, actual: dict[str, str], expected: dict[st
 
 
 def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
-    from tasks.device import versions
-
-    known = versions()
-    inputs = {
-        "gguf": store.sha256_file(gguf),
-        "stage": 1,
-        "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
-    }
+    inputs = _dequantized_inputs(gguf)
 
     def make(folder: Path) -> store.Made:
         store.need_space(folder, 5 * gguf.stat().st_size, f"dequantize {gguf.name}")
@@ -305,6 +324,15 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
         digest=artifact.digest,
         cached=cached,
     )
+
+
+def _dequantized_inputs(gguf: Path) -> dict[str, Any]:
+    known = versions()
+    return {
+        "gguf": store.sha256_file(gguf),
+        "stage": 1,
+        "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

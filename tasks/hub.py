@@ -83,17 +83,26 @@ def model_info(repo: str, revision: str) -> RepoInfo:
 
 def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, Any]]:
     """Small JSON files of a repo, through the Hub client's cache."""
-    from huggingface_hub import hf_hub_download
-
     read: dict[str, dict[str, Any]] = {}
     for name in names:
-        with explained(repo, commit), _quiet():
-            path = hf_hub_download(repo, name, revision=commit, endpoint=endpoint())
+        path = fetch_files(repo, commit, [name]) / name
         try:
-            read[name] = json.loads(Path(path).read_bytes())
+            read[name] = json.loads(path.read_bytes())
         except ValueError as error:
             raise BadInputError(f"{repo}: {name} is not JSON ({error}); the repo is damaged") from None
     return read
+
+
+def fetch_files(repo: str, commit: str, names: list[str]) -> Path:
+    """Small files of a repo, through the Hub client's cache; the folder that they are in."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path()
+    with explained(repo, commit), _quiet():
+        for name in names:
+            path = Path(hf_hub_download(repo, name, revision=commit, endpoint=endpoint()))
+            folder = path.parents[name.count("/")]
+    return folder
 
 
 def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, progress: Progress) -> Path:
@@ -109,12 +118,12 @@ def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, pr
 
     what = f"download {repo}"
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """Tells `progress` what the Hub client tells its own bar."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
             self.seen = 0.0
 
         def update(self, n: float | None = 1) -> None:

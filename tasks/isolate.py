@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, ParamSpec, TypeVar
 
 from configs.errors import TameError
-from tasks.progress import Progress, show
+from tasks.progress import show
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,6 +93,7 @@ def _child(
     sending: Connection, level: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     _die_with_parent()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by the parent
     logger = logging.getLogger("tame")
     logger.setLevel(level)
     logger.addHandler(Pipe(sending))
@@ -139,6 +140,3 @@ def _picklable(error: BaseException) -> BaseException:
         return error
     except Exception:
         return TameError(f"{type(error).__name__}: {error}")
-
-
-__all__ = ["Progress", "isolated"]

@@ -1,18 +1,16 @@
 """A release on this machine: on the Prefect server that PREFECT_API_URL names, or on one that lives as long as the run."""
 
-import logging
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from configs.errors import TameError
 from configs.schema import Recipe
+from tasks import track
 from tasks.result import Result
-
-log = logging.getLogger("tame")
 
 
 def release_here(recipe: Recipe, out: Path) -> Result:
@@ -21,10 +19,8 @@ def release_here(recipe: Recipe, out: Path) -> Result:
     Raises:
         TameError: Prefect's server does not start or cannot be reached.
     """
-    # mlflow takes as long to import as the server takes to start: do both at once.
-    warm = threading.Thread(target=_import_mlflow, daemon=True)
+    track.prepare()  # MLflow takes as long to import as the server takes to start: both at once
     with ExitStack() as stack:
-        warm.start()
         if _no_server_named():
             stack.enter_context(_ephemeral_server())
         from flows.release import release
@@ -42,10 +38,6 @@ def _no_server_named() -> bool:
     from prefect.settings import get_current_settings
 
     return get_current_settings().api.url is None
-
-
-def _import_mlflow() -> None:
-    import mlflow  # noqa: F401
 
 
 @contextmanager
@@ -66,7 +58,7 @@ def _ephemeral_server() -> Iterator[None]:
     process = server.server_process
     assert process is not None
     # Its standard input closes when this process ends, in whatever way; then it ends the server.
-    watch = f"import os, sys, signal; sys.stdin.read(); os.kill({process.pid}, signal.SIGKILL)"
+    watch = f"import os, sys; sys.stdin.read(); os.kill({process.pid}, {signal.SIGKILL:d})"
     guard = subprocess.Popen([sys.executable, "-S", "-c", watch], stdin=subprocess.PIPE, start_new_session=True)
     try:
         # Nobody watches the heartbeats of a server that ends with the run, and waiting for the last one costs a second.

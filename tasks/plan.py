@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
@@ -10,8 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
 from tasks import store
-from tasks.device import name_of, pick
-from tasks.download import Found, local_path, look
+from tasks.device import gpus, hardware, name_of, pick
+from tasks.download import Found, download, local_path, look, tokenizer_folder
+from tasks.isolate import isolated
+from tasks.quantize.preview import preview
+from tasks.quantize.stage import quantize_inputs
+from tasks.summary import figure
 
 
 class Plan(BaseModel):
@@ -56,23 +61,27 @@ def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
 
 
 def _preflight(recipe: Recipe, out: Path) -> Plan:
-    from tasks.evaluate.tasks import check_tasks
+    path = local_path(recipe.source.model)
+    from tasks.evaluate.definitions import check_tasks
     from tasks.evaluate.text import check_text, load_text
     from tasks.publish import preflight as preflight_publish
 
-    path = local_path(recipe.source.model)
-    model = (
-        recipe.source.model.rsplit("/", 1)[-1] if path is None else path.stem if path.is_file() else path.resolve().name
-    )
+    if path is None:
+        model = recipe.source.model.rsplit("/", 1)[-1]
+    else:
+        model = path.stem if path.is_file() else path.resolve().name
     where = targets(recipe, model, out)
     # The token first: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None, False, 0) if where else []
     found = look(recipe.source)
     if where and (found.licence or found.gated):
         warnings = preflight_publish(recipe, where, found.licence, found.gated, found.bytes)
-    text = load_text(recipe.evaluate.text)
-    folder = Path(found.path) if found.kind == "folder" and found.path else None
-    tokens = check_text(text, recipe.evaluate.window, folder)
+    text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
+    tokens = None
+    if folder := tokenizer_folder(recipe.source, found):
+        tokens = check_text(text, window, folder)
+    elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
+        raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
     for place in (out, store.home()):
         writable(place)
@@ -96,39 +105,75 @@ def writable(folder: Path) -> None:
 
 
 def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
-    """The plan as (what, how it stands) lines: source, device, each variant, the evaluation, the disk.
+    """The plan as (what, how it stands) lines: source, device, each variant, evaluation, memory, disk, what to know first.
 
     Raises:
         As `preflight`.
     """
     plan = preflight(recipe, out)
-    found, device = plan.found, pick()
+    found, source = plan.found, recipe.source
+    folder = tokenizer_folder(source, found)
+    snapshot = download(source) if folder and (found.path or found.kind == "gguf") else None
     pinned = f" at {found.commit[:12]}" if found.commit else ""
-    there = "on this disk" if found.path else f"{found.bytes / 1e9:.2f} GB to download"
-    lines = [
-        ("source", f"{recipe.source.model}{pinned}, {there}"),
-        ("device", name_of(device)),
-    ]
-    need = 0
-    for variant in recipe.variants:
-        size, share, left = _expected(recipe, variant, found)
-        need += size
-        target = plan.targets.get(variant.label)
-        goes = f", published to {target}" if target else ", published nowhere"
-        lines.append((variant.label, f"about {size / 1e9:.2f} GB{share}{goes}{left}"))
-    free = shutil.disk_usage(_existing(store.home())).free
+    there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
+    lines = [("source", f"{source.model}{pinned}, {there}"), ("device", name_of(pick()))]
+    expected: list[dict[str, Any]] = []
+    if folder:
+        what = f"look at {source.model}"
+        expected = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
+    else:
+        lines.append(("note", "sizes are known once the .gguf is dequantized, by the first run"))
+    needed = 0 if snapshot else found.bytes
+    for index, variant in enumerate(recipe.variants):
+        told = []
+        if snapshot and store.find("quantized", quantize_inputs(snapshot, variant, pick())):
+            told.append("in the cache")
+        elif expected:
+            needed += expected[index]["weight_bytes"]
+        if expected:
+            of = expected[index]
+            told.append(
+                f"{size(of['weight_bytes'])}, {of['quantized'] / of['parameters']:.1%} of its parameters quantized"
+            )
+        told.append(f"goes to {plan.targets[variant.label]}" if plan.targets else "is published nowhere")
+        lines.append((variant.label, ", ".join(told)))
+        lines += [("note", f"{variant.label}: {note}") for note in (expected[index]["notes"] if expected else [])]
+    if recipe.publish.to == "folder":
+        needed += sum(of["weight_bytes"] for of in expected)
+    evaluated = (
+        recipe.evaluate.text.dataset or recipe.evaluate.text.builtin or ", ".join(recipe.evaluate.text.files or [])
+    )
     lines.append(
         (
-            "disk",
-            f"{free / 1e9:.1f} GB free, about {(need * (2 if plan.targets else 1) + found.bytes) / 1e9:.1f} GB needed",
+            "evaluate",
+            f"{evaluated} in windows of {recipe.evaluate.window}; " + (", ".join(recipe.evaluate.tasks) or "no tasks"),
         )
     )
-    lines += [("note", warning) for warning in plan.warnings]
-    return lines
+    lines.append(
+        (
+            "memory",
+            f"{size(_memory())} in all; evaluating takes the baseline's {size(_weights(found))} and its activations",
+        )
+    )
+    free = shutil.disk_usage(_existing(store.home())).free
+    lines.append(("disk", f"{size(free)} free, {size(needed)} will be written"))
+    return lines + [("note", warning) for warning in plan.warnings]
 
 
-def _expected(recipe, variant, found):  # type: ignore[no-untyped-def]
-    raise NotImplementedError
+def size(value: float) -> str:
+    """Bytes as people read them."""
+    return figure("size_bytes", value)
+
+
+def _weights(found: Found) -> int:
+    return sum(value for name, value in found.files.items() if name.endswith((".safetensors", ".gguf")))
+
+
+def _memory() -> int:
+    device = pick()
+    if device == "cpu":
+        return int(hardware()["memory_bytes"])
+    return gpus()[int(device.partition(":")[2])].memory_bytes
 
 
 def _existing(folder: Path) -> Path:
@@ -141,6 +186,3 @@ def _existing(folder: Path) -> Path:
 def plan_task(recipe: Recipe, out: Path) -> Plan:
     """`preflight` in the flow, for runs that did not come through the command line."""
     return preflight(recipe, out)
-
-
-__all__ = ["BadInputError", "Plan", "describe", "plan_task", "preflight", "targets", "writable"]

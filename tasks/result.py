@@ -4,11 +4,13 @@ A result begins with every variant failed, as `not reached`, and each stage that
 whatever happens, what is written says what is true so far.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,11 +18,13 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
 from tasks import store
 from tasks.device import hardware, versions
-from tasks.download import Snapshot
-from tasks.evaluate.stage import Evaluation
 from tasks.gate import Verdict
-from tasks.publish import Published
-from tasks.quantize.stage import Quantized
+
+if TYPE_CHECKING:
+    from tasks.download import Snapshot
+    from tasks.evaluate.stage import Evaluation
+    from tasks.publish import Published
+    from tasks.quantize.stage import Quantized
 
 
 class _Value(BaseModel):

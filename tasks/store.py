@@ -110,8 +110,12 @@ def build(
         except OSError as error:
             _remove(partial)
             raise TameError(_os_error(error, place.parent)) from error
-        except BaseException:
+        except Exception:
             _remove(partial)
+            raise
+        except BaseException:  # stopped by hand: as when killed, what is there is taken up again
+            if not keep_partial:
+                _remove(partial)
             raise
     return artifact, False
 
@@ -151,7 +155,8 @@ def remove(artifact: Artifact) -> bool:
 def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]]:
     """Remove what killed runs left, what is damaged, and what was not used for so many days: (removed, kept)."""
     sweep()
-    removed, kept = [], []
+    removed: list[Artifact] = []
+    kept: list[Artifact] = []
     for artifact in list(artifacts()):
         idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
         old = older_than_days is not None and idle >= older_than_days * 86_400

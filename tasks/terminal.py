@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.result import Measured, Result
-from tasks.summary import figure, headline, span
+from tasks.summary import cell, figure, headline, label, points, span
 
 STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}
 
@@ -36,6 +36,13 @@ def closing(result: Result, out: Path, width: int, colour: bool) -> str:
         console.print(Text(f"{what:<10} {where}"), soft_wrap=True)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+def numbers(measured: Measured) -> str:
+    """Every metric of one model with its interval, then its protocol and notes."""
+    lines = [f"{label(name):<40} {cell(name, measured.metrics)}" for name in points([measured.metrics])]
+    lines += [f"{key.replace('_', ' '):<40} {value}" for key, value in measured.protocol.items()]
+    return "\n".join(lines + [f"note: {note}" for note in measured.notes])
 
 
 def _cells(measured: Measured) -> list[str]:

@@ -73,7 +73,9 @@ def damage(model: Path, how: str) -> None:
     elif how == "auto_map":
         config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "x.y"}}))
     elif how == "quantized":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}})
+        )
     elif how == "not json":
         config.write_text("{")
     elif how == "truncated":

@@ -1,0 +1,245 @@
+"""The whole flow through the command line, on a tiny model, with a real Prefect server and a real MLflow database."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def prefect_url() -> Iterator[str]:
+    """A real Prefect server for all runs of this file."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    server.start(timeout=120)
+    yield server.api_url
+    server.stop()
+
+
+class Place:
+    """A folder to run recipes in, with a TAME_HOME of its own."""
+
+    def __init__(self, folder: Path, prefect_url: str) -> None:
+        self.folder = folder
+        self.environment = {
+            **os.environ, "TAME_HOME": str(folder / "home"), "PREFECT_API_URL": prefect_url, "COLUMNS": "120",
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+
+    def recipe(self, model: Path, **sections: Any) -> Path:
+        (self.folder / "text.txt").write_text(TEXT)
+        content = {
+            "name": "tiny",
+            "source": {"model": str(model)},
+            "variants": [{"method": "nf4"}],
+            "evaluate": {
+                "text": {"files": [str(self.folder / "text.txt")]}, "window": 64, "max_tokens": 512,
+                "speed": {"prompt_tokens": 8, "new_tokens": 2, "repeats": 1}, "samples": {"prompts": ["The"], "new_tokens": 4},
+            },
+            "publish": {"to": "folder"},
+            **sections,
+        }  # fmt: skip
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "tame", *map(str, arguments)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def tame(self, *arguments: str | Path) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        output, errors = process.communicate()
+        return process.returncode, output, errors
+
+    def run(self, recipe: Path, *arguments: str | Path) -> tuple[int, dict[str, Any], str]:
+        code, output, errors = self.tame("run", recipe, "--out", self.folder / "out", *arguments)
+        path = self.folder / "out" / "result.json"
+        assert path.exists(), f"{output}\n{errors}"
+        return code, json.loads(path.read_text()), output + errors
+
+
+@pytest.fixture
+def place(tmp_path: Path, prefect_url: str) -> Place:
+    return Place(tmp_path, prefect_url)
+
+
+def built(place: Place) -> dict[str, set[str]]:
+    """The keys of the artifacts that are there, by kind."""
+    kinds: dict[str, set[str]] = {}
+    for folder in (place.folder / "home" / "artifacts").glob("[!.]*"):
+        kind, key = folder.name.rsplit("-", 1)
+        kinds.setdefault(kind, set()).add(key)
+    return kinds
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal between two runs of the same thing: digests, and metrics that are no timings."""
+    timed = ("second", "peak_memory")
+    return {
+        v["name"]: (v["artifact"]["digest"], {k: m for k, m in v["metrics"].items() if not any(t in k for t in timed)})
+        for v in result["variants"]
+    }
+
+
+def test_a_release_and_what_its_reruns_cost(place: Place, tiny_llama: Path) -> None:
+    variants = [{"method": "int8"}, {"method": "nf4"}]
+    recipe = place.recipe(tiny_llama, variants=variants, gate={"max_mean_kl": 1.0})
+    code, result, output = place.run(recipe)
+    assert code == 0, output
+    assert [v["status"] for v in result["variants"]] == ["published", "published"]
+    assert result["source"]["commit"] is None
+    for measured in [result["baseline"], *result["variants"]]:
+        assert {"size_bytes", "perplexity", "load_seconds", "prefill_tokens_per_second"} <= measured["metrics"].keys()
+    for variant in result["variants"]:
+        assert {"kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio_low", "bits_per_weight"} <= variant[
+            "metrics"
+        ].keys()
+        assert variant["artifact"]["bytes"] > 0
+        assert "baseline" in output
+        folder = Path(variant["published"])
+        assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "tame.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+    assert (place.folder / "out" / "report.html").stat().st_size > 1000
+    before = built(place)
+
+    # Again: nothing is built, no torch is imported, and the cache is named.
+    program = "import sys, tame\ntry: tame.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", program, "run", str(recipe), "--out", str(place.folder / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=place.environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == "False"
+    assert "from the cache" in done.stdout
+    assert built(place) == before
+    again = json.loads((place.folder / "out" / "result.json").read_text())
+    assert again["variants"][0]["metrics"] == result["variants"][0]["metrics"]
+
+    # A changed limit judges again, and measures nothing.
+    code, judged, output = place.run(recipe, "--set", "gate.max_mean_kl=0.0000001")
+    assert code == 3, output
+    assert {v["status"] for v in judged["variants"]} == {"rejected"}
+    assert built(place) == before
+
+    # Another variant is made alone; another window measures again and quantizes nothing.
+    code, _, output = place.run(recipe, "--set", "variants.2={method: fp4, double_quant: true}")
+    assert code == 0, output
+    assert len(built(place)["quantized"]) == len(before["quantized"]) + 1
+    assert len(built(place)["scores"]) == len(before["scores"]) + 1
+    more = built(place)
+    code, _, output = place.run(recipe, "--set", "evaluate.window=32")
+    assert code == 0, output
+    assert built(place)["quantized"] == more["quantized"]
+    assert len(built(place)["scores"]) == len(more["scores"]) + 3
+
+    # The published folder is a model that plain transformers loads.
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer as T\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = T.from_pretrained(sys.argv[1])\n"
+        "print(m.generate(**t('The sky', return_tensors='pt'), max_new_tokens=3).shape[1])"
+    )
+    published = result["variants"][1]["published"]
+    loaded = subprocess.run([sys.executable, "-c", program, published], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_one_variant_fails_alone(place: Place, tiny_llama: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_llama, place.folder / "model"))
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][3, 5] = torch.tensor(1e5, dtype=tensors[name].dtype)  # finite in bf16, infinite in fp16
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, result, output = place.run(place.recipe(model, variants=[{"method": "int8"}, {"method": "nf4"}]))
+    assert code == 1, output
+    int8, nf4 = result["variants"]
+    assert (int8["status"], nf4["status"]) == ("failed", "published")
+    assert name in int8["error"]
+    assert name in output
+    assert "Traceback" not in output
+
+
+def test_a_source_that_is_damaged_ends_in_one_line(place: Place, tiny_llama: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, place.folder / "model"))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, output, errors = place.tame("run", place.recipe(model), "--out", place.folder / "out")
+    assert code == 1
+    [line] = errors.splitlines()
+    assert "model.safetensors" in line
+    assert "truncated" in line
+    assert not (place.folder / "home" / "artifacts").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"   \n", b"\xff\xfe", b"too short"])
+def test_a_text_that_cannot_be_measured_is_refused_before_anything_is_made(
+    place: Place, tiny_llama: Path, text: bytes
+) -> None:
+    recipe = place.recipe(tiny_llama)
+    (place.folder / "text.txt").write_bytes(text)
+    code, output, errors = place.tame("run", recipe, "--out", place.folder / "out")
+    assert code == 2
+    [line] = errors.splitlines()
+    assert "text.txt" in line
+    assert not (place.folder / "out").exists()
+    assert not (place.folder / "home" / "artifacts").exists()
+
+
+def test_two_runs_at_once_build_everything_once(place: Place, tiny_llama: Path) -> None:
+    recipe = place.recipe(tiny_llama)
+    runs = [place.start("run", recipe, "--out", place.folder / f"out{i}") for i in range(2)]
+    for run in runs:
+        output, errors = run.communicate()
+        assert run.returncode == 0, output + errors
+    first, second = (json.loads((place.folder / f"out{i}" / "result.json").read_text()) for i in range(2))
+    assert numbers(first) == numbers(second)
+    assert first["variants"][0]["metrics"] == second["variants"][0]["metrics"]  # timings too: measured once
+    assert {kind: len(keys) for kind, keys in built(place).items() if kind in ("quantized", "baseline", "evaluation")} == {
+        "quantized": 1, "baseline": 1, "evaluation": 1,
+    }  # fmt: skip
+
+
+def test_prefect_and_mlflow_show_the_release(place: Place, tiny_llama: Path) -> None:
+    code, result, output = place.run(place.recipe(tiny_llama))
+    assert code == 0, output
+    import httpx
+
+    api = httpx.Client(base_url=place.environment["PREFECT_API_URL"])
+    run = api.get(f"/flow_runs/{result['prefect_run']}").json()
+    assert run["name"] == "tiny: nf4"
+    assert run["state"]["type"] == "COMPLETED"
+    named = {"flow_run_id": {"any_": [result["prefect_run"]]}}
+    tasks = {
+        task["name"]: task
+        for task in api.post("/task_runs/filter", json={"flow_runs": {"id": named["flow_run_id"]}}).json()
+    }
+    assert {"evaluate baseline", "quantize nf4", "evaluate nf4", "gate nf4", "publish nf4"} <= tasks.keys()
+    artifacts = api.post("/artifacts/filter", json={"artifacts": named}).json()
+    assert "table" in {artifact["type"] for artifact in artifacts}
+    program = (
+        "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1])\n"
+        "runs = mlflow.search_runs(search_all_experiments=True); print(runs.to_json(orient='records'))"
+    )
+    database = f"sqlite:///{place.folder / 'home' / 'mlflow.db'}"
+    done = subprocess.run([sys.executable, "-c", program, database], capture_output=True, text=True)
+    runs = json.loads(done.stdout.splitlines()[-1])
+    parent = next(run for run in runs if run["run_id"] == result["mlflow_run"])
+    children = [run for run in runs if run.get("tags.mlflow.parentRunId") == parent["run_id"]]
+    assert len(children) == 2
+    nf4 = next(run for run in children if run.get("metrics.kl_mean") is not None)
+    assert nf4["metrics.kl_mean"] == pytest.approx(result["variants"][0]["metrics"]["kl_mean"])
