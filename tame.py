@@ -75,10 +75,9 @@ def quantize(options: argparse.Namespace) -> int:
     from configs.schema import Source, Variant
 
     variant = _checked(Variant, explain, method=options.method, double_quant=options.double_quant)
-    from tasks.quantize.folder import quantize_folder
-
     from tasks.download import download
     from tasks.progress import show
+    from tasks.quantize.folder import quantize_folder
 
     source = download(_checked(Source, explain, model=options.source, revision=options.revision))
     made = quantize_folder(

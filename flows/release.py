@@ -5,19 +5,19 @@ from pathlib import Path
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
-from tasks.card import release_files
-from tasks.evaluate.stage import Evaluation, baseline_task, evaluate_task
-from tasks.publish import publish_task
-from tasks.quantize.stage import quantize_task
-from tasks.report import render
 
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
 from tasks import result as results
 from tasks import store, summary, track
+from tasks.card import release_files
 from tasks.download import Snapshot, download_task
+from tasks.evaluate.stage import Evaluation, baseline_task, evaluate_task
 from tasks.gate import gate_task
 from tasks.plan import plan_task
+from tasks.publish import publish_task
+from tasks.quantize.stage import quantize_task
+from tasks.report import render
 from tasks.result import Result, ResultVariant
 
 

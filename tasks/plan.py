@@ -56,7 +56,7 @@ def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
         v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name) for v in recipe.variants
     }
     if recipe.publish.to == "folder":
-        return {label: str((out.absolute() / "published" / Path(repo).expanduser())) for label, repo in filled.items()}
+        return {label: str(out.absolute() / "published" / Path(repo).expanduser()) for label, repo in filled.items()}
     return filled
 
 

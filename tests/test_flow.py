@@ -178,7 +178,7 @@ def test_a_source_that_is_damaged_ends_in_one_line(place: Place, tiny_llama: Pat
     model = Path(shutil.copytree(tiny_llama, place.folder / "model"))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    code, output, errors = place.tame("run", place.recipe(model), "--out", place.folder / "out")
+    code, _, errors = place.tame("run", place.recipe(model), "--out", place.folder / "out")
     assert code == 1
     [line] = errors.splitlines()
     assert "model.safetensors" in line
@@ -192,7 +192,7 @@ def test_a_text_that_cannot_be_measured_is_refused_before_anything_is_made(
 ) -> None:
     recipe = place.recipe(tiny_llama)
     (place.folder / "text.txt").write_bytes(text)
-    code, output, errors = place.tame("run", recipe, "--out", place.folder / "out")
+    code, _, errors = place.tame("run", recipe, "--out", place.folder / "out")
     assert code == 2
     [line] = errors.splitlines()
     assert "text.txt" in line
