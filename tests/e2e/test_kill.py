@@ -1,0 +1,70 @@
+"""SIGKILL at ten moments spread over a run: the next run finishes the job, with equal numbers, and sweeps up."""
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_flow import Place, numbers, prefect_url
+
+pytestmark = pytest.mark.e2e
+__all__ = ["prefect_url"]  # the fixture
+
+
+def left_running(place: Place) -> list[str]:
+    """Processes that work in `place`."""
+    mine = str(place.folder / "home")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TAME_HOME") == mine:
+                found.append(" ".join(process.cmdline())[:120])
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_killed_at_any_moment_the_next_run_finishes_the_job(tmp_path: Path, tiny_llama: Path, prefect_url: str) -> None:
+    variants = [{"method": "int8"}, {"method": "nf4", "double_quant": True}]
+    whole = Place(tmp_path / "whole", prefect_url)
+    whole.folder.mkdir()
+    started = time.monotonic()
+    code, reference, output = whole.run(whole.recipe(tiny_llama, variants=variants))
+    seconds = time.monotonic() - started
+    assert code == 0, output
+    for moment in range(1, 11):
+        place = Place(tmp_path / f"killed{moment}", prefect_url)
+        place.folder.mkdir()
+        recipe = place.recipe(tiny_llama, variants=variants)
+        process = place.start("run", recipe, "--out", place.folder / "out")
+        time.sleep(seconds * moment / 11)
+        process.kill()
+        process.communicate()
+        end = time.monotonic() + 10
+        while left_running(place) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert left_running(place) == []
+        code, result, output = place.run(recipe)
+        assert code == 0, output
+        assert numbers(result) == numbers(reference)
+        rubbish = [path.name for path in (place.folder / "home" / "artifacts").iterdir() if path.name.startswith(".")]
+        assert rubbish == [".locks"]
+        assert [p.name for p in (place.folder / "out").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_killed_run_takes_its_own_prefect_server_along(tmp_path: Path, tiny_llama: Path) -> None:
+    place = Place(tmp_path, "")
+    del place.environment["PREFECT_API_URL"]
+    process = place.start("run", place.recipe(tiny_llama), "--out", tmp_path / "out")
+    while not any("uvicorn" in command for command in left_running(place)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    while not (tmp_path / "home" / "artifacts").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, 9)
+    process.communicate()
+    time.sleep(5)
+    assert left_running(place) == []
