@@ -1,6 +1,7 @@
 """Publish: what was measured goes to the Hub or into a folder, all of it or nothing, and never twice."""
 
 import functools
+import json
 import logging
 import os
 import shutil
@@ -330,10 +331,32 @@ def _space(repos: dict[str, str], source_bytes: int) -> list[str]:
     return []
 
 
+def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
+    """Tell Prefect what was made of what: an asset event, with the source as the asset that it came from."""
+    from prefect.events import emit_event
+
+    try:
+        told = json.loads(extra[provenance.NAME])
+        source = f"{endpoint()}/{told['source']['model']}"
+        target = f"{endpoint()}/{done.repo}" if done.to == "hub" else f"file://{done.repo}"
+        emit_event(
+            event="prefect.asset.materialization.succeeded",
+            resource={
+                "prefect.resource.id": target,
+                "prefect.resource.name": done.repo,
+                "prefect.asset.url": done.url,
+            },
+            related=[{"prefect.resource.id": source, "prefect.resource.role": "asset"}],
+            payload={"commit": done.commit, "source_commit": told["source"]["commit"], **told["artifact"]},
+        )
+    except Exception as error:  # what is published is published, whoever hears of it
+        log.debug("no asset event for %s: %s", done.repo, error)
+
+
 @task(
     name="publish",
     task_run_name="publish {label}",
-    retries=3,
+    retries=len(PAUSES),
     retry_delay_seconds=list(PAUSES),
     retry_condition_fn=hub.passes,
 )
@@ -352,7 +375,9 @@ def publish_task(
     except UnreachableError as error:
         wait(error, 0.0)  # what the Hub asked for, on top of Prefect's own delay
         raise
-    return Completed(name="Cached" if done.cached else "Completed", data=done)
+    if not done.already:
+        _tell_lineage(done, extra)
+    return Completed(name="Cached" if done.already else "Completed", data=done)
 
 
 __all__ = ["Published", "check", "preflight", "publish", "publish_folder", "publish_task"]

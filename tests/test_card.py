@@ -1,0 +1,184 @@
+"""The model card and what is published beside it: complete, true to the result, and the same for the same result."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from tasks import provenance
+from tasks.card import release_files
+from tasks.result import Result
+from tasks.summary import figure, label
+from tests.results import make
+
+BASE_CARD = {
+    "license": "llama3.2",
+    "license_name": "the-name",
+    "license_link": "LICENSE",
+    "language": ["en", "de"],
+    "datasets": ["HuggingFaceTB/smol-smoltalk"],
+    "tags": ["best-model-ever"],
+    "model-index": [{"name": "base", "results": [{"metrics": [{"type": "acc", "value": 31.7}]}]}],
+    "pipeline_tag": "text-generation",
+}
+
+
+@pytest.fixture
+def result() -> Result:
+    made = make()
+    return made.model_copy(update={"source": made.source.model_copy(update={"card": BASE_CARD, "licence": "llama3.2"})})
+
+
+def changed(result: Result, label: str = "int8", **update: Any) -> Result:
+    variants = [v.model_copy(update=update) if v.name == label else v for v in result.variants]
+    return result.model_copy(update={"variants": variants})
+
+
+def text(result: Result, name: str = "int8") -> str:
+    return release_files(result, name)["README.md"].decode()
+
+
+def test_front_matter_is_valid_and_says_what_it_comes_from(result: Result) -> None:
+    content = ModelCard(text(result))
+    data = content.data
+    assert isinstance(data, ModelCardData)
+    assert (data.base_model, data["base_model_relation"]) == (result.source.model, "quantized")
+    assert (data.license, data.license_name) == ("llama3.2", "the-name")
+    assert data.license_link == f"https://huggingface.co/{result.source.model}/blob/{result.source.commit}/LICENSE"
+    assert (data.language, data.datasets) == (["en", "de"], ["HuggingFaceTB/smol-smoltalk"])
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"bitsandbytes", "8-bit", "int8"} <= set(data.tags)
+    assert "4-bit" in ModelCard(text(result, "nf4-dq")).data.tags
+
+
+def test_nothing_of_the_base_cards_claims(result: Result) -> None:
+    assert "31.7" not in text(result)
+    assert "best-model-ever" not in text(result)
+
+
+def test_model_index_has_the_results_numbers_in_full(result: Result) -> None:
+    metrics = result.variants[0].metrics
+    front = yaml.safe_load(text(result).split("---\n")[1])
+    _, found = model_index_to_eval_results(front["model-index"])
+    assert {r.metric_type: r.metric_value for r in found} == {
+        "perplexity": metrics["perplexity"],
+        "kl_divergence": metrics["kl_mean"],
+        "top1_agreement": metrics["top1_agreement"],
+        "acc": metrics["task/piqa/acc"],
+    }
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4-dq"])
+def test_every_number_in_the_tables_is_the_results(result: Result, name: str) -> None:
+    variant, base = result.variant(name), result.baseline
+    assert base is not None
+    rows = [line.split(" | ") for line in text(result, name).splitlines() if re.match(r"\| .* \|$", line)]
+    cells = {row[0].removeprefix("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
+    told = set()
+    for metric, value in {**base.metrics, **variant.metrics}.items():
+        if (what := label(metric)) in cells:
+            assert cells[what][0] == figure(metric, base.metrics.get(metric))
+            assert cells[what][1] == figure(metric, variant.metrics.get(metric))
+            told.add(what)
+        else:  # an interval's end, or the difference to the base: in the row of its metric
+            assert figure(metric, value) in text(result, name) or metric.endswith("_p")
+    numbers = {what for what, row in cells.items() if re.search(r"\d", "".join(row[:2]))}
+    left = {f"`{left['module']}`" for left in variant.left}
+    assert numbers - left == told - {what for what in told if what not in numbers}
+
+
+def test_machine_text_protocol_and_what_was_left_are_told(result: Result) -> None:
+    content = text(result)
+    for word in (
+        result.source.commit,
+        "python-docs of CPython 3.11.9",
+        "window 512",
+        "batch size 8",
+        result.hardware["cpu"],
+        "`model.embed_tokens` | 28,311,552 | embedding",
+        *result.variants[0].notes,
+        *(f"{name} {version}" for name, version in result.versions.items()),
+        "max_mean_kl: 0.1",
+        "me/SmolLM2-135M-Instruct-nf4-dq",
+    ):
+        assert str(word) in content
+
+
+def test_equal_results_make_equal_bytes_whatever_ran_and_when(result: Result) -> None:
+    files = release_files(result, "int8")
+    assert release_files(make().model_copy(update={"source": result.source}), "int8") == files
+    later = result.model_copy(update={"started": "2030-01-01T00:00:00Z", "seconds": 9.0})
+    assert release_files(later, "int8") == files
+    other = later.model_copy(update={"prefect_run": "another", "mlflow_run": "another"})
+    faster = changed(other, metrics={**other.variants[0].metrics, "decode_tokens_per_second": 99.0})
+    again = release_files(faster, "int8")
+    assert provenance.same_release(again["tame.json"], files["tame.json"])
+    assert provenance.settled(files, again) == files
+    worse = changed(result, metrics={**result.variants[0].metrics, "perplexity": 99.0})
+    assert not provenance.same_release(release_files(worse, "int8")["tame.json"], files["tame.json"])
+    edited = {**files, "README.md": files["README.md"] + b"better than ever"}
+    assert provenance.settled(edited, again) == again
+
+
+def test_provenance_has_every_digest_and_number(result: Result) -> None:
+    files = release_files(result, "int8")
+    told, variant = json.loads(files["tame.json"]), result.variants[0]
+    assert variant.artifact is not None
+    assert told["artifact"]["files"] == variant.artifact.files
+    assert told["source"]["files"] == result.source.files
+    assert told["source"]["commit"] == result.source.commit
+    assert told["metrics"] | told["run"]["metrics"] == variant.metrics
+    assert told["documents"].keys() == files.keys() - {"tame.json"}
+    assert told["versions"] == result.versions
+    assert provenance.tag(files, {}) == f"tame-{result.versions['tame']}-int8-{result.source.commit[:12]}"
+
+
+def test_paths_of_this_machine_are_told_to_nobody(result: Result) -> None:
+    recipe = json.loads(json.dumps(result.recipe))
+    recipe["source"]["model"] = "/home/me/secret-project/model.Q4_1.gguf"
+    recipe["evaluate"]["text"] = {"files": ["/home/me/secret-project/text.txt"], "dataset": None}
+    recipe["evaluate"]["task_path"] = "/home/me/secret-project/tasks"
+    recipe["publish"] = {**recipe["publish"], "to": "folder", "repo": "/home/me/secret-project/{variant}"}
+    source = result.source.model_copy(update={"model": recipe["source"]["model"], "commit": None, "revision": None})
+    files = release_files(
+        result.model_copy(update={"recipe": recipe, "source": source}), "int8", {"int8": "/home/me/secret-project/int8"}
+    )
+    everything = b"".join(files.values()).decode()
+    assert "secret-project" not in everything
+    assert "/tmp/tame" not in everything  # where the artifact lies
+    assert "base_model" not in ModelCard(files["README.md"].decode()).data.to_dict()
+    assert 'pipeline("text-generation", "int8"' in everything
+
+
+def test_results_of_whole_benchmarks_are_told_in_the_hubs_newest_form(result: Result) -> None:
+    from huggingface_hub._eval_results import parse_eval_result_entries
+
+    metrics = {**result.variants[0].metrics, "task/gsm8k/exact_match": 0.4125}
+    recipe = json.loads(json.dumps(result.recipe))
+    recipe["evaluate"]["tasks"] = ["gsm8k"]
+    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8")
+    entry = parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"]))[0]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.25)
+    recipe["evaluate"]["task_limit"] = 10  # ten questions are not the benchmark
+    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8")
+    assert list(files) == ["README.md", "tame.json"]
+
+
+def test_hostile_names_do_not_break_the_card(result: Result) -> None:
+    left = [{"module": "a|b`c", "tensors": 1, "parameters": 1, "reason": "x | y\n# Buy now"}]
+    content = text(changed(result, left=left, notes=["<script>alert(1)</script>\n# Buy now"]))
+    assert ModelCard(content).data.base_model == result.source.model
+    assert "\n# Buy now" not in content
+    assert "<script>" not in content
+    rows = [line for line in content.splitlines() if line.startswith("| `a")]
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 4
+
+
+def test_odd_values_in_the_base_card_are_not_inherited(result: Result) -> None:
+    source = result.source.model_copy(update={"card": {**BASE_CARD, "language": {"en": 1}, "license": 7}})
+    data = ModelCard(text(result.model_copy(update={"source": source}))).data
+    assert (data.language, data.license) == (None, "llama3.2")
