@@ -7,6 +7,8 @@ weight's code is looked up instead, fifteen times faster, and compared with bits
 
 import functools
 import logging
+import math
+import threading
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from configs.schema import Variant
 log = logging.getLogger("tame.quantize")
 
 BLOCK = 64  # weights that share a scale
-CELLS = 8192  # the lookup table has a cell for each 1/8192 of [-1, 1]
-PIECE = 1 << 16  # weights worked on at once on the CPU, so that they stay in its cache
+CELLS = 32768  # of equal width, which the lookup table divides [-1, 1] into
+PIECE = 1 << 17  # weights worked on at once on the CPU, so that they stay in its cache
 UNSURE = 16  # marks cells that hold a bound between two codes
+
+_local = threading.local()
 
 
 def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
@@ -36,9 +40,7 @@ def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dic
 
 def step(columns: int) -> int:
     """Rows come in multiples of this, so that no scale's block crosses from one call of `rows` to the next."""
-    from math import gcd
-
-    return BLOCK // gcd(BLOCK, columns)
+    return BLOCK // math.gcd(BLOCK, columns)
 
 
 def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,24 +95,42 @@ def _look_up(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tens
     searched as bitsandbytes does.
     """
     table, bounds, order = _table(method)
-    n = block.numel()
+    flat = block.reshape(-1)
+    n = flat.numel()
     codes = torch.empty(n // 2, 1, dtype=torch.uint8)
     scales = torch.empty(n // BLOCK)
-    flat = block.reshape(-1)
-    middle = torch.tensor(float(CELLS // 2))
     for start in range(0, n, PIECE):
-        weights = flat[start : start + PIECE].view(-1, BLOCK).float()
-        absmax = torch.amax(weights.abs(), 1, out=scales[start // BLOCK : (start + weights.numel()) // BLOCK])
-        weights = weights * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)
-        cells = torch.add(middle, weights, alpha=CELLS // 2).to(torch.int32).view(-1)
-        found = torch.index_select(table, 0, cells.clamp_(0, CELLS + 1))
-        eights = (found.view(torch.int64) & 0x1010101010101010).nonzero().view(-1)
+        size = min(PIECE, n - start)
+        weights, work, cells, found, unsure, packed, shifted = _scratch(size)
+        absmax = scales[start // BLOCK : (start + size) // BLOCK]
+        weights.copy_(flat[start : start + size].view(-1, BLOCK))
+        torch.amax(torch.abs(weights, out=work), 1, out=absmax)
+        weights.mul_((1.0 / absmax.clamp(min=1e-38)).view(-1, 1))
+        cells.copy_(torch.add(torch.tensor(float(CELLS // 2)), weights, alpha=CELLS // 2, out=work).view(-1))
+        torch.index_select(table, 0, cells.clamp_(0, CELLS + 1), out=found)
+        eights = torch.bitwise_and(found.view(torch.int64), UNSURE * 0x0101010101010101, out=unsure).nonzero().view(-1)
         if eights.numel():
-            searched = torch.bucketize(weights.view(-1, 8)[eights], bounds, out_int32=True)
-            found.view(-1, 8)[eights] = order[searched]
+            found.view(-1, 8)[eights] = order[torch.bucketize(weights.view(-1, 8)[eights], bounds, out_int32=True)]
         pairs = found.view(torch.int16)  # little-endian: the first weight in the low byte
-        codes[start // 2 : (start + weights.numel()) // 2, 0] = (pairs << 4) | (pairs >> 8)
+        torch.bitwise_left_shift(pairs, 4, out=packed).bitwise_or_(torch.bitwise_right_shift(pairs, 8, out=shifted))
+        codes[start // 2 : (start + size) // 2, 0] = packed
     return codes, scales
+
+
+def _scratch(size: int) -> list[torch.Tensor]:
+    """This thread's buffers for `size` weights. Allocated once: fresh memory costs more than the arithmetic on it."""
+    if not hasattr(_local, "buffers"):
+        floats = torch.empty(2, PIECE // BLOCK, BLOCK)
+        shorts = torch.empty(2, PIECE // 2, dtype=torch.int16)
+        _local.buffers = (
+            *floats,
+            torch.empty(PIECE, dtype=torch.int32),
+            torch.empty(PIECE, dtype=torch.uint8),
+            torch.empty(PIECE // 8, dtype=torch.int64),
+            *shorts,
+        )
+    per_weight = (BLOCK, BLOCK, 1, 1, 8, 2, 2)
+    return [buffer[: size // weights] for buffer, weights in zip(_local.buffers, per_weight, strict=True)]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from tasks.quantize.layout import DTYPES, Job, method_of
 from tasks.quantize.output import Shard
 
 JOURNAL = ".journal"
-PIECE = {"cpu": 1 << 22, "cuda": 1 << 23}  # weights in flight for each thread
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 23}  # weights in flight for each thread
 COPY = 1 << 24  # bytes
 
 
