@@ -15,24 +15,11 @@ import yaml
 
 from configs.schema import Variant
 from tasks import provenance
+from tasks.card_metadata import DERIVED, HUB, eval_results, front_matter, tags, text_name, with_front_matter
 from tasks.result import Result, ResultVariant
-from tasks.summary import SHARES, figure, label, points, span
+from tasks.summary import figure, label, points, span
 
-ORDER = (
-    "language", "license", "license_name", "license_link", "base_model", "base_model_relation", "library_name",
-    "pipeline_tag", "datasets", "tags", "model-index",
-)  # fmt: skip
-INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-HUB = "https://huggingface.co"
-TASK = "text-generation"
-DERIVED = ("_difference", "_p")
 METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
-# Benchmarks of the Hub (data set, task id) and the lm-evaluation-harness task and metric that is the same thing.
-BENCHMARKS = {
-    "task/gsm8k/exact_match": ("openai/gsm8k", "gsm8k"),
-    "task/mmlu_pro/exact_match": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
-    "task/gpqa_diamond_zeroshot/acc": ("Idavidrein/gpqa", "diamond"),
-}
 
 
 def release_files(result: Result, label: str, repos: dict[str, str] | None = None) -> dict[str, bytes]:
@@ -42,7 +29,7 @@ def release_files(result: Result, label: str, repos: dict[str, str] | None = Non
     """
     variant = next(found for found in result.variants if found.name == label)
     repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
-    documents = {"README.md": _card(result, variant, repos).encode(), **_eval_results(result, variant)}
+    documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant)}
     return {**documents, provenance.NAME: _provenance(result, variant, documents)}
 
 
@@ -80,9 +67,9 @@ def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, byt
     method = _method_of(config.get("quantization_config") or {})
     documents: dict[str, bytes] = {}
     if "README.md" not in files:
-        front = {"library_name": "transformers", "tags": _tags(method)}
+        front = {"library_name": "transformers", "tags": tags(method)}
         lines = [f"# {repo.split('/')[-1]}", *_usage(repo), "## Provenance", _plain_provenance(method)]
-        documents["README.md"] = _with_front_matter(front, lines).encode()
+        documents["README.md"] = with_front_matter(front, lines).encode()
     return {**documents, provenance.NAME: provenance.plain_document(folder, files, documents)}
 
 
@@ -91,7 +78,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
     base = provenance.base_name(result.source.model)
     repo = repos.get(variant.name, variant.name)
     title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
-    front = _front_matter(result, variant, spec, title)
+    front = front_matter(result, variant, spec, title)
     commit = (
         f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
     )
@@ -111,93 +98,13 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         *_siblings(variant, repos),
         *_reproduce(result),
     ]
-    return _with_front_matter(front, lines)
-
-
-def _front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
-    base = result.source.card
-    front: dict[str, Any] = {key: base[key] for key in INHERITED if base.get(key) and isinstance(base[key], str | list)}
-    if result.source.licence:
-        front.setdefault("license", result.source.licence)
-    if result.source.commit:
-        front |= {"base_model": result.source.model, "base_model_relation": "quantized"}
-        link = front.get("license_link")
-        if (
-            isinstance(link, str)
-            and "://" not in link
-            and link not in (variant.artifact.files if variant.artifact else ())
-        ):
-            front["license_link"] = f"{HUB}/{result.source.model}/blob/{result.source.commit}/{link}"
-    front.setdefault("pipeline_tag", TASK)
-    front |= {"library_name": "transformers", "tags": _tags(spec.method)}
-    if results := _model_index(result, variant):
-        front["model-index"] = [{"name": title, "results": results}]
-    return front
-
-
-def _tags(method: str | None) -> list[str]:
-    if method is None:
-        return ["tame"]
-    return ["bitsandbytes", "8-bit" if method == "int8" else "4-bit", method, "quantized", "tame"]
+    return with_front_matter(front, lines)
 
 
 def _method_of(quantization: dict[str, Any]) -> str | None:
     if quantization.get("load_in_8bit"):
         return "int8"
     return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
-
-
-def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
-    """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
-    text = result.recipe["evaluate"]["text"]
-    data = {"type": text.get("dataset") or "text", "name": _text(variant)}
-    if text.get("dataset"):
-        data |= {key: text[key] for key in ("config", "split") if text.get(key)}
-    found = [
-        {"type": kind, "value": variant.metrics[name], "name": label(name)}
-        for name, kind in (
-            ("perplexity", "perplexity"),
-            ("kl_mean", "kl_divergence"),
-            ("top1_agreement", "top1_agreement"),
-        )
-        if name in variant.metrics
-    ]
-    results: list[dict[str, Any]] = [{"task": {"type": TASK}, "dataset": data, "metrics": found}] if found else []
-    for name in points([variant.metrics]):
-        if _is_score(name):
-            task, metric = name.removeprefix("task/").rsplit("/", 1)
-            score = {"type": metric, "value": variant.metrics[name], "name": label(name)}
-            results.append({"task": {"type": TASK}, "dataset": {"type": task, "name": task}, "metrics": [score]})
-    return results
-
-
-def _text(variant: ResultVariant) -> str:
-    text = variant.protocol.get("text") or {}
-    return str(text.get("name") or "text") if isinstance(text, dict) else str(text)
-
-
-def _eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
-    """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
-    if result.recipe["evaluate"].get("task_limit") is not None:
-        return {}
-    files = {}
-    for metric, (dataset, task) in BENCHMARKS.items():
-        if metric in variant.metrics:
-            shots = result.recipe["evaluate"].get("task_fewshot")
-            notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
-            entry = {
-                "dataset": {"id": dataset, "task_id": task},
-                "value": round(100 * variant.metrics[metric], 4),
-                "notes": notes,
-            }
-            files[f".eval_results/{dataset.split('/')[1].lower()}.yaml"] = yaml.safe_dump(
-                [entry], sort_keys=False
-            ).encode()
-    return files
-
-
-def _is_score(name: str) -> bool:
-    return name.startswith("task/") and name.rsplit("/", 1)[1].startswith(SHARES) and not name.endswith(DERIVED)
 
 
 def _usage(repo: str) -> list[str]:
@@ -256,7 +163,7 @@ def _protocol(variant: ResultVariant) -> str:
     """What makes the numbers comparable, in one sentence."""
     text = variant.protocol.get("text")
     digest = text.get("sha256") if isinstance(text, dict) else None
-    told = [_text(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
+    told = [text_name(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
     plain = {key: value for key, value in variant.protocol.items() if key != "text" and not isinstance(value, dict)}
     return ", ".join(told + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
 
@@ -335,12 +242,6 @@ def _repos(result: Result) -> dict[str, str]:
 def _plain_provenance(method: str | None) -> str:
     what = f"Quantized to {METHODS[method]} with bitsandbytes. " if method in METHODS else ""
     return f"{what}Published with tame; nothing was measured. `tame.json` has the digest of every file."
-
-
-def _with_front_matter(front: dict[str, Any], lines: list[str]) -> str:
-    ordered = {key: front[key] for key in ORDER if key in front}
-    head = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def _plain(text: str) -> str:

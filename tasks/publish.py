@@ -1,13 +1,9 @@
 """Publish: what was measured goes to the Hub or into a folder, all of it or nothing, and never twice."""
 
-import functools
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from prefect import State, task
 from prefect.states import Completed
@@ -15,30 +11,18 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
-from tasks import hub, provenance, publish_hub, publish_local, store
+from tasks import hub, provenance, publish_hub, publish_local, publish_preflight, store
 from tasks.hub import UnreachableError, endpoint
 from tasks.progress import Progress, show
-from tasks.publish_hub import TAG, Release, Wanted
-from tasks.publish_wire import MissingError, ask, connect, wait
+from tasks.publish_hub import Release
+from tasks.publish_repo import TAG, Wanted
+from tasks.publish_wire import connect, wait
 from tasks.signing import signer
 
 log = logging.getLogger("tame.publish")
 
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds before each further attempt, after the client's own."""
-# Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
-CONDITIONAL = (
-    "llama",
-    "gemma",
-    "other",
-    "cc-by-nd",
-    "cc-by-nc-nd",
-    "openrail",
-    "bigscience",
-    "falcon",
-    "qwen",
-    "unknown",
-)
 
 
 class Published(BaseModel):
@@ -79,15 +63,15 @@ def preflight(
         raise BadInputError(f"publish.repo {spec.repo!r} is the same for two variants; put {{variant}} in it")
     if spec.to == "folder":
         for repo in repos.values():
-            _folder_can_be_written(Path(repo))
-        return _space(repos, source_bytes)
+            publish_preflight.folder(Path(repo))
+        return publish_preflight.space(repos, source_bytes)
     for repo in repos.values():
-        _legal(repo)
+        publish_preflight.legal(repo)
     api = connect()
     signer("")
     for repo in repos.values():
-        _may_write(api, _full_name(repo, api), spec.private)
-    warnings = _licence(recipe.source.model, source_licence, source_gated)
+        publish_preflight.may_write(api, publish_preflight.full_name(repo, api), spec.private)
+    warnings = publish_preflight.licence(recipe.source.model, source_licence, source_gated)
     if warnings and spec.licence_check == "refuse":
         raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
     return warnings
@@ -117,11 +101,14 @@ def publish(
     """
     if spec.to == "nowhere":
         raise BadInputError("publish.to is nowhere; give hub or folder")
-    changed = [name for name, digest in store.sha256_files(folder, list(files)).items() if digest != files[name]]
-    if changed:
-        raise TameError(f"{folder / changed[0]} is not the file that was measured; run `tame cache verify`")
+    _unchanged(folder, files)
     if spec.to == "folder":
-        uploaded = publish_local.put(folder, files, extra, Path(repo), progress)
+        try:
+            uploaded = publish_local.put(folder, files, extra, Path(repo), progress)
+        except OSError as error:
+            raise TameError(
+                f"{error.filename or repo}: {error.strerror or error}; nothing was published there"
+            ) from None
         where = Published(
             to="folder", repo=repo, url=repo, commit=None, visibility="local", uploaded=uploaded, already=not uploaded
         )
@@ -142,11 +129,21 @@ def publish(
     return _told(_patiently(lambda: _to_hub(release, progress), pauses))
 
 
+def _unchanged(folder: Path, files: dict[str, str]) -> None:
+    try:
+        found = store.sha256_files(folder, list(files))
+    except OSError as error:
+        raise TameError(f"{error.filename}: {error.strerror}; it was measured and cannot be read now") from None
+    for name, digest in found.items():
+        if digest != files[name]:
+            raise TameError(f"{folder / name} is not the file that was measured; run `tame cache verify`")
+
+
 def _to_hub(release: Release, progress: Progress) -> Published:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        release = release.model_copy(update={"repo": _full_name(release.repo, connect())})
+        release = release.model_copy(update={"repo": publish_preflight.full_name(release.repo, connect())})
         done = publish_hub.put(release, signer(release.repo), progress)
     except BadInputError as error:  # too late for exit code 2: work has been done
         raise TameError(str(error)) from None
@@ -197,10 +194,10 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
     names = [name for name in names if not any(part in (".git", ".cache", "__pycache__") for part in name.split("/"))]
     if not any(name.endswith((".safetensors", ".gguf")) for name in names):
         raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
-    _legal(repo)
+    publish_preflight.legal(repo)
     api = connect()
-    repo = _full_name(repo, api)
-    _may_write(api, repo, private)
+    repo = publish_preflight.full_name(repo, api)
+    publish_preflight.may_write(api, repo, private)
     files = store.sha256_files(folder, names)
     extra = {} if provenance.NAME in files else plain_files(folder, files, repo)
     return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
@@ -215,120 +212,6 @@ def check(repo: str, source: str | None = None, progress: Progress = show) -> li
     from tasks.publish_check import problems  # not above: it reads cards, and those are made from results
 
     return problems(repo, source, progress)
-
-
-def _legal(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise BadInputError(
-            f"{repo!r} is not a name that the Hub allows: owner/name of letters, digits, '-', '_', '.', 96 characters at most, "
-            "no '--' or '..'"
-        ) from None
-
-
-@functools.cache
-def _account(address: str, token: str) -> dict[str, Any]:
-    """Who the token belongs to, asked once: the Hub answers this seldom to those who ask often."""
-    from huggingface_hub import HfApi
-
-    account: dict[str, Any] = ask("your account", HfApi(endpoint=address, token=token).whoami)
-    return account
-
-
-def _full_name(repo: str, api: Any) -> str:
-    return repo if "/" in repo else f"{_account(api.endpoint, api.token)['name']}/{repo}"
-
-
-def _may_write(api: Any, repo: str, private: bool) -> None:
-    account, owner = _account(api.endpoint, api.token), repo.split("/")[0]
-    access = (account.get("auth") or {}).get("accessToken") or {}
-    mine = {account["name"]} | {org["name"] for org in account.get("orgs") or [] if org.get("roleInOrg") != "read"}
-    if access.get("role") == "read":
-        raise BadInputError(
-            f"the token in HF_TOKEN may only read; make one that may write to {repo} on {endpoint()}/settings/tokens"
-        )
-    if owner.lower() not in {name.lower() for name in mine}:
-        raise BadInputError(
-            f"{account['name']} (the token in HF_TOKEN) may not write to {repo}; names that may: {', '.join(sorted(mine))}"
-        )
-    scopes = (access.get("fineGrained") or {}).get("scoped")
-    if scopes is not None and not _scoped(scopes, repo):
-        raise BadInputError(
-            f"the token in HF_TOKEN has no write permission for {repo}; grant it on {endpoint()}/settings/tokens"
-        )
-    _free(api, repo, private)
-
-
-def _free(api: Any, repo: str, private: bool) -> None:
-    """See that `repo` is not there yet, or that tame may go on with it."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        info = ask(repo, lambda: api.model_info(repo))
-    except (RepositoryNotFoundError, MissingError):
-        return
-    names = {sibling.rfilename for sibling in info.siblings or []}
-    if provenance.NAME not in names and names - {".gitattributes"}:
-        raise BadInputError(
-            f"{repo} is there and tame did not make it (it has no {provenance.NAME}); give another name, or empty it"
-        )
-    if private and not info.private:
-        raise BadInputError(
-            f"{repo} is public and publish.private is true; set publish.private: false, or make it private on "
-            f"{endpoint()}/{repo}/settings"
-        )
-
-
-def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
-    names = {repo.lower(), repo.split("/")[0].lower()}
-    return any(
-        str((scope.get("entity") or {}).get("name", "")).lower() in names
-        and "repo.write" in (scope.get("permissions") or [])
-        for scope in scopes
-    )
-
-
-def _licence(model: str, licence: str | None, gated: bool) -> list[str]:
-    warnings = []
-    if licence and licence.lower().startswith(CONDITIONAL):
-        warnings.append(
-            f"{model} is under {licence!r}, which sets conditions on passing it on; read it before you publish"
-        )
-    if licence and licence.lower().startswith("cc-by-nc"):
-        warnings.append(f"{model} is under {licence!r}: not for commercial use, and neither is what is made from it")
-    if gated:
-        warnings.append(f"{model} is gated: its owner decides who gets it, and what is published here goes around that")
-    return warnings
-
-
-def _folder_can_be_written(target: Path) -> None:
-    at = target
-    while not at.exists():
-        at = at.parent
-    if not at.is_dir():
-        raise BadInputError(f"{target}: {at} is a file, so no folder can be made there; give another publish.repo")
-    if not os.access(at if at != target else at.parent, os.W_OK | os.X_OK):
-        raise BadInputError(f"{target}: {at} cannot be written; make it writable or give another publish.repo")
-    if at == target and any(target.iterdir()) and not (target / provenance.NAME).exists():
-        raise BadInputError(f"{target} holds files that tame did not put there; give another publish.repo, or empty it")
-
-
-def _space(repos: dict[str, str], source_bytes: int) -> list[str]:
-    at = Path(next(iter(repos.values())))
-    while not at.exists():
-        at = at.parent
-    free, least = shutil.disk_usage(at).free, source_bytes // 4 * len(repos)
-    if free < least:
-        raise BadInputError(
-            f"{at} has {free / 1e9:.1f} GB free; {len(repos)} variants need {least / 1e9:.1f} GB or more"
-        )
-    if free < source_bytes * len(repos):
-        return [f"{at} has {free / 1e9:.1f} GB free, which may not be enough for {len(repos)} variants"]
-    return []
 
 
 def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:

@@ -10,7 +10,7 @@ from configs.errors import BadInputError, TameError
 from tasks import card, provenance, signing, store
 from tasks.hub import endpoint
 from tasks.progress import Progress
-from tasks.publish_hub import SIGNATURE, Repo, look
+from tasks.publish_repo import SIGNATURE, Repo, look
 from tasks.publish_wire import connect, content, fetch
 
 

@@ -4,99 +4,23 @@ Each attempt begins by looking at what is there, and does only what is missing: 
 after a kill, safe. What was compared in full is tagged, so an untagged head is one that nobody has verified yet.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
 from tasks import provenance
-from tasks.hub import UnreachableError, endpoint
-from tasks.isolate import isolated
+from tasks.hub import endpoint
 from tasks.progress import Progress
-from tasks.publish_loads import loads
-from tasks.publish_wire import MissingError, ask, connect, content, explained, fetch, upload
-
-log = logging.getLogger("tame.publish")
+from tasks.publish_repo import SIGNATURE, Repo, Wanted, has, in_memory, look
+from tasks.publish_verify import verify, verify_proposal
+from tasks.publish_wire import TIMEOUT, MissingError, ask, connect, content, explained, upload
 
 # What somebody may keep beside a model without changing what is loaded.
 HARMLESS = (".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore")
-TAG = "tame-"
-SIGNATURE = "model.sig"
-TIMEOUT = 60.0  # seconds
-SMALL = 20_000_000  # bytes: what is kept when it is read back, to load the configuration and tokenizer from
-
-
-class Remote(BaseModel):
-    """A file as the Hub lists it. Large files have a `sha256`, others the `oid` of their git blob."""
-
-    model_config = ConfigDict(frozen=True)
-
-    size: int
-    oid: str
-    sha256: str | None
-
-
-class Repo(BaseModel):
-    """A model repo as it stands."""
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    private: bool
-    head: str
-    files: dict[str, Remote]
-    tags: dict[str, str]
-    """Commit by tag."""
-
-    @property
-    def ours(self) -> bool:
-        """Whether tame made it, or nobody put anything into it yet."""
-        return provenance.NAME in self.files or not self.files.keys() - {".gitattributes"}
-
-    @property
-    def releases(self) -> set[str]:
-        """Commits that tame verified and tagged."""
-        return {commit for name, commit in self.tags.items() if name.startswith(TAG)}
-
-    @property
-    def verified(self) -> bool:
-        """Whether what it shows now is such a commit."""
-        return self.head in self.releases
-
-    @property
-    def hidden(self) -> bool:
-        """Whether no stranger can see it and nothing was released in it: what is committed now harms nobody."""
-        return self.private and not self.releases
-
-
-class Wanted(BaseModel):
-    """A file that is to be published: from a path, or from memory."""
-
-    model_config = ConfigDict(frozen=True)
-
-    size: int
-    sha256: str
-    path: str | None = None
-    content: bytes | None = None
-
-    def is_at(self, remote: Remote | None) -> bool:
-        """Whether `remote` is this file, as far as the Hub's digests tell."""
-        if remote is None or remote.size != self.size:
-            return False
-        return remote.sha256 == self.sha256 if remote.sha256 else remote.oid == self.git_oid
-
-    @property
-    def git_oid(self) -> str:
-        """SHA-1 over git's blob header and the content."""
-        content = Path(self.path).read_bytes() if self.path else self.content or b""
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 class Release(BaseModel):
@@ -131,19 +55,6 @@ class Done(BaseModel):
     already: bool
 
 
-def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
-    """What stands at `repo`; None if there is nothing, or nothing that this token may see."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        info = ask(repo, lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT))
-        files = _files(api, repo, info.sha)
-        tags = {tag.name: tag.target_commit for tag in ask(repo, lambda: api.list_repo_refs(repo)).tags}
-    except (RepositoryNotFoundError, MissingError):
-        return None
-    return Repo(id=info.id, private=bool(info.private), head=info.sha, files=files, tags=tags)
-
-
 def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, progress: Progress) -> Done:
     """One attempt to make the model repo hold exactly what `release` has, verified, tagged, and visible as asked.
 
@@ -157,7 +68,7 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
     if not there.ours:
         raise TameError(f"{there.id} holds files that tame did not put there; give another name, or empty it")
     wanted = _wanted(api, there, release, sign)
-    adding = [name for name, file in wanted.items() if not _has(api, there.id, there.head, there.files, name, file)]
+    adding = [name for name, file in wanted.items() if not has(api, there.id, there.head, there.files, name, file)]
     removing = _stale(api, there, wanted)
     if not adding and not removing and there.verified and there.private == release.private:
         return Done(url=_url(there.id, there.head), commit=there.head, private=there.private, uploaded=[], already=True)
@@ -172,38 +83,17 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
         commit = upload(api, there.id, operations, removing, there.head, release.title, progress).oid
     elif adding or removing:
         number, commit, moved = _propose(api, there, release, wanted, adding, removing, progress)
-        _verify_proposal(api, there.id, number, commit, wanted, sorted({*adding, *unread}), progress)
+        verify_proposal(api, there.id, number, commit, wanted, sorted({*adding, *unread}), progress)
         if release.review:
             url = f"{endpoint()}/{there.id}/discussions/{number}"
             return Done(url=url, commit=commit, private=there.private, uploaded=moved, already=not moved)
         commit, unread = _merge(api, there, number), []
-    _verify(api, there.id, commit, wanted, unread, progress)
+    verify(api, there.id, commit, wanted, unread, progress)
     _still(api, there.id, commit)
     if there.private and not release.private:
         ask(there.id, lambda: api.update_repo_settings(there.id, private=False))
     _tag(api, there, release.tag, commit)
     return Done(url=_url(there.id, commit), commit=commit, private=release.private, uploaded=adding, already=False)
-
-
-def _files(api: Any, repo: str, commit: str) -> dict[str, Remote]:
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = ask(repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
-    return {
-        entry.path: Remote(size=entry.size, oid=entry.blob_id, sha256=entry.lfs.sha256 if entry.lfs else None)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    }
-
-
-def _has(api: Any, repo: str, commit: str, there: dict[str, Remote], name: str, file: Wanted) -> bool:
-    """Whether `repo` has `file`: by the Hub's digest, or by the bytes where that digest is not one of the content."""
-    found = there.get(name)
-    if file.is_at(found):
-        return True
-    if found is None or found.sha256 or found.size != file.size:
-        return False
-    return fetch(api, repo, commit, name, file.size) == file.sha256
 
 
 def _create(api: Any, repo: str) -> Repo:
@@ -226,11 +116,6 @@ def _wanted(
         return wanted
     signed = SIGNATURE in there.files and all(file.is_at(there.files.get(name)) for name, file in wanted.items())
     return wanted | {SIGNATURE: in_memory(_content(api, there, SIGNATURE) if signed else sign(wanted))}
-
-
-def in_memory(content: bytes) -> Wanted:
-    """A file to publish that exists in memory alone."""
-    return Wanted(size=len(content), sha256=hashlib.sha256(content).hexdigest(), content=content)
 
 
 def _content(api: Any, there: Repo, name: str) -> bytes:
@@ -285,24 +170,11 @@ def _propose(
     if proposed is None:
         raise TameError(f"{there.id}: pull request {number} is gone; run it again")
     files = proposed.files
-    left = [name for name in adding if not _has(api, there.id, proposed.head, files, name, wanted[name])]
+    left = [name for name in adding if not has(api, there.id, proposed.head, files, name, wanted[name])]
     if not left:
         return number, proposed.head, []
     made = upload(api, there.id, _sources(wanted, left), [], proposed.head, release.title, progress, ref)
     return number, made.oid, left
-
-
-def _verify_proposal(
-    api: Any, repo: str, number: int, commit: str, wanted: dict[str, Wanted], whole: list[str], progress: Progress
-) -> None:
-    try:
-        _verify(api, repo, commit, wanted, whole, progress)
-    except UnreachableError:
-        raise
-    except TameError:
-        with contextlib.suppress(TameError):  # nobody shall merge it; that it is wrong is what has to be said
-            ask(repo, lambda: api.change_discussion_status(repo, number, "closed"))
-        raise
 
 
 def _merge(api: Any, there: Repo, number: int) -> str:
@@ -311,38 +183,6 @@ def _merge(api: Any, there: Repo, number: int) -> str:
     with explained(there.id):
         api.merge_pull_request(there.id, number)
     return str(ask(there.id, lambda: api.model_info(there.id, timeout=TIMEOUT)).sha)
-
-
-def _verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: list[str], progress: Progress) -> None:
-    """See that `repo` at `commit` has every wanted file, by the Hub's digests and, for those in `whole`, by its bytes.
-
-    Raises:
-        TameError: a file is missing, is not what was measured, or the model cannot be built from its configuration.
-    """
-    there, where = _files(api, repo, commit), f"{repo} at {commit[:12]}"
-    for name, file in wanted.items():
-        if not _has(api, repo, commit, there, name, file):
-            found = there.get(name)
-            what = f"has {found.size} bytes and digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
-            expected = f"{file.size} bytes with sha256 {file.sha256[:12]}… were uploaded"
-            raise TameError(f"{where}: {name} {what}, but {expected}; it stays hidden; run it again to upload it anew")
-    total, done = sum(wanted[name].size for name in whole), 0
-    with tempfile.TemporaryDirectory(prefix="tame-") as folder:
-        for name in whole:
-            file, place = wanted[name], Path(folder) / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("w+b") as sink:
-                digest = fetch(api, repo, commit, name, file.size, sink if file.size <= SMALL else None)
-            if digest not in (file.sha256, ""):
-                raise TameError(
-                    f"{where}: {name} comes back with sha256 {digest[:12]}…, but {file.sha256[:12]}… was uploaded; it "
-                    "stays hidden; remove it from the repo and run it again"
-                )
-            done += file.size
-            progress(f"verify {repo}", min(done, total - 1), total)
-        if "config.json" in whole and (problem := isolated(f"load {repo}", loads, folder)):
-            raise TameError(f"{where} cannot be loaded: {problem}; it stays hidden")
-    progress(f"verify {repo}", total, total)
 
 
 def _still(api: Any, repo: str, commit: str) -> None:

@@ -23,6 +23,7 @@ log = logging.getLogger("tame.publish")
 
 ASKS = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT = 300.0
+TIMEOUT = 60.0  # seconds, of questions
 LIMITS = {"connect": 20.0, "read": 300.0, "write": 300.0, "pool": None}  # seconds
 TOO_LARGE = 50_000_000_000  # the Hub serves larger files by Xet alone
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
-from tasks.publish_hub import SIGNATURE, Wanted
+from tasks.publish_repo import SIGNATURE, Wanted
 
 
 def signer(repo: str) -> Callable[[dict[str, Wanted]], bytes] | None:
