@@ -37,13 +37,17 @@ def problems(repo: str, source: str | None, progress: Progress) -> list[str]:
 
 def _download(api: Any, there: Repo, folder: Path, progress: Progress) -> None:
     total, done = sum(file.size for file in there.files.values()), 0
+
+    def tell(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(f"check {there.id}", min(done, total - 1), total)
+
     for name, file in there.files.items():
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("w+b") as sink:
-            fetch(api, there.id, there.head, name, file.size, sink)
-        done += file.size
-        progress(f"check {there.id}", min(done, total - 1), total)
+            fetch(api, there.id, there.head, name, file.size, sink, tell)
     progress(f"check {there.id}", total, total)
 
 

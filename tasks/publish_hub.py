@@ -4,6 +4,7 @@ Each attempt begins by looking at what is there, and does only what is missing: 
 after a kill, safe. What was compared in full is tagged, so an untagged head is one that nobody has verified yet.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from tasks.hub import endpoint
 from tasks.progress import Progress
 from tasks.publish_repo import SIGNATURE, Repo, Wanted, has, in_memory, look
 from tasks.publish_verify import verify, verify_proposal
-from tasks.publish_wire import TIMEOUT, MissingError, ask, connect, content, explained, upload
+from tasks.publish_wire import TIMEOUT, ChangedError, MissingError, ask, connect, content, explained, upload
 
 # What somebody may keep beside a model without changing what is loaded.
 HARMLESS = (".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore")
@@ -88,7 +89,8 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
             url = f"{endpoint()}/{there.id}/discussions/{number}"
             return Done(url=url, commit=commit, private=there.private, uploaded=moved, already=not moved)
         commit, unread = _merge(api, there, number), []
-    verify(api, there.id, commit, wanted, unread, progress)
+    fate = "it stays hidden" if there.private else "look at it now: it is public"
+    verify(api, there.id, commit, wanted, unread, fate, progress)
     _still(api, there.id, commit)
     if there.private and not release.private:
         ask(there.id, lambda: api.update_repo_settings(there.id, private=False))
@@ -97,7 +99,8 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
 
 
 def _create(api: Any, repo: str) -> Repo:
-    ask(repo, lambda: api.create_repo(repo, private=True, exist_ok=True))
+    with contextlib.suppress(ChangedError):  # it was made by an attempt whose answer was lost
+        ask(repo, lambda: api.create_repo(repo, private=True))
     there = look(api, repo)
     if there is None:
         raise TameError(f"{repo} is there and this token may not see it; give another name, or another HF_TOKEN")
@@ -112,10 +115,10 @@ def _wanted(
     if extra.keys() <= there.files.keys() and any(not in_memory(c).is_at(there.files[n]) for n, c in extra.items()):
         extra = provenance.settled({name: _content(api, there, name) for name in extra}, extra)
     wanted = release.files | {name: in_memory(content) for name, content in extra.items()}
-    if sign is None:
-        return wanted
     signed = SIGNATURE in there.files and all(file.is_at(there.files.get(name)) for name, file in wanted.items())
-    return wanted | {SIGNATURE: in_memory(_content(api, there, SIGNATURE) if signed else sign(wanted))}
+    if signed:
+        return wanted | {SIGNATURE: in_memory(_content(api, there, SIGNATURE))}
+    return wanted | {SIGNATURE: in_memory(sign(wanted))} if sign else wanted
 
 
 def _content(api: Any, there: Repo, name: str) -> bytes:

@@ -16,8 +16,12 @@ from tasks.publish_wire import ask, fetch
 SMALL = 20_000_000  # bytes: what is kept when it is read back, to load the configuration and tokenizer from
 
 
-def verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: list[str], progress: Progress) -> None:
+def verify(
+    api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: list[str], fate: str, progress: Progress
+) -> None:
     """See that `repo` at `commit` has every wanted file, by the Hub's digests and, for those in `whole`, by its bytes.
+
+    `fate` says in an error what becomes of it.
 
     Raises:
         TameError: a file is missing, is not what was measured, or the model cannot be built from its configuration.
@@ -28,23 +32,28 @@ def verify(api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: l
             found = there.get(name)
             what = f"has {found.size} bytes and digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
             expected = f"{file.size} bytes with sha256 {file.sha256[:12]}… were uploaded"
-            raise TameError(f"{where}: {name} {what}, but {expected}; it stays hidden; run it again to upload it anew")
+            raise TameError(f"{where}: {name} {what}, but {expected}; {fate}; run it again to upload it anew")
     total, done = sum(wanted[name].size for name in whole), 0
+
+    def tell(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(f"verify {repo}", min(done, total - 1), total)
+
     with tempfile.TemporaryDirectory(prefix="tame-") as folder:
         for name in whole:
             file, place = wanted[name], Path(folder) / name
             place.parent.mkdir(parents=True, exist_ok=True)
             with place.open("w+b") as sink:
-                digest = fetch(api, repo, commit, name, file.size, sink if file.size <= SMALL else None)
+                kept = sink if file.size <= SMALL else None
+                digest = fetch(api, repo, commit, name, file.size, kept, tell)
             if digest not in (file.sha256, ""):
                 raise TameError(
-                    f"{where}: {name} comes back with sha256 {digest[:12]}…, but {file.sha256[:12]}… was uploaded; it "
-                    "stays hidden; remove it from the repo and run it again"
+                    f"{where}: {name} comes back with sha256 {digest[:12]}…, but {file.sha256[:12]}… was "
+                    f"uploaded; {fate}; remove it from the repo and run it again"
                 )
-            done += file.size
-            progress(f"verify {repo}", min(done, total - 1), total)
         if "config.json" in whole and (problem := isolated(f"load {repo}", loads, folder)):
-            raise TameError(f"{where} cannot be loaded: {problem}; it stays hidden")
+            raise TameError(f"{where} cannot be loaded: {problem}; {fate}")
     progress(f"verify {repo}", total, total)
 
 
@@ -53,7 +62,7 @@ def verify_proposal(
 ) -> None:
     """`verify` of a pull request, which is closed if it is not what was uploaded."""
     try:
-        verify(api, repo, commit, wanted, whole, progress)
+        verify(api, repo, commit, wanted, whole, f"pull request {number} is closed", progress)
     except UnreachableError:
         raise
     except TameError:

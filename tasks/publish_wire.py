@@ -28,6 +28,10 @@ LIMITS = {"connect": 20.0, "read": 300.0, "write": 300.0, "pool": None}  # secon
 TOO_LARGE = 50_000_000_000  # the Hub serves larger files by Xet alone
 
 
+class ChangedError(TameError):
+    """Somebody, or an attempt whose answer was lost, was there before."""
+
+
 class MissingError(TameError):
     """The Hub has no such page."""
 
@@ -133,7 +137,7 @@ def _refused(repo: str, error: Any) -> TameError:
         later.after = _seconds(error.response.headers.get("Retry-After"))  # type: ignore[attr-defined]
         return later
     if code in (409, 412):
-        return TameError(f"{repo} changed while it was being published ({said}); run it again")
+        return ChangedError(f"{repo} changed while it was being published ({said}); run it again")
     kind = MissingError if code == 404 else TameError
     return kind(f"{repo}: the Hub at {endpoint()} answers {code} ({said})")
 
@@ -229,10 +233,19 @@ def _choose_transfer(api: Any, repo: str) -> None:
         constants.HF_HUB_DISABLE_XET = True
 
 
-def fetch(api: Any, repo: str, commit: str, name: str, size: int, sink: BinaryIO | None = None) -> str:
+def fetch(
+    api: Any,
+    repo: str,
+    commit: str,
+    name: str,
+    size: int,
+    sink: BinaryIO | None = None,
+    told: Callable[[int], None] = lambda size: None,
+) -> str:
     """Download one file past every cache, into `sink` if there is one, and return its sha256.
 
-    A connection that breaks is resumed by the client. Files larger than TOO_LARGE are not fetched: "".
+    A connection that breaks is resumed by the client. `told` hears the size of each piece. Files larger than TOO_LARGE
+    are not fetched: "".
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -243,7 +256,7 @@ def fetch(api: Any, repo: str, commit: str, name: str, size: int, sink: BinaryIO
     url = hf_hub_url(repo, name, revision=commit, endpoint=api.endpoint)
 
     def once() -> str:
-        hasher = _Hasher(sink)
+        hasher = _Hasher(sink, told)
         with _quiet():
             http_get(url, hasher, headers=build_hf_headers(token=api.token), expected_size=size or None)  # type: ignore[arg-type]
         return hasher.digest.hexdigest()
@@ -261,8 +274,8 @@ def content(api: Any, repo: str, commit: str, name: str, size: int) -> bytes:
 class _Hasher:
     """What the client writes a download into: it may start over, and never skips."""
 
-    def __init__(self, sink: BinaryIO | None) -> None:
-        self.sink = sink
+    def __init__(self, sink: BinaryIO | None, told: Callable[[int], None]) -> None:
+        self.sink, self.told = sink, told
         self.restart()
 
     def restart(self) -> None:
@@ -276,6 +289,7 @@ class _Hasher:
         self.at += len(piece)
         if self.sink:
             self.sink.write(piece)
+        self.told(len(piece))
         return len(piece)
 
     def tell(self) -> int:

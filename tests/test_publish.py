@@ -275,7 +275,7 @@ def test_a_corrupted_pull_request_is_closed_and_not_merged(hub: Hub, folder: Pat
     release(folder)
     before = remote(hub)
     hub.fail("POST .*/commit/", corrupt=True)
-    with pytest.raises(TameError, match=f"{REPO} at .* it stays hidden"):
+    with pytest.raises(TameError, match=f"{REPO} at .* pull request 1 is closed"):
         release(folder, extra=documents(folder, "# Another card\n", limit=0.2))
     assert ([d["status"] for d in hub.model(REPO).discussions], remote(hub)) == (["closed"], before)
 
@@ -447,6 +447,9 @@ def test_signed_and_verified(hub: Hub, folder: Path, tmp_path: Path, monkeypatch
     assert "model.sig" in release(folder).uploaded
     assert release(folder).already  # a signature is new each time; an old one that fits stays
     assert check(REPO, None, silent) == []
+    monkeypatch.delenv("TAME_SIGNING_KEY")
+    assert release(folder).already  # whoever has no key leaves a signature that fits
+    monkeypatch.setenv("TAME_SIGNING_KEY", str(tmp_path / "one.key"))
     release(folder, extra=documents(folder, "# Another card\n", limit=0.2))
     assert check(REPO, None, silent) == []
     hub.corrupt(REPO, "tame.json")
