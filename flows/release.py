@@ -47,7 +47,8 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         return _finish(result.ended_by(error), folder, run)
     for variant in recipe.variants:
         result = result.with_variant(_measure(result.variant(variant.label), variant, snapshot, baseline, recipe))
-        run = track.track_task(variant.label, result, run, None, final=False)
+        if result.variant(variant.label).cached != ["quantize", "evaluate"]:  # or there is nothing new to see
+            run = track.track_task(variant.label, result, run, None, final=False)
     for label, target in plan.targets.items():
         if result.variant(label).status == "passed":
             result = result.with_variant(_publish(result, label, target, plan.targets, recipe))

@@ -207,7 +207,7 @@ def _text_protocol(text: LoadedText) -> dict[str, Any]:
     return {"name": text.name, "revision": text.revision, "sha256": text.digest}
 
 
-@task(name="evaluate baseline", retries=0)
+@task(name="evaluate baseline", task_run_name="evaluate baseline", retries=0)
 def baseline_task(snapshot: Snapshot, spec: Evaluate) -> State[Evaluation]:
     """`evaluate_baseline` in the flow."""
     value = evaluate_baseline(snapshot, spec)
