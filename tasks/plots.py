@@ -25,10 +25,12 @@ INKS = {
     "#040404": "var(--pass)",
     "#050505": "var(--reject)",
     "#060606": "var(--fail)",
-    "#070707": "var(--paper)",
+    "#110101": "var(--first)",
+    "#110202": "var(--second)",
+    "#110303": "var(--third)",
+    "#110404": "var(--fourth)",
 }
-TEXT, LINE, MUTED, PASS, REJECT, FAIL, PAPER = INKS
-SERIES = (PASS, REJECT, FAIL, MUTED, TEXT)
+TEXT, LINE, MUTED, PASS, REJECT, FAIL, *SERIES = INKS
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.2
 """Inches: at 72 points an inch the text stays readable on a phone's 350 pixels."""
@@ -50,7 +52,9 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
         low, high = row.metrics.get(f"{name}_low", y), row.metrics.get(f"{name}_high", y)
         error = [[max(y - low, 0.0) if isfinite(low) else 0.0], [max(high - y, 0.0) if isfinite(high) else 0.0]]
         axes.errorbar(x, y, yerr=error, fmt=_marker(row), color=_ink(row), markersize=7, capsize=3, elinewidth=1.2)
-        axes.annotate(_short(row.name), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=12)
+        left = x > 0.6 * max(other.metrics["size_bytes"] for other in shown) / scale  # where there is room for the name
+        side: dict[str, Any] = {"xytext": (-8, 6), "ha": "right"} if left else {"xytext": (8, 6)}
+        axes.annotate(_short(row.name), (x, y), textcoords="offset points", fontsize=12, **side)
     best = _frontier([(row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)) for row in shown])
     axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle=":", zorder=1)
     if limit is not None:
@@ -149,8 +153,10 @@ def over_time(series: dict[str, list[tuple[int, float]]], ticks: list[str], name
         )
     every = -(-len(ticks) // 6)
     axes.set_xticks(range(0, len(ticks), every), ticks[::every])
-    axes.set_ylabel(label(name), fontsize=12)
+    axes.yaxis.set_major_formatter(lambda value, _: figure(name, value))
     axes.margins(x=0.08, y=0.15)
+    if not name.endswith("_ratio"):
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=11, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     said = "; ".join(
         f"{variant} {', '.join(figure(name, value) for _, value in series[variant])}" for variant in sorted(series)

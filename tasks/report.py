@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import BadInputError
 from tasks import plots, summary
 from tasks.result import Measured, Result, ResultVariant
+from tasks.runs import COLUMNS
 
 ANSWER = 2000
 """Characters of an answer that are shown; more of it says little and could fill the page."""
@@ -74,7 +75,7 @@ def history(model: str | None = None) -> str:
 
 def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
     """One model's releases, oldest first: plots of what matters, and a row a variant of each release."""
-    runs = sorted(runs, key=lambda run: (run.data.tags.get("started", ""), run.data.tags["variant"]))
+    runs = sorted(runs, key=lambda run: str(run.data.tags["variant"]))
     releases = sorted({run.data.tags.get("started", "") for run in runs})
     index = {started: i for i, started in enumerate(releases)}
     ticks = [started[5:10] for started in releases]
@@ -85,9 +86,10 @@ def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
             if metric in run.data.metrics:
                 point = (index[run.data.tags.get("started", "")], run.data.metrics[metric])
                 series.setdefault(run.data.tags["variant"], []).append(point)
+        series = {variant: sorted(points) for variant, points in series.items()}
         drawn.append((summary.label(metric), plots.over_time(series, ticks, metric)))
-    shown = ("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "decode_tokens_per_second")
-    return {"name": name, "plots": drawn, "runs": list(reversed(runs)), "metrics": shown}
+    newest_first = sorted(runs, key=lambda run: str(run.data.tags.get("started", "")), reverse=True)
+    return {"name": name, "plots": drawn, "runs": newest_first, "metrics": COLUMNS}
 
 
 def _answers(result: Result) -> list[dict[str, Any]]:

@@ -16,6 +16,19 @@ from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 
 MAX_STEPS = 500
 """Points of a stepped metric; of a longer curve every n-th is logged."""
+COLUMNS = (
+    *("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement"),
+    *("decode_tokens_per_second", "peak_memory_bytes"),
+)
+"""What people compare variants by, in MLflow's table and over time."""
+VIEW = {"selectedColumns": ["tags.`verdict`", *(f"metrics.`{name}`" for name in COLUMNS)]}
+TAGS = {
+    "tame": "true",
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.sharedViewState.variants": json.dumps(VIEW),
+}
+"""Of an experiment: that it is tame's, that its page shows runs rather than conversations, and, for the address with
+?viewStateShareKey=variants, the columns to show."""
 
 
 class Release(NamedTuple):
@@ -40,9 +53,7 @@ def experiment(client: Any, name: str) -> str:
         )  # else a server, which has a place of its own
         folder = home() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
         try:
-            made = client.create_experiment(
-                name, path_to_local_file_uri(str(folder)) if database else None, tags={"tame": "true"}
-            )
+            made = client.create_experiment(name, path_to_local_file_uri(str(folder)) if database else None, tags=TAGS)
             return str(made)
         except MlflowException:  # another process made it in between
             found = client.get_experiment_by_name(name)
@@ -50,15 +61,15 @@ def experiment(client: Any, name: str) -> str:
                 raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    if "tame" not in found.tags:
-        client.set_experiment_tag(found.experiment_id, "tame", "true")
+    for key in TAGS.keys() - found.tags.keys():
+        client.set_experiment_tag(found.experiment_id, key, TAGS[key])
     return str(found.experiment_id)
 
 
 def open_release(client: Any, experiment_id: str, name: str, tags: dict[str, str], release: str) -> str:
     """The id of the release's run, RUNNING: the one that it had, or a new one."""
     found = client.search_runs([experiment_id], f"tags.kind = 'release' and tags.release = '{release}'", max_results=1)
-    tags = {"kind": "release", "release": release, **tags}
+    tags = {"kind": "release", "release": release, "mlflow.source.name": "tame", **tags}
     if not found:
         return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
     run_id = found[0].info.run_id
@@ -183,6 +194,7 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
 def _release_tags(result: Result) -> dict[str, str]:
     return {
         "headline": summary.headline(result),
+        "verdict": summary.outcome(result).lower(),
         "mlflow.note.content": summary.markdown(result),
         **_release_of(result),
     }
@@ -195,6 +207,7 @@ def _release_of(result: Result) -> dict[str, str]:
         "source_digest": result.source.digest,
         "prefect_run": result.prefect_run or "",
         "started": result.started,
+        "mlflow.source.name": f"tame {result.versions.get('tame', '')}".strip(),
     }
 
 
