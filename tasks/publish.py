@@ -61,6 +61,7 @@ def preflight(
         return []
     if len({repo.lower() for repo in repos.values()}) < len(repos):
         raise BadInputError(f"publish.repo {spec.repo!r} is the same for two variants; put {{variant}} in it")
+    signer("")
     if spec.to == "folder":
         for repo in repos.values():
             publish_preflight.folder(Path(repo))
@@ -68,7 +69,6 @@ def preflight(
     for repo in repos.values():
         publish_preflight.legal(repo)
     api = connect()
-    signer("")
     for repo in repos.values():
         publish_preflight.may_write(api, publish_preflight.full_name(repo, api), spec.private)
     warnings = publish_preflight.licence(recipe.source.model, source_licence, source_gated)
@@ -102,21 +102,12 @@ def publish(
     if spec.to == "nowhere":
         raise BadInputError("publish.to is nowhere; give hub or folder")
     _unchanged(folder, files)
-    if spec.to == "folder":
-        try:
-            uploaded = publish_local.put(folder, files, extra, Path(repo), progress)
-        except OSError as error:
-            raise TameError(
-                f"{error.filename or repo}: {error.strerror or error}; nothing was published there"
-            ) from None
-        where = Published(
-            to="folder", repo=repo, url=repo, commit=None, visibility="local", uploaded=uploaded, already=not uploaded
-        )
-        return _told(where)
     wanted = {
         name: Wanted(size=(folder / name).stat().st_size, sha256=digest, path=str(folder / name))
         for name, digest in files.items()
     }
+    if spec.to == "folder":
+        return _told(_to_folder(wanted, extra, repo, progress))
     tag = tag or provenance.tag(extra, files)
     release = Release(
         repo=repo,
@@ -137,6 +128,16 @@ def _unchanged(folder: Path, files: dict[str, str]) -> None:
     for name, digest in found.items():
         if digest != files[name]:
             raise TameError(f"{folder / name} is not the file that was measured; run `tame cache verify`")
+
+
+def _to_folder(wanted: dict[str, Wanted], extra: dict[str, bytes], repo: str, progress: Progress) -> Published:
+    try:
+        written = publish_local.put(wanted, extra, Path(repo), signer(repo), progress)
+    except OSError as error:
+        raise TameError(f"{error.filename or repo}: {error.strerror or error}; nothing was published there") from None
+    return Published(
+        to="folder", repo=repo, url=repo, commit=None, visibility="local", uploaded=written, already=not written
+    )
 
 
 def _to_hub(release: Release, progress: Progress) -> Published:

@@ -4,7 +4,8 @@ import ctypes
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 from filelock import FileLock
@@ -12,39 +13,50 @@ from filelock import FileLock
 from configs.errors import TameError
 from tasks import provenance, store
 from tasks.progress import Progress
+from tasks.publish_repo import SIGNATURE, Wanted, in_memory
 
 PIECE = 1 << 20
 
 
-def put(folder: Path, files: dict[str, str], extra: dict[str, bytes], target: Path, progress: Progress) -> list[str]:
-    """Make `target` hold exactly `files` of `folder` (sha256 by name) and `extra`; the names that were written.
+def put(
+    files: dict[str, Wanted],
+    extra: dict[str, bytes],
+    target: Path,
+    sign: Callable[[dict[str, Wanted]], bytes] | None,
+    progress: Progress,
+) -> list[str]:
+    """Make `target` hold exactly `files` and `extra`, and a signature if there is a key; the names that were written.
 
     The new folder is built beside its place, each file's digest compared while it is copied, and put in its place in one
     step. What stood there stays as it was until then, and when anything fails.
 
     Raises:
-        TameError: `target` holds something that tame did not put there; a file of `folder` is not what was measured.
+        TameError: `target` holds something that tame did not put there; a file is not what was measured.
         OSError: it cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = store.home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        extra = provenance.settled(_read(target, extra), extra)
-        wanted = files | {name: hashlib.sha256(content).hexdigest() for name, content in extra.items()}
         there = digests(target)
-        if there == wanted:
-            return []
         if there and provenance.NAME not in there:
             raise TameError(f"{target}: holds files that tame did not put there; give another folder, or empty it")
+        extra = provenance.settled({name: (target / name).read_bytes() for name in extra if name in there}, extra)
+        wanted = files | {name: in_memory(content) for name, content in extra.items()}
+        if SIGNATURE in there and all(there.get(name) == file.sha256 for name, file in wanted.items()):
+            wanted[SIGNATURE] = in_memory((target / SIGNATURE).read_bytes())
+        elif sign:
+            wanted[SIGNATURE] = in_memory(sign(wanted))
+        if there == {name: file.sha256 for name, file in wanted.items()}:
+            return []
         partial = target.parent / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            _fill(partial, folder, files, extra, progress)
+            _fill(partial, wanted, progress)
             _swap(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return sorted(name for name in wanted if there.get(name) != wanted[name])
+        return sorted(name for name, file in wanted.items() if there.get(name) != file.sha256)
 
 
 def digests(target: Path) -> dict[str, str]:
@@ -53,30 +65,23 @@ def digests(target: Path) -> dict[str, str]:
     return store.sha256_files(target, names)
 
 
-def _read(target: Path, names: Iterable[str]) -> dict[str, bytes]:
-    return {name: (target / name).read_bytes() for name in names if (target / name).is_file()}
-
-
-def _fill(partial: Path, folder: Path, files: dict[str, str], extra: dict[str, bytes], progress: Progress) -> None:
-    total = sum((folder / name).stat().st_size for name in files)
-    done = 0
-    for name, expected in files.items():
+def _fill(partial: Path, wanted: dict[str, Wanted], progress: Progress) -> None:
+    total, done = sum(file.size for file in wanted.values()), 0
+    for name, file in wanted.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with (folder / name).open("rb") as source, (partial / name).open("xb") as copy:
+        source = Path(file.path).open("rb") if file.path else BytesIO(file.content or b"")  # noqa: SIM115
+        with source, (partial / name).open("xb") as copy:
             while piece := source.read(PIECE):
                 digest.update(piece)
                 copy.write(piece)
                 done += len(piece)
-                progress("publish", min(done, total - 1), total)
+                progress(f"publish {partial.parent}", min(done, total - 1), total)
             copy.flush()
             os.fsync(copy.fileno())
-        if digest.hexdigest() != expected:
-            raise TameError(f"{folder / name} is not the file that was measured; run `tame cache verify`")
-    for name, content in extra.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
-    progress("publish", total, total)
+        if digest.hexdigest() != file.sha256:
+            raise TameError(f"{file.path} is not the file that was measured; run `tame cache verify`")
+    progress(f"publish {partial.parent}", total, total)
 
 
 def _swap(partial: Path, target: Path) -> None:

@@ -425,7 +425,9 @@ def test_a_check_finds_a_changed_byte_and_a_missing_or_added_file(hub: Hub, fold
         assert line in found
 
 
-def test_signed_and_verified(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two pairs of keys; the first is configured."""
     pytest.importorskip("model_signing")
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -444,21 +446,48 @@ def test_signed_and_verified(hub: Hub, folder: Path, tmp_path: Path, monkeypatch
         )
     monkeypatch.setenv("TAME_SIGNING_KEY", str(tmp_path / "one.key"))
     monkeypatch.setenv("TAME_SIGNING_PUBLIC_KEY", str(tmp_path / "one.pub"))
+    return tmp_path
+
+
+def test_signed_and_verified(hub: Hub, folder: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "model.sig" in release(folder).uploaded
     assert release(folder).already  # a signature is new each time; an old one that fits stays
     assert check(REPO, None, silent) == []
     monkeypatch.delenv("TAME_SIGNING_KEY")
     assert release(folder).already  # whoever has no key leaves a signature that fits
-    monkeypatch.setenv("TAME_SIGNING_KEY", str(tmp_path / "one.key"))
+    monkeypatch.setenv("TAME_SIGNING_KEY", str(keys / "one.key"))
     release(folder, extra=documents(folder, "# Another card\n", limit=0.2))
     assert check(REPO, None, silent) == []
     hub.corrupt(REPO, "tame.json")
     assert any("model.sig does not verify" in line for line in check(REPO, None, silent))
     hub.corrupt(REPO, "tame.json")
-    monkeypatch.setenv("TAME_SIGNING_PUBLIC_KEY", str(tmp_path / "other.pub"))
+    monkeypatch.setenv("TAME_SIGNING_PUBLIC_KEY", str(keys / "other.pub"))
     assert any("model.sig does not verify" in line for line in check(REPO, None, silent))
     hub.write(REPO, "model.sig", None)
     assert check(REPO, None, silent) == ["model.sig is missing: it is not signed"]
-    monkeypatch.setenv("TAME_SIGNING_KEY", str(tmp_path / "nothing.key"))
+    monkeypatch.setenv("TAME_SIGNING_KEY", str(keys / "nothing.key"))
     with pytest.raises(BadInputError, match="TAME_SIGNING_KEY"):
         preflight(recipe(), TARGETS, "mit", False, 0)
+
+
+def test_a_signed_folder_satisfies_the_format_s_own_program(folder: Path, keys: Path, tame_home: Path) -> None:
+    target, spec = keys / "out" / "tiny-nf4", Publish(to="folder")
+    for already in (False, True):
+        done = publish(folder, files(folder), documents(folder), str(target), spec, progress=silent)
+        assert done.already == already
+    command = [
+        sys.executable,
+        "-m",
+        "model_signing",
+        "verify",
+        "key",
+        str(target),
+        "--public_key",
+        str(keys / "one.pub"),
+    ]
+    command += ["--signature", str(target / "model.sig"), "--ignore-paths", str(target / "model.sig")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (target / "generation_config.json").write_text("{}")
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    assert any("model.sig does not verify" in line for line in check(str(target), None, silent))

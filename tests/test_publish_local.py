@@ -12,6 +12,7 @@ from configs.schema import Publish, Recipe
 from tasks import publish_local, store
 from tasks.progress import silent
 from tasks.publish import Published, check, preflight, publish
+from tasks.publish_repo import Wanted
 from tests.hub import Hub
 from tests.test_publish import documents, files
 
@@ -82,9 +83,9 @@ def test_what_fails_leaves_what_was_there(artifact: Path, tmp_path: Path) -> Non
     target = tmp_path / "tiny-nf4"
     put(artifact, target)
     before = content(target)
-    measured = {**files(artifact), "more/LICENSE": "0" * 64}
+    wrong = Wanted(size=16, sha256="0" * 64, path=str(artifact / "more" / "LICENSE"))
     with pytest.raises(TameError, match="more/LICENSE is not the file that was measured"):
-        publish_local.put(artifact, measured, documents(artifact, limit=0.2), target, silent)
+        publish_local.put({"more/LICENSE": wrong}, documents(artifact, limit=0.2), target, None, silent)
     assert content(target) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "tame-home", "tiny-nf4"]
 
