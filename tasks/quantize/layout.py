@@ -52,7 +52,9 @@ class Layout:
     """What config.json needs besides the source's own keys."""
     generation_config: dict[str, Any] | None
     parameters: int
-    quantized: int
+    quantized: set[str]
+    """The model's names of the weights that are."""
+    quantized_parameters: int
     left: list[dict[str, Any]]
     notes: list[str]
 
@@ -97,7 +99,8 @@ def lay_out(
         },
         generation_config=generation,
         parameters=sum(tensor.numel() for tensor in saved.values()),
-        quantized=sum(saved[name].numel() for name in wanted),
+        quantized=wanted,
+        quantized_parameters=sum(saved[name].numel() for name in wanted),
         left=left,
         notes=notes,
     )

@@ -28,7 +28,7 @@ def skeleton(
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        cls = _model_class(config, folder, trust_remote_code)
+        cls = model_class(config, folder, trust_remote_code)
         dtype = _dtype(config, tensors)
         config.dtype = dtype
         for key in config.sub_configs:
@@ -50,6 +50,22 @@ def skeleton(
     return model, quantizer, dtype
 
 
+def reloaded(folder: Path, trust_remote_code: bool = False) -> set[str]:
+    """The names of the weights that transformers would load from a quantized checkpoint as quantized ones."""
+    from transformers import AutoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    cls = model_class(config, folder, trust_remote_code)
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    with _building(cls, config.dtype):
+        model = cls(config)
+        quantizer.preprocess_model(model=model, dtype=config.dtype, device_map={"": "cpu"}, checkpoint_files=[])
+    tied = getattr(model, "all_tied_weights_keys", {})
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]
+    return {name for name in names if quantizer.param_needs_quantization(model, name)}
+
+
 def left_out(
     model: Any, saved: dict[str, torch.Tensor], wanted: set[str], variant: Variant
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -63,7 +79,7 @@ def left_out(
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         reason = _reason(module, name, tensor, output, variant)
         groups.setdefault((pattern, reason), []).append(tensor.numel())
-    left = [
+    left: list[dict[str, Any]] = [
         {"module": pattern, "tensors": len(sizes), "parameters": sum(sizes), "reason": reason}
         for (pattern, reason), sizes in groups.items()
     ]
@@ -126,7 +142,12 @@ def _bnb_config(variant: Variant, skip: list[str] | None) -> Any:
     )
 
 
-def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that config.json names, or what transformers' auto classes would take.
+
+    Raises:
+        BadInputError: this transformers does not know it.
+    """
     import transformers
 
     name = (config.architectures or [""])[0]
@@ -151,7 +172,8 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
 def _dtype(config: Any, tensors: dict[str, Stored]) -> torch.dtype:
     """As `from_pretrained(dtype="auto")`: what config.json says, else what the first floating-point tensor has."""
     if (dtype := getattr(config, "dtype", None)) is not None:
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        named: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return named
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     return next((kinds[tensor.dtype] for tensor in tensors.values() if tensor.dtype in kinds), torch.float32)
 

@@ -60,12 +60,6 @@ class Shard:
             written = os.pwrite(self.file, data, at)
             data, at = data[written:], at + written
 
-    def read(self, name: str) -> memoryview | bytes:
-        """What was written of a tensor."""
-        if name in self.late:
-            return self.late[name] or b""
-        return os.pread(self.file, self.tensors[name].nbytes, self.at[name])
-
     def close(self) -> None:
         """Write the header and what had to wait for it. The file is complete after this."""
         header = self._header()
@@ -74,8 +68,13 @@ class Shard:
         os.pwrite(self.file, header, 0)
         os.pwrite(self.file, tail, self.end)
         os.ftruncate(self.file, self.end + len(tail))
-        os.close(self.file)
-        self.file = -1
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file if it is still open."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
 
     def _header(self) -> bytes:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}

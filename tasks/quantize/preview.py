@@ -28,7 +28,7 @@ def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = Fal
         found.append(
             {
                 "parameters": layout.parameters,
-                "quantized": layout.quantized,
+                "quantized": layout.quantized_parameters,
                 "weight_bytes": sum(tensor.nbytes for tensor in layout.outputs.values()),
                 "left": layout.left,
                 "notes": layout.notes,

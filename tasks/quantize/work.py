@@ -35,26 +35,24 @@ def work(
     from tasks.quantize.quiet import import_libraries
 
     import_libraries()
+    from tasks.quantize.journal import Journal
     from tasks.quantize.layout import lay_out
     from tasks.quantize.output import shards, write_index
-    from tasks.quantize.stream import Journal, identity_of, stream
+    from tasks.quantize.stream import stream
+    from tasks.quantize.verify import check_written
 
     layout = lay_out(source, variant, tensors, trust_remote_code)
     growing = {name for name in layout.outputs if variant.double_quant and ".quant_state." in name}
     files = shards(out, layout.outputs, max_shard_size, growing)
     stats = {name: (source / name).stat() for name in {tensor.file for tensor in tensors.values()}}
-    journal = Journal(
-        out,
-        identity_of(
-            [
-                {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
-                [(shard.path.name, shard.at, shard.data) for shard in files],
-                [(job.source, str(job.dtype)) for job in layout.jobs],
-                variant.model_dump(exclude={"name"}),
-                device.partition(":")[0],
-            ]
-        ),
-    )
+    identity = [
+        {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+        [(shard.path.name, shard.data, shard.at) for shard in files],
+        [(job.source, str(job.dtype), job.parts) for job in layout.jobs],
+        variant.model_dump(mode="json", exclude={"name"}),
+        device.partition(":")[0],
+    ]
+    journal = Journal(out, identity)
     expected = {journal.path, *(shard.path for shard in files)}
     for path in set(out.iterdir()) - expected:
         path.unlink()
@@ -71,11 +69,12 @@ def work(
     for name in carried_files(source, names, trust_remote_code):
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
+    check_written(out, layout.outputs, layout.quantized, trust_remote_code)
     journal.remove()
     return {
         "digests": digests,
         "parameters": layout.parameters,
-        "quantized": layout.quantized,
+        "quantized": layout.quantized_parameters,
         "weight_bytes": sum(shard.path.stat().st_size for shard in files),
         "left": layout.left,
         "notes": layout.notes,
