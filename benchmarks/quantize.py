@@ -1,0 +1,324 @@
+"""tame's quantizing beside transformers' own, in fresh processes in turn.
+
+    python benchmarks/quantize.py --device cuda --model 1.7b --methods int8,nf4,nf4-dq
+    python benchmarks/quantize.py --device cuda --exactness
+
+The model is made here: random weights in the shapes of Qwen3-1.7B, or of the same with four times the layers. Prints
+markdown. Needs torch, transformers, bitsandbytes, accelerate, pydantic; neither Prefect nor MLflow.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "tiny": (
+        {**QWEN3, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4},
+        10**12,
+    ),
+    "0.6b": ({**QWEN3, "hidden_size": 1024, "intermediate_size": 3072}, 10**12),
+    "1.7b": (QWEN3, 10**12),
+    "1.7b-x4": ({**QWEN3, "num_hidden_layers": 4 * 28}, 2 * 10**9),
+}  # config, and bytes a file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
+    parser.add_argument("--model", default="1.7b", choices=MODELS)
+    parser.add_argument("--methods", default="int8,nf4,nf4-dq")
+    parser.add_argument("--who", default="tame,transformers")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tame-benchmark"), help="where models are made")
+    parser.add_argument("--exactness", action="store_true", help="compare bytes instead, over tiny architectures")
+    parser.add_argument("--one", nargs=2, metavar=("WHO", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        one(*options.one, options)
+    elif options.exactness:
+        exactness(options)
+    else:
+        side_by_side(options)
+
+
+def side_by_side(options: argparse.Namespace) -> None:
+    source = make_model(options.work, options.model)
+    read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    reading, writing = disk_speed(source, options.work)
+    print(
+        f"{options.model}, {read / 1e9:.2f} GB of bf16, on {options.device}. The disk reads {reading / 1e9:.2f} GB/s and ",
+        end="",
+    )
+    print(f"writes {writing / 1e9:.2f} GB/s (page cache); the floor is bytes read and written at that.\n")
+    print(
+        "| method | who | whole process s | without imports s | of it sha256 s | host peak above imports MB | GPU peak MB "
+        "| bytes | floor s |"
+    )
+    print("| --- | --- | --: | --: | --: | --: | --: | --: | --: |")
+    for method in options.methods.split(","):
+        for _ in range(options.repeat):
+            for who in options.who.split(","):
+                started = time.perf_counter()
+                command = [sys.executable, __file__, "--one", who, method, *sys.argv[1:]]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                wall = time.perf_counter() - started
+                found = json.loads(done.stdout.splitlines()[-1])
+                floor = read / reading + found["bytes"] / writing
+                print(
+                    f"| {method} | {who} | {wall:.1f} | {found['seconds']:.1f} | {found['sha256']:.1f} | "
+                    f"{found['host'] / 1e6:,.0f} | {found['gpu'] / 1e6:,.0f} | {found['bytes']:,} | {floor:.1f} |",
+                    flush=True,
+                )
+
+
+def one(who: str, method: str, options: argparse.Namespace) -> None:
+    """Quantize once in this process, and say what it took."""
+    source, out = options.work / options.model, options.work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    cuda = options.device.startswith("cuda")
+    if who == "tame":
+        from tasks.quantize.quiet import import_libraries
+        from tasks.quantize.work import work
+
+        import_libraries()
+        import tasks.quantize.stream
+    else:
+        import bitsandbytes  # noqa: F401
+        import transformers  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
+
+    if cuda:
+        torch.zeros(1, device=options.device)
+        torch.cuda.reset_peak_memory_stats()
+    before, started = peak(), time.perf_counter()
+    hashing = 0.0
+    if who == "tame":
+        real = tasks.quantize.stream._sha256
+
+        def timed(path: Path) -> str:
+            nonlocal hashing
+            begun = time.perf_counter()
+            digest = real(path)
+            hashing += time.perf_counter() - begun
+            return digest
+
+        tasks.quantize.stream._sha256 = timed
+        work(source, out, variant_of(method), device=options.device, workers=options.workers)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=bnb_config(method), device_map={"": options.device}
+        )
+        model.save_pretrained(out)
+    found = {
+        "seconds": time.perf_counter() - started,
+        "sha256": hashing,
+        "host": peak() - before,
+        "gpu": torch.cuda.max_memory_allocated() if cuda else 0,
+        "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+    }
+    print(json.dumps(found), flush=True)
+    os._exit(0)
+
+
+def exactness(options: argparse.Namespace) -> None:
+    """Compare every tensor, and the file, with what transformers saves."""
+    from tasks.quantize.quiet import import_libraries
+    from tasks.quantize.work import work
+    from tests.models import ZOO, tiny, zoo
+
+    import_libraries()
+    import transformers
+
+    methods = ("int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+    print(
+        f"transformers {transformers.__version__}, {options.device}. `file`: the same file; `tensors`: the same tensors, names, ",
+        end="",
+    )
+    print("dtypes, shapes and bytes; config: the same quantization_config.\n")
+    print(
+        f"| architecture | stored as | share quantized | {' | '.join(methods)} |\n| --- | --- | --: |{' --- |' * len(methods)}"
+    )
+    for name in ZOO:
+        for dtype, sharded in (("bfloat16", False), ("float16", True), ("float32", False)):
+            folder = options.work / "zoo"
+            shutil.rmtree(folder, ignore_errors=True)
+            save = {"max_shard_size": "60KB"} if sharded else {}
+            source = tiny(folder / "source", zoo(name), dtype, spread=True, **save)
+            cls = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+            cells = []
+            share = 0.0
+            for method in methods:
+                mine, theirs = folder / method, folder / f"{method}-transformers"
+                mine.mkdir()
+                try:
+                    made = work(source, mine, variant_of(method), device=options.device)
+                    share = made["quantized"] / made["parameters"]
+                    model = cls.from_pretrained(
+                        source, quantization_config=bnb_config(method), device_map={"": options.device}
+                    )
+                    model.save_pretrained(theirs)
+                    cells.append(difference(mine, theirs))
+                except Exception as error:  # one architecture that fails must not hide the others
+                    cells.append(f"{type(error).__name__}: {str(error)[:80]}")
+            stored = f"{dtype}{', sharded' if sharded else ''}"
+            print(f"| {name} | {stored} | {share:.3f} | {' | '.join(cells)} |", flush=True)
+
+
+def difference(mine: Path, theirs: Path) -> str:
+    """`file` or `tensors` when they are the same, else what is not."""
+    from safetensors.torch import load_file
+
+    one, other = (json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (mine, theirs))
+    if one != other:
+        return "config differs"
+    a, b = (
+        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()} for folder in (mine, theirs)
+    )
+    if a.keys() != b.keys():
+        return f"names differ: {sorted(a.keys() ^ b.keys())[0]}"
+    for name in a:
+        if (a[name].dtype, a[name].shape) != (b[name].dtype, b[name].shape):
+            return f"{name} {a[name].dtype} {tuple(a[name].shape)}, not {b[name].dtype} {tuple(b[name].shape)}"
+        if raw(a[name]) != raw(b[name]):
+            return f"{name} has other bytes"
+    files = [folder / "model.safetensors" for folder in (mine, theirs)]
+    same = all(file.exists() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+    return "file" if same else "tensors"
+
+
+def raw(tensor: Any) -> bytes:
+    import torch
+
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def variant_of(method: str) -> Any:
+    from configs.schema import Variant
+
+    return Variant(method=method.removesuffix("-dq"), double_quant=method.endswith("-dq"))
+
+
+def bnb_config(method: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind, double = method.removesuffix("-dq"), method.endswith("-dq")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+
+
+def peak() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def disk_speed(source: Path, work: Path) -> tuple[float, float]:
+    """Bytes a second: reading the model's files once they are in the page cache, and writing a new file; four threads."""
+    files = sorted(source.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    piece = 1 << 24
+    spans = [(path, at) for path in files for at in range(0, path.stat().st_size, piece)]
+    buffers = [bytearray(piece) for _ in range(4)]
+
+    def read(number: int) -> None:
+        for path, at in spans[number::4]:
+            file = os.open(path, os.O_RDONLY)
+            os.preadv(file, [buffers[number]], at)
+            os.close(file)
+
+    def write(number: int) -> None:
+        for at in range(number * piece, 1 << 30, 4 * piece):
+            os.pwrite(target, buffers[number], at)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+        started = time.perf_counter()
+        list(pool.map(read, range(4)))
+        reading = size / (time.perf_counter() - started)
+        target = os.open(work / "speed", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        started = time.perf_counter()
+        list(pool.map(write, range(4)))
+        writing = (1 << 30) / (time.perf_counter() - started)
+    os.close(target)
+    (work / "speed").unlink()
+    return reading, writing
+
+
+def make_model(work: Path, name: str) -> Path:
+    """A folder with random bf16 weights of the model's shapes, made once."""
+    import numpy as np
+
+    config, limit = MODELS[name]
+    folder = work / name
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    hidden, inter, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, list[int]] = {
+        "model.embed_tokens.weight": [config["vocab_size"], hidden],
+        "model.norm.weight": [hidden],
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": [q, hidden], "self_attn.k_proj": [kv, hidden], "self_attn.v_proj": [kv, hidden],
+            "self_attn.o_proj": [hidden, q], "self_attn.q_norm": [head], "self_attn.k_norm": [head],
+            "mlp.gate_proj": [inter, hidden], "mlp.up_proj": [inter, hidden], "mlp.down_proj": [hidden, inter],
+            "input_layernorm": [hidden], "post_attention_layernorm": [hidden],
+        }  # fmt: skip
+        shapes |= {f"model.layers.{i}.{key}.weight": shape for key, shape in layer.items()}
+    groups: list[dict[str, list[int]]] = [{}]
+    size = 0
+    for key, shape in shapes.items():
+        if size + 2 * int(np.prod(shape)) > limit and groups[-1]:
+            groups.append({})
+            size = 0
+        groups[-1][key] = shape
+        size += 2 * int(np.prod(shape))
+    pool = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32) * np.float32(0.02)
+    bits = (pool.view(np.uint32) >> 16).astype(np.uint16)
+    placed = {}
+    for number, group in enumerate(groups):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, shape in group.items():
+            placed[key] = file
+            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * int(np.prod(shape))]}
+            end = header[key]["data_offsets"][1]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            for at in range(0, end, bits.nbytes):
+                rolled = np.roll(bits, 977 * (at // bits.nbytes + 131 * number))
+                opened.write(rolled.tobytes()[: end - at])
+    if len(groups) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+if __name__ == "__main__":
+    main()
