@@ -40,7 +40,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
     try:
         plan = plan_task(recipe, folder)
         snapshot = download_task(recipe.source).result()
-        result = result.with_source(snapshot, plan.found.licence)
+        result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         baseline = baseline_task(snapshot, recipe.evaluate).result()
         result = result.with_baseline(baseline, snapshot)
     except Exception as error:

@@ -67,6 +67,7 @@ class Found(BaseModel):
     """Size in bytes of each file that will be taken."""
     config: dict[str, Any]
     licence: str | None = None
+    card: dict[str, Any] = {}
     gated: bool = False
     sha256: dict[str, str] = {}
     """What the Hub says of its large files."""
@@ -271,6 +272,7 @@ def _look_hub(source: Source, quantized: bool) -> Found:
         files={name: info.files[name] for name in taken},
         config=config or {},
         licence=info.licence,
+        card=info.card,
         gated=info.gated,
         sha256={name: digest for name, digest in info.sha256.items() if name in taken},
     )

@@ -19,6 +19,9 @@ from tasks.progress import Progress
 REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
 class UnreachableError(TameError):
     """The Hub does not answer, or not now."""
 
@@ -37,6 +40,8 @@ class RepoInfo(BaseModel):
     sha256: dict[str, str]
     licence: str | None
     gated: bool
+    card: dict[str, Any] = {}
+    """What of its card's front matter a card of a model made from it inherits."""
 
 
 class CachedRepo(BaseModel):
@@ -77,6 +82,7 @@ def model_info(repo: str, revision: str) -> RepoInfo:
         files={sibling.rfilename: sibling.size or 0 for sibling in siblings},
         sha256={s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None and s.lfs.sha256},
         licence=licence if isinstance(licence, str) else None,
+        card={key: card.get(key) for key in INHERITED if hasattr(card, "get") and card.get(key)},
         gated=bool(info.gated),
     )
 

@@ -118,7 +118,7 @@ class Result(_Value):
         code = 1 if "failed" in statuses else 3 if "rejected" in statuses else 0
         return self.model_copy(update={"variants": variants, "exit_code": code, "seconds": self._elapsed()})
 
-    def with_source(self, snapshot: Snapshot, licence: str | None) -> Self:
+    def with_source(self, snapshot: Snapshot, licence: str | None, card: dict[str, Any] | None = None) -> Self:
         """This result with the source that was found."""
         source = ResultSource(
             model=snapshot.model,
@@ -127,6 +127,7 @@ class Result(_Value):
             digest=snapshot.digest,
             files=snapshot.files,
             licence=licence,
+            card=card or {},
         )
         return self.model_copy(update={"source": source})
 
