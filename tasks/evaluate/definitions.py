@@ -95,8 +95,8 @@ def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, Any]:
     data: dict[str, str] = {}
     for name, definition in found.items():
         try:
-            for file in definition.files:
-                data |= {file: store.sha256_file(Path(file))} if Path(file).is_file() else _digests(Path(file))
+            for file in map(Path, definition.files):
+                data |= _digests(file) if file.is_dir() else {str(file): store.sha256_file(file)}
             if definition.dataset and definition.dataset not in data:
                 data[definition.dataset] = dataset_commit(definition.dataset, definition.revision or "main")
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) ->
     from lm_eval.models.huggingface import HFLM
 
     random.seed(0)
-    np.random.seed(1234)  # noqa: NPY002
+    np.random.seed(1234)
     torch.manual_seed(1234)
     while True:
         try:
@@ -127,7 +128,7 @@ def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) ->
 
 def _row(item: dict[str, Any]) -> dict[str, Any]:
     """What of an item's result is kept: which it was, and how it did."""
-    scores = {name: item[name] for name in item["metrics"] if isinstance(item.get(name), int | float)}
+    scores = {name: float(item[name]) for name in item["metrics"] if isinstance(item.get(name), Real)}
     return {"doc_id": item["doc_id"], "doc_hash": item["doc_hash"], "filter": item["filter"], **scores}
 
 
@@ -139,6 +140,6 @@ def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, samples: Any) -> dict
     for name, items in again.items():
         metric = items[0]["metrics"][0]
         before = {(item["doc_id"], item["filter"]): item.get(metric) for item in samples[name]}
-        flips = sum(before[item["doc_id"], item["filter"]] != item.get(metric) for item in items)
+        flips = int(sum(before[item["doc_id"], item["filter"]] != item.get(metric) for item in items))
         floors[name] = {"items": len(items), "flips": flips}
     return floors

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("tame.evaluate")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass
@@ -87,8 +89,13 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
     spread = _spread(path, device)
     started = time.perf_counter()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype="auto", device_map=spread, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype="auto",
+            device_map=spread,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         model.eval()
         synchronize(device)
@@ -99,6 +106,10 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
             ) from None
         raise TameError(f"{path}: the checkpoint does not load ({type(error).__name__}: {line(error)})") from None
     seconds = time.perf_counter() - started
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers would draw them at random, and say no more than a warning
+        raise TameError(f"{path}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all); make it again")
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -193,7 +204,10 @@ def dequantize(loaded: Loaded) -> None:
     short = str(dtype).removeprefix("torch.")
     loaded.weights = f"4-bit weights dequantized once to {short}"
     if computes != {dtype}:
-        loaded.weights += f" and multiplied in it (stored, they are multiplied in float32, on CPUs with AVX512-BF16 in {short} with rounded scales)"
+        loaded.weights += (
+            f" and multiplied in it (stored, they are multiplied in float32, or on CPUs with AVX512-BF16 in {short} with "
+            "rounded scales)"
+        )
 
 
 def repacked(loaded: Loaded) -> bool:
@@ -272,6 +286,16 @@ def body_of(model: Any) -> "Iterator[Callable[[torch.Tensor], torch.Tensor]]":
         yield body
     finally:
         model.set_submodule(name, head)
+
+
+def reuse_memory() -> None:
+    """Let glibc keep freed blocks of some megabytes, which it would else return and have zeroed at every operation."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024 * 1024)
+        libc.mallopt(M_TRIM_THRESHOLD, 1024 * 1024 * 1024)
 
 
 def free_memory(device: str) -> int:

@@ -76,8 +76,9 @@ def answer_samples(loaded: Loaded, spec: Samples, folder: Path, progress: Progre
 
 def _prompt(loaded: Loaded, count: int) -> Any:
     """The first `count` tokens of the prose inside CPython, over again where it is shorter."""
-    import torch
     from pydoc_data.topics import topics
+
+    import torch
 
     text = "\n\n".join(topics[key] for key in sorted(topics))[: count * 32]
     ids = loaded.tokenizer(text)["input_ids"] or [0]

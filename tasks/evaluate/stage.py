@@ -183,19 +183,21 @@ def _build_together(
 def _assembled(
     kind: str, name: str, parts: Parts, baseline: Parts | None, spec: Evaluate, protocol: dict[str, Any], cached: bool
 ) -> Evaluation:
+    prompts = spec.samples.prompts if spec.samples else []
+    known = {key: protocol[key] for key in ("device", "text")}
     inputs = {
         "parts": {part: artifact.digest for part, artifact in parts.items()},
         "baseline": {part: artifact.digest for part, artifact in (baseline or {}).items()},
         "seed": spec.seed,
-        "protocol": {key: protocol[key] for key in ("device", "text")},
-        "prompts": spec.samples.prompts if spec.samples else [],
+        "protocol": known,
+        "prompts": prompts,
         "stage": compare.STAGE,
     }
 
     def make(folder: Path) -> store.Made:
         paths = {part: Path(artifact.path) for part, artifact in parts.items()}
         theirs = {part: Path(artifact.path) for part, artifact in baseline.items()} if baseline else None
-        compare.assemble(paths, theirs, inputs["prompts"], inputs["protocol"], spec.seed, folder)
+        compare.assemble(paths, theirs, prompts, known, spec.seed, folder)
         return store.Made()
 
     artifact, there = store.build(kind, inputs, make)

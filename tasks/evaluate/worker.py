@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.errors import TameError
 from configs.schema import Evaluate
 from tasks.evaluate.definitions import TaskWork
 from tasks.progress import Progress, silent
@@ -37,8 +38,28 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
     """Measure one model. Each part writes its result.json when it is complete, whatever becomes of the next.
 
     Speed and samples come first: they are of the weights as stored, and peak memory is that of a fresh process.
+
+    Raises:
+        BadInputError: a model, text or task that cannot be measured.
+        TameError: whatever else goes wrong, in one line.
     """
-    from tasks.evaluate.load import dequantize, load, repacked
+    from tasks.evaluate.load import line, out_of_memory
+
+    try:
+        _measure(work, progress)
+    except TameError as error:
+        raise type(error)(f"{work.label}: {error}") from None
+    except Exception as error:
+        log.debug("evaluating %s failed", work.label, exc_info=True)
+        if out_of_memory(error):
+            raise TameError(
+                f"{work.label}: no memory on {work.device} ({line(error)}); free some, or use a larger device"
+            ) from None
+        raise TameError(f"{work.label}: {type(error).__name__}: {line(error)}") from None
+
+
+def _measure(work: Work, progress: Progress) -> None:
+    from tasks.evaluate.load import dequantize, load, repacked, reuse_memory
     from tasks.evaluate.scores import score_baseline, score_variant
     from tasks.evaluate.speed import answer_samples, measure_speed
 
@@ -54,6 +75,7 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
         answer_samples(loaded, spec.samples, folders["samples"], told)
     if not {"scores", "tasks"} & folders.keys():
         return
+    reuse_memory()
     if repacked(loaded):
         del loaded
         loaded = load(path, work.device, work.trust_remote_code)

@@ -1,0 +1,150 @@
+"""Tasks: the scores of plain lm-evaluation-harness, paired with the baseline item by item."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import BadInputError
+from configs.schema import Evaluate, TextSource
+from tasks.evaluate.definitions import check_tasks, find_tasks, inputs_of, work_of
+from tests.models import tiny
+
+YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: {kind}
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+doc_to_choice: "{{{{[first, second]}}}}"
+metric_list: [{metrics}]
+metadata: {{version: 3}}
+"""
+ITEMS = 24
+
+
+@pytest.fixture(scope="module")
+def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two tasks of one's own, and their data."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("tasks")
+    words = " ".join(topics[key] for key in sorted(topics)[:40]).split()
+    rows = [
+        {"question": " ".join(words[i : i + 12]), "first": words[i + 12], "second": words[i + 90], "label": i % 2}
+        for i in range(1000, 1000 + 7 * ITEMS, 7)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy = "{metric: acc}, {metric: acc_norm}"
+    choice = YAML.format(
+        name="own_choice", data=folder / "data.jsonl", kind="multiple_choice", target="label", metrics=accuracy
+    )
+    (folder / "choice.yaml").write_text(choice)
+    exact = "{metric: exact_match}"
+    written = YAML.format(
+        name="own_written", data=folder / "data.jsonl", kind="generate_until", target="first", metrics=exact
+    )
+    written += 'generation_kwargs: {until: ["\\n"], max_gen_toks: 4}\n'
+    (folder / "written.yaml").write_text(written.replace('doc_to_choice: "{{[first, second]}}"\n', ""))
+    return folder
+
+
+def spec_of(folder: Path, **options) -> Evaluate:
+    return Evaluate(
+        text=TextSource(builtin="python-docs"), tasks=["own_choice", "own_written"], task_path=str(folder), batch_size=4,
+        speed=None, samples=None, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(own_tasks: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Two float32 models, run by tame; the folders of their results, and the first one, loaded."""
+    from tasks.evaluate.harness import run_tasks
+    from tasks.evaluate.load import load
+
+    spec = spec_of(own_tasks)
+    work = work_of(spec.tasks, find_tasks(spec.tasks, spec.task_path))
+    root = tmp_path_factory.mktemp("ran")
+    for seed in (0, 1):
+        loaded = load(tiny(root / f"model-{seed}", dtype="float32", seed=seed), "cpu")
+        (root / str(seed)).mkdir()
+        run_tasks(loaded, work, spec, root / str(seed), floor=seed == 0)
+    return root, load(root / "model-1", "cpu")
+
+
+def test_scores_are_those_of_plain_lm_eval(ran, own_tasks: Path) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    root, loaded = ran
+    manager = TaskManager(include_path=str(own_tasks), include_defaults=False)
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
+    plain = lm_eval.simple_evaluate(
+        model=model, tasks=["own_choice", "own_written"], task_manager=manager, bootstrap_iters=0
+    )
+    ours = json.loads((root / "1" / "result.json").read_text())["tasks"]
+    assert ours["own_choice"]["metrics"]["acc"] == plain["results"]["own_choice"]["acc,none"]
+    assert ours["own_choice"]["metrics"]["acc_norm"] == plain["results"]["own_choice"]["acc_norm,none"]
+    assert ours["own_written"]["metrics"]["exact_match"] == plain["results"]["own_written"]["exact_match,none"]
+    assert ours["own_choice"]["items"] == ITEMS
+    assert ours["own_choice"]["version"] == 3
+    rows = [json.loads(line) for line in (root / "1" / "own_choice.jsonl").read_text().splitlines()]
+    assert [row["acc"] for row in rows] == [sample["acc"] for sample in plain["samples"]["own_choice"]]
+
+
+def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
+    from tasks.evaluate.compare import _tasks
+
+    root, _ = ran
+    results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
+    metrics: dict[str, float] = {}
+    _tasks(metrics, [], root / "1", results[1], root / "0", results[0], 0, tmp_path)
+    files = [(root / seed / "own_choice.jsonl").read_text().splitlines() for seed in ("0", "1")]
+    before, after = ([json.loads(line)["acc"] for line in lines] for lines in files)
+    flips = sum(a != b for a, b in zip(before, after, strict=True))
+    assert flips > 0
+    assert metrics["task/own_choice/flips"] == flips
+    difference = metrics["task/own_choice/acc_difference"]
+    assert difference == pytest.approx((sum(after) - sum(before)) / ITEMS)
+    assert metrics["task/own_choice/acc_difference_low"] <= difference <= metrics["task/own_choice/acc_difference_high"]
+    assert 0 < metrics["task/own_choice/acc_p"] <= 1
+    assert results[0]["tasks"]["own_choice"]["floor"] == {"items": ITEMS, "flips": 0}  # float32: padding moves nothing
+
+
+def test_the_key_covers_definition_data_and_limits(own_tasks: Path, tmp_path: Path, tame_home: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(own_tasks, tmp_path / "tasks")
+    (folder / "choice.yaml").write_text((folder / "choice.yaml").read_text().replace(str(own_tasks), str(folder)))
+
+    def key(**options) -> str:
+        from tasks.store import key_of
+
+        spec = spec_of(folder, **options)
+        return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path)))
+
+    first = key()
+    assert key() == first
+    assert key(task_limit=3) != first
+    assert key(task_fewshot=2) != first
+    (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace('"label": 1', '"label": 0', 1))
+    assert key() != first
+    (folder / "data.jsonl").unlink()
+    with pytest.raises(BadInputError, match=r"evaluate.tasks own_choice: its data .*data.jsonl: No such file"):
+        key()
+
+
+def test_a_task_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="not a folder"):
+        check_tasks(["piqa"], str(tmp_path / "nowhere"))
+
+
+@pytest.mark.e2e
+def test_unknown_tasks_are_refused_with_the_nearest_names(own_tasks: Path, tame_home: Path) -> None:
+    check_tasks(["piqa", "mmlu", "ai2_arc", "own_choice"], str(own_tasks))
+    with pytest.raises(BadInputError, match=r"evaluate.tasks pika: .* no such task; did you mean .*piqa"):
+        check_tasks(["pika"], None)
+    assert {"mmlu_stem", "mmlu_anatomy"} <= find_tasks(["mmlu"], None).keys()

@@ -1,0 +1,92 @@
+"""Texts, tokens and statistics: nothing here imports torch."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import BadInputError
+from configs.schema import TextSource
+from tasks.evaluate.compare import _diverges_at
+from tasks.evaluate.statistics import interval, mcnemar
+from tasks.evaluate.text import LoadedText, check_text, load_text
+
+
+def test_files_are_joined_by_a_blank_line_and_keyed_by_content(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfzw\xc3\xb6lf")  # a byte-order mark is no text
+    text = load_text(TextSource(files=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]))
+    assert text.text == "one\n\nzwölf"
+    assert text.name == "a.txt + b.txt"
+    (tmp_path / "c.txt").write_text("one\n\nzwölf", encoding="utf-8")
+    assert load_text(TextSource(files=[str(tmp_path / "c.txt")])).digest == text.digest
+    (tmp_path / "c.txt").write_text("one\n\nzwolf", encoding="utf-8")
+    assert load_text(TextSource(files=[str(tmp_path / "c.txt")])).digest != text.digest
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"good \xff bad", "byte 0xff at offset 5 is not UTF-8"), (b" \n", "no text in it"), (None, "No such file")],
+)
+def test_a_file_that_is_no_text_is_named_with_what_is_wrong(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInputError, match="corpus") as caught:
+        load_text(TextSource(files=[str(path)]))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_builtin_text_is_there_without_a_network() -> None:
+    text = load_text(TextSource(builtin="python-docs"))
+    assert len(text.text) > 300_000
+    assert text.digest == load_text(TextSource(builtin="python-docs")).digest
+
+
+def test_check_text_counts_and_refuses(tiny_llama: Path, tmp_path: Path) -> None:
+    def loaded(text: str) -> LoadedText:
+        return LoadedText(text=text, name="mine", digest="", revision=None)
+
+    assert check_text(load_text(TextSource(builtin="python-docs")), 64, tiny_llama) >= 64
+    with pytest.raises(BadInputError, match=r"mine: \d+ tokens, less than one window of 64"):
+        check_text(loaded("a few words"), 64, tiny_llama)
+    with pytest.raises(BadInputError, match="512 tokens at most"):
+        check_text(loaded("word " * 5000), 1024, tiny_llama)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInputError, match="not a tokenizer"):
+        check_text(loaded("word"), 2, tmp_path)
+
+
+def test_mcnemar_is_the_exact_binomial() -> None:
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(5, 5) == 1
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar(9, 1) == mcnemar(1, 9)
+    exact = 2 * sum(math.comb(999, k) for k in range(451)) / 2**999
+    assert mcnemar(450, 549) == pytest.approx(exact)
+    assert mcnemar(450, 550) == pytest.approx(exact, rel=0.1)  # where the normal approximation takes over
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    draws = np.random.default_rng(1)
+    covered = 0
+    for seed in range(100):
+        values = draws.normal(3.0, 1.0, 40)
+        low, high = interval(values, float(values.mean()), seed) or (0, 0)
+        assert low <= values.mean() <= high
+        covered += low <= 3.0 <= high
+    assert 86 <= covered <= 99
+    assert interval(np.ones(1), 1.0, 0) is None
+    skewed = np.array([0.0, 0, 0, 100])
+    low, high = interval(skewed, 25.0, 0) or (0, 0)
+    assert low <= 25 <= high
+    assert interval(skewed, 25.0, 7) == interval(skewed, 25.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "at"), [("abc", "abc", None), ("abc", "abd", 2), ("ab", "abc", 2), ("", "x", 0)]
+)
+def test_first_divergence(before: str, after: str, at: int | None) -> None:
+    assert _diverges_at(before, after) == at
