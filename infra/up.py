@@ -45,7 +45,9 @@ def up(host: str) -> int:
 
             artifacts = home() / "mlartifacts"
             command = [*python, "mlflow", "server", "--backend-store-uri", database_uri(), "--host", host]
-            command += ["--port", str(mlflow_port), "--artifacts-destination", str(artifacts), "--workers", "1"]
+            # Not proxied: a run without this server, straight into the same database, must find and write the same files.
+            command += ["--port", str(mlflow_port), "--no-serve-artifacts", "--default-artifact-root", str(artifacts)]
+            command += ["--workers", "1"]
             processes.append(_start(command, environment, logs / "mlflow.log"))
         else:
             mlflow = os.environ["MLFLOW_TRACKING_URI"]

@@ -169,7 +169,9 @@ def markdown(result: Result) -> str:
         lines.append("| " + " | ".join(map(_plain, cells)) + " |")
     notes = dict.fromkeys(note for row in measured for note in row.notes)
     lines += ["", *(f"- {_plain(note)}" for note in notes)]
-    lines += [f"- {variant.name}: <{variant.published}>" for variant in result.variants if variant.published]
+    lines += [
+        f"- {_plain(variant.name)}: {_address(variant.published)}" for variant in result.variants if variant.published
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -214,6 +216,10 @@ def _commit(result: Result) -> str:
     return result.source.commit or f"sha256 {result.source.digest[:12]}"
 
 
+def _address(place: str) -> str:
+    return f"<{place}>" if re.fullmatch(r"https?://[^\s<>]+", place) else f"`{place.replace('`', '')}`"
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -231,9 +237,9 @@ def _size(value: float) -> str:
 
 
 def _decimals(value: float, decimals: int) -> str:
-    """Fixed decimals; what would round to zero and is not keeps two significant digits."""
-    if value and abs(value) < 0.5 * 10**-decimals:
-        return f"{value:.1e}"
+    """Fixed decimals; what they would leave less than two digits of keeps two."""
+    if value and abs(value) < 10 ** (1 - decimals):
+        return f"{value:.2g}"
     return f"{value:,.{decimals}f}"
 
 

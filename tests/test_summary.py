@@ -18,6 +18,7 @@ from tests.results import make
         ("kl_mean", 0.26160, "0.2616"),
         ("kl_mean_low", 0.0, "0.0000"),
         ("kl_mean", 0.0000213, "2.1e-05"),
+        ("kl_mean", 0.000131, "0.00013"),
         ("floor_kl_mean", 0.0000213, "2.1e-05"),
         ("top1_agreement", 0.89969, "89.97 %"),
         ("quantized_share", 1, "100.00 %"),
