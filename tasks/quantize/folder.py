@@ -1,12 +1,14 @@
 """`tame quantize SOURCE OUT`: a folder in, a folder out, no store."""
 
 import errno
-import fcntl
+import logging
 import os
 import re
 import shutil
 import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Variant
@@ -16,7 +18,10 @@ from tasks.isolate import isolated
 from tasks.progress import Progress, show
 from tasks.quantize.source import check_source
 from tasks.quantize.stage import Quantized, summarize
+from tasks.quantize.verify import runs
 from tasks.quantize.work import work
+
+log = logging.getLogger("tame.quantize")
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -30,11 +35,13 @@ def quantize_folder(
     workers: int | None = None,
     max_shard_size: str = "50GB",
     trust_remote_code: bool = False,
+    forward: bool = True,
     progress: Progress = show,
 ) -> Quantized:
     """Quantize the checkpoint in `source` into `out`, which must be absent or empty.
 
-    It is built beside `out` and renamed when it is complete; what a killed run left there is taken up.
+    It is built beside `out` and renamed when it is complete; what a killed run left there is taken up. With `forward`, it
+    must also give finite numbers for a few tokens, where it can be run.
 
     Raises:
         BadInputError: `out` is in use, or `source` cannot be quantized.
@@ -50,43 +57,37 @@ def quantize_folder(
     started = time.monotonic()
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with (out.parent / f".{out.name}.lock").open("w") as lock:
+        with FileLock(f"{partial}.lock", timeout=0):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TameError(f"{out}: another tame is writing it; wait for it, or give another folder") from None
-            made = isolated(
-                f"quantize {variant.label}",
-                work,
-                source,
-                partial,
-                variant,
-                device=chosen,
-                workers=workers,
-                max_shard_size=limit,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-            for path in partial.iterdir():
-                _fsync(path)
-            names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
-            files = (
-                store.sha256_files(partial, [name for name in names if name not in made["digests"]]) | made["digests"]
-            )
-            partial.rename(out)
-            _fsync(out.parent)
-            Path(lock.name).unlink()
+                made = isolated(
+                    f"quantize {variant.label}",
+                    work,
+                    source,
+                    partial,
+                    variant,
+                    device=chosen,
+                    workers=workers,
+                    max_shard_size=limit,
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+                if forward:
+                    _forward(partial, chosen, variant, trust_remote_code)
+                names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+                for name in [*names, "."]:
+                    _fsync(partial / name)
+                files = store.sha256_files(partial, [name for name in names if name not in made["digests"]])
+                files |= made["digests"]
+                partial.rename(out)
+                _fsync(out.parent)
+            except (TameError, OSError):
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        Path(f"{partial}.lock").unlink(missing_ok=True)
+    except Timeout:
+        raise TameError(f"{out}: another process is writing it; wait for it, or give another folder") from None
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(out.parent).free
-            raise TameError(
-                f"{out}: no space left ({free / 1e9:.1f} GB free); make room, or give another folder"
-            ) from error
-        raise TameError(f"{error.filename or out}: {error.strerror or error}; make it readable or writable") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise TameError(_os_error(error, out)) from error
     return summarize(
         str(out),
         files,
@@ -95,6 +96,26 @@ def quantize_folder(
         {**made, "seconds": time.monotonic() - started},
         cached=False,
     )
+
+
+def _os_error(error: OSError, out: Path) -> str:
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(out.parent).free
+        return f"{out}: no space left ({free / 1e9:.1f} GB free); make room, or give another folder"
+    return f"{error.filename or out}: {error.strerror or error}; make it readable or writable"
+
+
+def _forward(folder: Path, device: str, variant: Variant, trust_remote_code: bool) -> None:
+    try:
+        finite, why = isolated(f"check {variant.label}", runs, folder, device, trust_remote_code)
+    except TameError as error:  # a kernel that crashes says nothing of the checkpoint
+        finite, why = None, str(error)
+    if finite is None:
+        log.warning("%s was not run: %s", variant.label, why)
+    elif not finite:
+        raise TameError(
+            f"{folder}: {why} gives NaN or infinite numbers; try another method, and see whether the source itself does"
+        )
 
 
 def parse_size(text: str) -> int:

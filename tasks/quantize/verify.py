@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import TameError
-from configs.schema import Variant
 
 
 def check_written(folder: Path, expected: dict[str, Any], quantized: set[str], trust_remote_code: bool = False) -> None:
@@ -43,47 +42,37 @@ def check_written(folder: Path, expected: dict[str, Any], quantized: set[str], t
         )
 
 
-def check_forward(folder: Path, device: str, variant: Variant, trust_remote_code: bool = False) -> str | None:
-    """Load the checkpoint and run it on eight tokens. Returns why this could not be done, if it could not.
+def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bool | None, str]:
+    """Load the checkpoint and run it on eight tokens: whether the output is finite, or None and why it was not tried.
 
-    Raises:
-        TameError: the output is not finite.
+    Takes the model's memory and the seconds of a load, and may crash where a kernel does: call it through `isolated`.
     """
     import psutil
 
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     from tasks.quantize.quiet import quieten
 
     quieten()
     import torch
-
-    if device == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-    if size * 1.5 > free:
-        return f"{size / 1e9:.1f} GB do not fit in {free / 1e9:.1f} GB of free memory"
     from transformers import AutoConfig
 
     from tasks.quantize.model import model_class
 
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+    if size * 1.5 > free:
+        return None, f"{size / 1e9:.1f} GB do not fit in {free / 1e9:.1f} GB of free memory"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     cls = model_class(config, folder, trust_remote_code)
     try:
         model = cls.from_pretrained(folder, device_map={"": device}, local_files_only=True)
         if model.main_input_name != "input_ids":
-            return f"{cls.__name__} does not take text alone"
+            return None, f"{cls.__name__} does not take text alone"
         tokens = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
         inputs = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {}
         with torch.inference_mode():
             logits = model(input_ids=tokens, **inputs)[0]
     except torch.OutOfMemoryError:
-        return f"{device} is out of memory"
+        return None, f"{device} is out of memory"
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return f"{cls.__name__} does not run on {device}: {' '.join(str(error).split())[:200]}"
-    if not bool(torch.isfinite(logits).all()):
-        raise TameError(
-            f"{folder}: a forward pass of the {variant.label} model gives NaN or infinite numbers; try another method, and "
-            "look at the source's own output"
-        )
-    return None
+        return None, f"{cls.__name__} does not run on {device}: {' '.join(str(error).split())[:200]}"
+    return bool(torch.isfinite(logits).all()), "a forward pass on eight tokens"
