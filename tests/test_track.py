@@ -287,3 +287,37 @@ def test_names_that_mlflow_refuses() -> None:
     assert metric_key("task/gsm8k/exact_match,strict-match") == "task/gsm8k/exact_match-strict-match"
     assert metric_key("task/piqa/acc_norm") == "task/piqa/acc_norm"
     assert registry.model_name({"name": "x", "track": {"experiment": "me/model:v1.0"}}) == "me-model-v1-0"
+
+
+def test_one_number_says_the_same_in_five_places(home: Path, result: Result) -> None:
+    """In result.json, MLflow, Prefect's table, the report and the card, for every metric and variant."""
+    from tasks import card, report
+    from tasks.runs import metric_key
+    from tests.test_report import Page
+
+    written = json.loads(result.model_dump_json())
+    track.log(result, None, None, final=True)
+    logged = {name: run.data.metrics for name, run in (runs("variant") | runs("baseline")).items()}
+    table = {row["variant"]: row for row in summary.table(result)}
+    shown = Page(report.render(result)).cells
+    compared = on_cards = 0
+    for said in [written["baseline"], *written["variants"]]:
+        lines: list[str] = []
+        if said.get("artifact"):
+            files = card.release_files(result, said["name"])
+            provenance = json.loads(files["tame.json"])
+            assert {**provenance["metrics"], **provenance["run"]["metrics"]} == said["metrics"]
+            lines = files["README.md"].decode().splitlines()
+        for name, value in said["metrics"].items():
+            assert logged[said["name"]][metric_key(name)] == value
+            if name.endswith(("_low", "_high")):
+                continue
+            figure = summary.figure(name, value)
+            assert table[said["name"]][summary.label(name)].split(" (")[0] == figure
+            assert figure in shown
+            rows = [line for line in lines if line.startswith(f"| {summary.label(name)} |")]
+            assert all(f"| {figure} |" in row for row in rows), name
+            on_cards += len(rows)
+            compared += 1
+    assert compared == sum(len(summary.points([row.metrics])) for row in summary.rows(result)) > 30
+    assert on_cards > 20
