@@ -6,6 +6,7 @@ whatever happens, what is written says what is true so far.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from configs.schema import Recipe
 from tasks import store
 from tasks.device import hardware, versions
 from tasks.gate import Verdict
+from tasks.quantize.source import read_tensors
 
 if TYPE_CHECKING:
     from tasks.download import Snapshot
@@ -133,7 +135,10 @@ class Result(_Value):
 
     def with_baseline(self, baseline: Evaluation, snapshot: Snapshot) -> Self:
         """This result with the baseline's numbers."""
-        sizes = sizes_of(Path(snapshot.path), list(snapshot.files))
+        folder = Path(snapshot.path)
+        sizes = sizes_of(folder, list(snapshot.files))
+        parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(folder).values())
+        sizes["bits_per_weight"] = 8 * sizes["size_bytes"] / parameters
         return self.model_copy(update={"baseline": measured(baseline, sizes)})
 
     def ended_by(self, error: BaseException) -> Self:
@@ -232,7 +237,7 @@ def measured(evaluation: Evaluation, sizes: dict[str, float]) -> Measured:
 
 
 def sizes_of(folder: Path, names: list[str]) -> dict[str, float]:
-    """`size_bytes`: the weight files of a checkpoint together; for 16- and 32-bit ones also `bits_per_weight`."""
+    """`size_bytes`: the weight files of a checkpoint together."""
     return {"size_bytes": float(sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors")))}
 
 
