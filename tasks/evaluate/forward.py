@@ -51,13 +51,13 @@ class Reference:
         size = shape[0] * shape[1] * shape[2]
         hidden = torch.from_file(str(path), shared=False, size=size, dtype=head.weight.dtype)
         self.head, self.hidden = head, hidden.view(shape)
-        self.log_sum, self.top = torch.from_numpy(log_sum), torch.from_numpy(top)
+        self.log_sum, self.top = torch.from_numpy(log_sum), top
 
-    def of(self, windows: list[int], device: str) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-        """Hidden states, log-sums and most likely tokens of some windows, on their way to `device`."""
-        found = (self.hidden[windows], self.log_sum[windows], self.top[windows])
+    def of(self, windows: "slice | list[int]", device: str) -> "list[torch.Tensor]":
+        """Hidden states and log-sums of some windows, on their way to `device`."""
+        found = [self.hidden[windows], self.log_sum[windows]]
         if device.startswith("cuda"):  # pinned, so that the copy does not wait for what the GPU is doing
-            found = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in found)  # type: ignore[assignment]
+            found = [tensor.pin_memory().to(device, non_blocking=True) for tensor in found]
         return found
 
 
@@ -78,12 +78,15 @@ def score(
     compare = _compiled(loaded.device)
     measured: list[list[torch.Tensor]] = []
     with torch.inference_mode(), body_of(loaded.model) as body:
+        every = torch.from_numpy(tokens).to(loaded.device)
         for start in range(0, count, batch):
-            ids = torch.from_numpy(tokens[start : start + batch]).long().to(loaded.device)
+            ids = every[start : start + batch].long()
             hidden = body(ids)[:, :-1]
             theirs = None
             if reference is not None:
-                theirs = reference.of([row // repeat for row in range(start, start + len(ids))], loaded.device)
+                end = start + len(ids)
+                rows = slice(start, end) if repeat == 1 else [row // repeat for row in range(start, end)]
+                theirs = reference.of(rows, loaded.device)
             for i in range(len(ids)):
                 part = None if theirs is None else [tensor[i] for tensor in theirs]
                 measured.append(
@@ -97,9 +100,7 @@ def score(
     loss, kl, top, log_sum = (torch.stack(column).cpu().numpy() for column in zip(*measured, strict=True))
     if not np.isfinite(loss).all():
         raise _blame(loaded, tokens, loss)
-    agree = (
-        np.ones_like(loss, bool) if reference is None else top == np.repeat(reference.top.numpy(), repeat, 0)[:count]
-    )
+    agree = np.ones_like(loss, bool) if reference is None else top == np.repeat(reference.top, repeat, 0)[:count]
     return Positions(loss, kl, agree, top, log_sum)
 
 
@@ -117,7 +118,7 @@ def _window(
         if theirs is None or their_head is None:
             parts.append(compare(logits, targets[part].to(logits.device)))
         else:
-            states, log_sum, _ = (tensor[part] for tensor in theirs)
+            states, log_sum = (tensor[part] for tensor in theirs)
             parts.append(compare(logits, targets[part].to(logits.device), their_head(states), log_sum))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 

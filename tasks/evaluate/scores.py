@@ -15,12 +15,12 @@ import numpy as np
 from configs.errors import BadInputError, TameError
 from tasks.evaluate.forward import Array, Kept, Positions, Reference, backing_off, score
 from tasks.evaluate.load import Head, Loaded, body_of, head_of, load, vocabulary
-from tasks.evaluate.text import encode
 from tasks.progress import Progress, silent
 
 log = logging.getLogger("tame.evaluate")
 
 HIDDEN_LIMIT = 16e9  # bytes that a baseline may keep
+CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer makes of prose
 FLOOR_TOKENS = 4096  # how much of the text the noise floor is measured on
 HIDDEN, REFERENCE, WINDOWS = "hidden.bin", "reference.npz", "windows.npz"
 TOKENS, RESULT = "tokens.npy", "result.json"
@@ -112,6 +112,19 @@ def score_variant(
 
     positions, batch = backing_off(run, batch_size, tokens.shape[0], tokens.shape[1])
     _write(folder, positions, {"protocol": _protocol(loaded, tokens, tokens.shape[1], batch), "notes": loaded.notes})
+
+
+def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
+    """Token ids of `text`, special tokens as the tokenizer adds them by itself, the first `limit` of them.
+
+    Of a long text only a start that certainly holds `limit` tokens is tokenized: characters are cut far behind the last
+    token that is used, so that the cut does not change it.
+    """
+    if limit is not None and len(text) > limit * CHARACTERS_PER_TOKEN:
+        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN])["input_ids"]
+        if len(ids) > limit + 1000:
+            return list(ids[:limit])
+    return list(tokenizer(text)["input_ids"][:limit])
 
 
 def _windows(ids: list[int], window: int) -> Array:

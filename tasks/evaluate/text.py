@@ -6,7 +6,6 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -85,19 +84,6 @@ def max_positions(folder: Path) -> int | None:
         if isinstance(config.get(name), int) and config[name] > 0:
             return int(config[name])
     return None
-
-
-def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
-    """Token ids of `text`, special tokens as the tokenizer adds them by itself, the first `limit` of them.
-
-    Of a long text only a start that certainly holds `limit` tokens is tokenized: characters are cut far behind the last
-    token that is used, so that the cut does not change it.
-    """
-    if limit is not None and len(text) > limit * CHARACTERS_PER_TOKEN:
-        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN])["input_ids"]
-        if len(ids) > limit + 1000:
-            return list(ids[:limit])
-    return list(tokenizer(text)["input_ids"][:limit])
 
 
 def _count(text: str, folder: Path) -> int:
