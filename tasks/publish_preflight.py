@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, TameError
 from tasks import provenance
 from tasks.hub import endpoint
 from tasks.publish_wire import MissingError, ask
@@ -124,9 +124,9 @@ def folder(target: Path) -> None:
     while not at.exists():
         at = at.parent
     if not at.is_dir():
-        raise BadInputError(f"{target}: {at} is a file, so no folder can be made there; give another publish.repo")
+        raise TameError(f"{target}: {at} is a file, so no folder can be made there; give another publish.repo")
     if not os.access(at if at != target else at.parent, os.W_OK | os.X_OK):
-        raise BadInputError(f"{target}: {at} cannot be written; make it writable or give another publish.repo")
+        raise TameError(f"{target}: {at} cannot be written; make it writable or give another publish.repo")
     if at == target and any(target.iterdir()) and not (target / provenance.NAME).exists():
         raise BadInputError(f"{target} holds files that tame did not put there; give another publish.repo, or empty it")
 
@@ -138,7 +138,7 @@ def space(repos: dict[str, str], source_bytes: int) -> list[str]:
         at = at.parent
     free, least = shutil.disk_usage(at).free, source_bytes // 4 * len(repos)
     if free < least:
-        raise BadInputError(
+        raise TameError(
             f"{at} has {free / 1e9:.1f} GB free; {len(repos)} variants need {least / 1e9:.1f} GB or more"
         )
     if free < source_bytes * len(repos):

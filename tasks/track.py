@@ -43,15 +43,17 @@ def database_uri() -> str:
     MLflow killed while it creates its file can never open it again, and two that create it at once trip over each
     other: it is made beside its place under a lock and renamed in.
     """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri
     database = home() / "mlflow.db"
-    if not database.exists():
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not database.exists():
         home().mkdir(parents=True, exist_ok=True)
         with FileLock(home() / "mlflow.lock"):
             if not database.exists():
                 _create(database)
-    return f"sqlite:///{database}"
+    return _uri()
+
+
+def _uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def prepare() -> None:
@@ -91,20 +93,23 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     """
     release = _release(result.prefect_run, result)
     folder = home() / "spool"
-    folder.mkdir(parents=True, exist_ok=True)
     spooled = folder / f"{release}.json"
-    with FileLock(spooled.with_suffix(".lock")):
-        _spool(spooled, result, run_id, report, final)
-        try:
-            run_id = _write(connect(), spooled)
-        except Exception as error:  # whatever MLflow throws: it is all in the spool
-            logger.warning(
-                "MLflow at %s cannot be used (%s); the result is kept in %s and logged by the next run or tame track "
-                "--replay",
-                place(),
-                _line(error),
-                spooled,
-            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(spooled.with_suffix(".lock")):
+            _spool(spooled, result, run_id, report, final)
+            try:
+                run_id = _write(connect(), spooled)
+            except Exception as error:  # whatever MLflow throws: it is all in the spool
+                logger.warning(
+                    "MLflow at %s cannot be used (%s); the result is kept in %s and logged by the next run or tame track "
+                    "--replay",
+                    place(),
+                    _line(error),
+                    spooled,
+                )
+    except OSError as error:  # no space: result.json, which lies elsewhere, may still be written
+        logger.warning("%s: %s; this result is not logged to MLflow", spooled, error.strerror or error)
     if final and run_id:
         _rest(run_id)
     return run_id
@@ -300,7 +305,7 @@ def _rest(run_id: str) -> None:
 
 def place() -> str:
     """The server's address without the credentials that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", database_uri())
+    return re.sub(r"//[^/@]*@", "//", _uri())
 
 
 def _line(error: Exception) -> str:
