@@ -115,9 +115,9 @@ def test_preflight_of_a_folder(tmp_path: Path, tame_home: Path) -> None:
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(BadInputError, match="taken holds files that tame did not put there"):
         look(tmp_path / "taken")
-    with pytest.raises(BadInputError, match=r"thesis\.txt is a file"):
+    with pytest.raises(TameError, match=r"thesis\.txt is a file"):
         look(tmp_path / "taken" / "thesis.txt" / "x")
-    with pytest.raises(BadInputError, match="GB free; 1 variants need"):
+    with pytest.raises(TameError, match="GB free; 1 variants need"):
         look(tmp_path / "new", 10**18)
     assert not (tmp_path / "new").exists()
 
