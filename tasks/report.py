@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from configs.errors import BadInputError
-from tasks import plots, summary
+from tasks import evidence, plots, summary
 from tasks.result import Measured, Result, ResultVariant
 from tasks.runs import COLUMNS
 
@@ -38,10 +38,11 @@ def render(result: Result) -> str:
         ],
         cost=[(summary.label(name), plots.bars(result, name)) for name in cost],
         answers=_answers(result),
+        flips=_flips(result),
         left=_left(result),
         protocol=_protocol(measured),
         notes=dict.fromkeys(note for row in measured for note in row.notes),
-        recipe=_yaml(result.recipe),
+        recipe=_yaml(result),
         seconds=f"{result.seconds / 60:.1f} minutes" if result.seconds >= 120 else f"{result.seconds:.0f} s",
         started=datetime.fromisoformat(result.started).strftime("%-d %B %Y, %H:%M UTC"),
     )
@@ -117,6 +118,14 @@ def _cut(text: str) -> str:
     return text if len(text) <= ANSWER else f"{text[:ANSWER]} …"
 
 
+def _flips(result: Result) -> list[tuple[str, evidence.Flips]]:
+    """The questions whose answer changed between right and wrong, by variant and task."""
+    baseline = result.baseline.evidence if result.baseline else None
+    return [
+        (variant.name, flips) for variant in result.variants for flips in evidence.flips(baseline, variant.evidence)
+    ]
+
+
 def _left(result: Result) -> list[dict[str, Any]]:
     """What stayed unquantized, by reason, once for all variants that left the same."""
     groups: dict[str, dict[str, Any]] = {}
@@ -140,9 +149,13 @@ def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
     return [(key, [each.get(key, "–") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
 
 
-def _yaml(recipe: dict[str, Any]) -> str:
+def _yaml(result: Result) -> str:
+    """The recipe with its source pinned to the commit that was used."""
     import yaml
 
+    recipe = dict(result.recipe)
+    if result.source.commit:
+        recipe["source"] = {**recipe["source"], "revision": result.source.commit}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
 
 

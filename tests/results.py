@@ -127,12 +127,16 @@ LEFT = [
 
 
 def evidence(folder: Path, scale: float) -> Path:
-    """An evaluation artifact's folder, as tasks/evaluate writes it: eight windows."""
+    """An evaluation artifact's folder, as tasks/evaluate writes it: eight windows, twenty answers."""
     folder.mkdir(parents=True, exist_ok=True)
     windows = [
         {"loss": 2.9 + 0.05 * i + scale / 4} | ({"kl": scale * (0.8 + 0.05 * i)} if scale else {}) for i in range(8)
     ]
     (folder / "windows.json").write_text(json.dumps(windows))
+    (folder / "tasks").mkdir(exist_ok=True)
+    wrong = range(int(40 * scale))  # the baseline has all right
+    items = [{"doc_id": i, "doc_hash": f"h{i}", "filter": "none", "acc": float(i not in wrong)} for i in range(20)]
+    (folder / "tasks" / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
 
 

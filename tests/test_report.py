@@ -3,8 +3,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tasks import report, summary
+from configs.schema import Recipe
+from tasks import evidence, report, summary
 from tasks.result import Result, ResultVariant
 from tests.results import make
 
@@ -135,6 +137,24 @@ def test_what_models_and_names_say_is_text(result: Result) -> None:
     assert not {"script", "img"} & set(page.tags)
     assert page.addresses == [address for address in page.addresses if address.startswith("#")]
     assert any("alert(1)" in text for text in page.text)
+
+
+def test_answers_that_changed_are_named(result: Result) -> None:
+    nf4 = evidence.flips(result.baseline and result.baseline.evidence, result.variants[1].evidence)
+    assert nf4 == [("piqa", list(range(10)), [])]
+    back = evidence.flips(result.variants[1].evidence, result.baseline and result.baseline.evidence)
+    assert back == [("piqa", [], list(range(10)))]
+    cells = Page(report.render(result)).cells
+    assert "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in cells
+    assert evidence.flips(None, result.variants[1].evidence) == []
+
+
+def test_the_recipe_to_make_it_again_is_pinned(html: str) -> None:
+    import html as entities
+
+    recipe = yaml.safe_load(entities.unescape(re.findall(r"<pre[^>]*>(.*?)</pre>", html, re.DOTALL)[0]))
+    assert recipe["source"]["revision"] == "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+    assert Recipe.model_validate(recipe).variants[1].label == "nf4-dq"
 
 
 def test_first_divergence_is_marked(html: str) -> None:
