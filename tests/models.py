@@ -104,7 +104,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-NOT_QUANTIZED = ("FalconConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
+NOT_QUANTIZED = (
+    "FalconConfig",
+    {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+)
 
 
 def zoo(name: str) -> Any:

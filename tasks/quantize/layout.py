@@ -79,13 +79,15 @@ def lay_out(
     sources, fused = _match(model, quantizer, tensors)
     saved = _saved(model, sources, fused, tensors, folder)
     wanted = {name for name in saved if quantizer.param_needs_quantization(model, name)}
+    left, notes = left_out(model, saved, wanted, variant)
     if not wanted:
+        largest = next((entry for entry in left if entry["reason"] not in ("embedding", "output head")), left[0])
         raise BadInputError(
-            f"{folder}: transformers quantizes no layer of {type(model).__name__}; choose another model"
+            f"{folder}: transformers quantizes no layer of {type(model).__name__}: {largest['module']} is "
+            f"{largest['reason']}; choose another model"
         )
     targets = _target_dtypes(model, saved, wanted, dtype)
     jobs, written = _jobs(model, variant, saved, wanted, targets, sources, tensors, folder)
-    left, notes = left_out(model, saved, wanted, variant)
     generation = None
     if model.can_generate() and not (folder / "generation_config.json").exists():
         generation = model.generation_config.to_diff_dict()

@@ -1,0 +1,357 @@
+"""Quantizing gives what transformers gives, tensor for tensor and byte for byte, and survives being killed."""
+
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Source, Variant
+from tests.models import NOT_QUANTIZED, ZOO, tiny, zoo
+
+METHODS = ("int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+ARCHITECTURES = (
+    "llama", "odd", "qwen2", "qwen3", "qwen3-tied", "mistral", "gemma3", "phi3", "gpt2", "opt", "gpt-neox", "mixtral",
+    "qwen3-moe", "deepseek-v3", "t5", "llava",
+)  # fmt: skip
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def variant_of(method: str, **options: Any) -> Variant:
+    return Variant(method=method.removesuffix("-dq"), double_quant=method.endswith("-dq"), **options)
+
+
+def quantized(source: Path, out: Path, variant: Variant, **options: Any) -> dict[str, Any]:
+    from tasks.quantize.work import work
+
+    out.mkdir(exist_ok=True)
+    return work(source, out, variant, device=options.pop("device", "cpu"), **options)
+
+
+def by_transformers(source: Path, out: Path, variant: Variant, skip: list[str] | None = None, **save: Any) -> Path:
+    import transformers
+
+    if variant.method == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=variant.method,
+            bnb_4bit_use_double_quant=variant.double_quant,
+            llm_int8_skip_modules=skip,
+        )
+    cls = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+    cls.from_pretrained(source, quantization_config=config).save_pretrained(out, **save)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    from tasks.quantize.source import read_header
+
+    return {
+        name: (tensor.dtype, tensor.shape, file.read_bytes()[tensor.start : tensor.end])
+        for file in folder.glob("*.safetensors")
+        for name, tensor in read_header(file, file.name).items()
+    }
+
+
+def assert_same(mine: Path, theirs: Path) -> None:
+    one, other = tensors(mine), tensors(theirs)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (mine, theirs)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert configs[0]["dtype"] == configs[1]["dtype"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_bytes_are_transformers_own(name: str, tmp_path: Path) -> None:
+    number = ARCHITECTURES.index(name)
+    sharded = {"max_shard_size": "60KB"} if number % 2 else {}
+    source = tiny(tmp_path / "source", zoo(name), DTYPES[number % 3], spread=True, **sharded)
+    for method in ("int8", "nf4", METHODS[2 + number % 3]):
+        made = quantized(source, tmp_path / method, variant_of(method))
+        theirs = by_transformers(source, tmp_path / f"{method}-theirs", variant_of(method))
+        assert_same(tmp_path / method, theirs)
+        assert made["parameters"] == made["quantized"] + sum(left["parameters"] for left in made["left"])
+        if not method.endswith("-dq"):
+            files = [folder / "model.safetensors" for folder in (tmp_path / method, theirs)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_zoo_holds_them_all() -> None:
+    assert set(ARCHITECTURES) <= set(ZOO)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_are_transformers_own_on_a_gpu(method: str, tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source", zoo("gpt2"), spread=True)
+    quantized(source, tmp_path / "mine", variant_of(method), device="cuda:0")
+    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of(method)))
+
+
+def test_double_quant_of_weights_that_torch_averages_with_several_threads(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=6144, num_hidden_layers=1, num_attention_heads=4
+    )
+    source = tiny(tmp_path / "source", config)
+    quantized(source, tmp_path / "mine", variant_of("nf4-dq"))
+    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("nf4-dq")))
+
+
+def test_weights_are_cast_to_the_models_dtype_first(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source", zoo("t5"), "float32", spread=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    quantized(source, tmp_path / "mine", variant_of("nf4"))
+    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("nf4")))
+    assert {found[0] for name, found in tensors(tmp_path / "mine").items() if name.endswith("wo.weight")} == {"F32"}
+
+
+def test_a_tied_head_that_is_stored_too_is_written_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny(tmp_path / "source", zoo("qwen3-tied"))
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    quantized(source, tmp_path / "mine", variant_of("int8"))
+    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("int8")))
+    assert "lm_head.weight" not in tensors(tmp_path / "mine")
+    state["lm_head.weight"] += 1
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    quantized(source, tmp_path / "untied", variant_of("int8"))
+    assert_same(tmp_path / "untied", by_transformers(source, tmp_path / "untied-theirs", variant_of("int8")))
+    assert "lm_head.weight" in tensors(tmp_path / "untied")
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4", "nf4-dq"])
+def test_output_in_several_files(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    quantized(tiny_llama, tmp_path / "mine", variant_of(method), max_shard_size=50_000)
+    theirs = by_transformers(tiny_llama, tmp_path / "theirs", variant_of(method), max_shard_size=50_000)
+    assert_same(tmp_path / "mine", theirs)
+    indexes = [
+        json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (tmp_path / "mine", theirs)
+    ]
+    assert indexes[0] == indexes[1]
+    assert len({*indexes[0]["weight_map"].values()}) > 2
+
+
+def test_skipped_modules_are_skipped_besides_those_that_transformers_skips(tiny_llama: Path, tmp_path: Path) -> None:
+    variant = variant_of("nf4", skip_modules=["model.layers.0"])
+    made = quantized(tiny_llama, tmp_path / "mine", variant)
+    theirs = by_transformers(tiny_llama, tmp_path / "theirs", variant, skip=["lm_head", "model.layers.0"])
+    assert_same(tmp_path / "mine", theirs)
+    assert {left["reason"] for left in made["left"] if "layers" in left["module"] and "norm" not in left["module"]} == {
+        "skip_modules of the recipe"
+    }
+    with pytest.raises(BadInputError, match=r"'model\.layers\.7' matches no module"):
+        quantized(tiny_llama, tmp_path / "wrong", variant_of("nf4", skip_modules=["model.layers.7"]))
+
+
+def test_experts_that_stay_in_16_bits_are_said_out_loud(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "source", zoo("mixtral"))
+    made = quantized(source, tmp_path / "mine", variant_of("nf4"))
+    assert made["quantized"] / made["parameters"] < 0.1
+    assert "46% of the parameters" in made["notes"][0]
+    assert "fused expert weights" in made["notes"][0]
+
+
+def test_a_model_of_which_nothing_would_be_quantized_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    kind, values = NOT_QUANTIZED
+    source = tiny(tmp_path / "source", getattr(transformers, kind)(**values))
+    with pytest.raises(BadInputError, match=r"no layer of FalconForCausalLM: .* of the model's own class"):
+        quantized(source, tmp_path / "mine", variant_of("nf4"))
+
+
+def test_what_is_carried_along(tiny_llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    for name in (
+        "README.md",
+        "LICENSE",
+        "USE_POLICY.md",
+        "pytorch_model.bin",
+        "chat_template.jinja",
+        "code.py",
+        "other.json",
+    ):
+        (source / name).write_text(name)
+    quantized(source, tmp_path / "mine", variant_of("int8"))
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "LICENSE", "USE_POLICY.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_config_keeps_what_it_had(tiny_llama: Path, tmp_path: Path) -> None:
+    quantized(tiny_llama, tmp_path / "mine", variant_of("fp4", compute_dtype="bfloat16"))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny_llama, tmp_path / "mine"))
+    assert after.pop("quantization_config")["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert after == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: str) -> None:
+    import torch
+
+    from tasks.quantize import fourbit, int8
+    from tasks.quantize.quiet import import_libraries
+
+    import_libraries()
+    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+
+    weights = torch.randn(1200, 320, generator=torch.Generator().manual_seed(1))
+    weights *= torch.logspace(-6, 3, 1200)[:, None]
+    weights[7] = 0
+    weights[8:16] = weights[8:16].sign()
+    if dtype != "float16":
+        weights[16:24] *= 1e-38
+        weights[24:32] *= 1e-44 if method != "int8" else 1
+    block = weights.to(getattr(torch, dtype))
+    if method == "int8":
+        codes, scales = int8.rows(block, variant_of(method))
+        expected, expected_scales, _ = int8_vectorwise_quant(block.half())
+    else:
+        codes, scales = fourbit.rows(block, variant_of(method))
+        expected, state = quantize_4bit(block, quant_type=method)
+        expected_scales = state.absmax
+        assert fourbit._agrees(method, block.dtype)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scales, expected_scales)
+
+
+def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    from tasks.quantize import fourbit
+
+    table, bounds, order = fourbit._table("nf4")
+    monkeypatch.setattr(fourbit, "_table", lambda method: (table, bounds + 0.001, order))
+    monkeypatch.setattr(fourbit, "_agrees", functools.cache(fourbit._agrees.__wrapped__))
+    block = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    codes, _ = fourbit.rows(block, variant_of("nf4"))
+    assert torch.equal(codes, quantize_4bit(block, quant_type="nf4")[0])
+    assert "rounds nf4 differently" in caplog.text
+
+
+def killed_at(share: float) -> Any:
+    """A progress that kills its process once `share` of the bytes are done."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done >= share * total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return progress
+
+
+def work_and_be_killed(source: Path, out: Path, variant: Variant) -> None:
+    quantized(source, out, variant, progress=killed_at(0.8), max_shard_size=150_000)
+
+
+@pytest.mark.parametrize("method", ["nf4-dq"])
+def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.isolate import isolated
+    from tasks.quantize.worker import Worker
+
+    source = tiny(tmp_path / "source", zoo("qwen3-moe"), spread=True)
+    whole = quantized(source, tmp_path / "whole", variant_of(method), max_shard_size=150_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(TameError, match="SIGKILL"):
+        isolated("quantize", work_and_be_killed, source, out, variant_of(method))
+    finished = (out / ".journal").read_text().splitlines()[1:]
+    for file in out.glob("*.safetensors"):  # pages that never reached the disk
+        with file.open("r+b") as opened:
+            opened.seek(file.stat().st_size // 2)
+            opened.write(bytes(64))
+    redone = []
+    real = Worker._quantize, Worker._copy
+    monkeypatch.setattr(Worker, "_quantize", lambda self, job: redone.append(job) or real[0](self, job))
+    monkeypatch.setattr(Worker, "_copy", lambda self, job: redone.append(job) or real[1](self, job))
+    again = quantized(source, out, variant_of(method), max_shard_size=150_000)
+    assert again["digests"] == whole["digests"]
+    unfinished = len(tensors(source)) - len(finished)
+    assert unfinished < len(redone) <= unfinished + len(list(out.glob("*.safetensors")))
+    assert not (out / ".journal").exists()
+
+
+def test_what_another_variant_left_is_not_taken_up(tiny_llama: Path, tmp_path: Path) -> None:
+    expected = quantized(tiny_llama, tmp_path / "clean", variant_of("nf4"))["digests"]
+    out = tmp_path / "out"
+    quantized(tiny_llama, out, variant_of("int8"), max_shard_size=50_000)
+    assert quantized(tiny_llama, out, variant_of("nf4"))["digests"] == expected
+    assert len(list(out.glob("model*"))) == 1
+
+
+def test_the_store_and_the_folder_give_one_digest(tiny_llama: Path, tmp_path: Path, tame_home: Path) -> None:
+    import hashlib
+
+    from tasks.download import download
+    from tasks.quantize.folder import quantize_folder
+    from tasks.quantize.stage import quantize, quantize_inputs
+
+    snapshot = download(Source(model=str(tiny_llama)))
+    made = quantize(snapshot, variant_of("nf4"), device="cpu")
+    again = quantize(snapshot, variant_of("nf4", name="other"), device="cpu")
+    assert not made.cached
+    assert again == made.model_copy(update={"cached": True})
+    assert made.bits_per_weight == 8 * (Path(made.path) / "model.safetensors").stat().st_size / made.parameters
+    for name, digest in made.files.items():
+        assert hashlib.sha256((Path(made.path) / name).read_bytes()).hexdigest() == digest
+    folder = quantize_folder(tiny_llama, tmp_path / "out", variant_of("nf4"), device="cpu", forward=False)
+    assert (folder.digest, folder.files, folder.bytes) == (made.digest, made.files, made.bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tame-home"]
+    with pytest.raises(BadInputError, match="not an empty folder"):
+        quantize_folder(tiny_llama, tmp_path / "out", variant_of("nf4"), device="cpu")
+    inputs = quantize_inputs(snapshot, variant_of("nf4"), "cuda:1")
+    assert inputs == quantize_inputs(snapshot, variant_of("nf4", name="x"), "cuda:0")
+    assert inputs != quantize_inputs(snapshot, variant_of("nf4"), "cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "llava"])
+def test_a_forward_pass_tells_whether_the_output_is_finite(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from tasks.quantize.verify import runs
+
+    out = tmp_path / "mine"
+    quantized(tiny(tmp_path / "source", zoo(name)), out, variant_of("nf4"))
+    assert runs(out, "cpu")[0] is True
+    state = load_file(out / "model.safetensors")
+    norm = next(key for key in state if "norm" in key and "encoder" not in key and "vision" not in key)
+    state[norm][:] = float("nan")
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    assert runs(out, "cpu")[0] is False
+
+
+def test_a_preview_is_what_comes_out(tiny_llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from tasks.quantize.preview import preview
+
+    methods = ["int8", "nf4", "fp4-dq"]
+    (tmp_path / "config").mkdir()
+    shutil.copy(tiny_llama / "config.json", tmp_path / "config")
+    with_weights, without = (
+        preview(path, [variant_of(m) for m in methods]) for path in (tiny_llama, tmp_path / "config")
+    )
+    assert with_weights == without
+    for method, expected in zip(methods, with_weights, strict=True):
+        made = quantized(tiny_llama, tmp_path / method, variant_of(method))
+        assert (made["parameters"], made["quantized"], made["left"]) == tuple(
+            expected[key] for key in ("parameters", "quantized", "left")
+        )
+        assert expected["weight_bytes"] < made["weight_bytes"] < expected["weight_bytes"] + 12_000
