@@ -21,7 +21,7 @@ from typing import Any
 from tasks.store import digest_of
 
 NAME = "tame.json"
-VOLATILE = ("_seconds", "_per_second", "peak_memory_bytes")
+VOLATILE = ("_seconds", "_per_second", "memory_bytes")
 
 
 def dump(content: dict[str, Any]) -> bytes:
