@@ -1,5 +1,6 @@
 """SIGKILL at ten moments spread over a run: the next run finishes the job, with equal numbers, and sweeps up."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -68,3 +69,24 @@ def test_a_killed_run_takes_its_own_prefect_server_along(tmp_path: Path, tiny_ll
     process.communicate()
     time.sleep(5)
     assert left_running(place) == []
+
+
+def test_a_variant_killed_for_memory_while_measured_costs_itself_alone(
+    tmp_path: Path, tiny_llama: Path, prefect_url: str
+) -> None:
+    place = Place(tmp_path, prefect_url)
+    recipe = place.recipe(tiny_llama, variants=[{"method": "nf4"}, {"method": "int8"}])
+    process = place.start("run", recipe, "--out", tmp_path / "out")
+    artifacts = tmp_path / "home" / "artifacts"
+    while not (list(artifacts.glob("quantized-*")) and list(artifacts.glob(".partial-scores-*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+    output, errors = process.communicate()
+    assert process.returncode == 1, output + errors
+    nf4, int8 = json.loads((tmp_path / "out" / "result.json").read_text())["variants"]
+    assert (nf4["status"], int8["status"]) == ("failed", "published")
+    assert "evaluate nf4: its process was killed (SIGKILL), most likely for want of memory" in nf4["error"]
+    assert "Traceback" not in errors
