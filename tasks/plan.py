@@ -74,7 +74,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     # The token first: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None, False, 0) if where else []
     found = look(recipe.source)
-    if where and (found.licence or found.gated):
+    if where:
         warnings = preflight_publish(recipe, where, found.licence, found.gated, found.bytes)
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
     tokens = None

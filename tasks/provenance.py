@@ -54,6 +54,14 @@ def tag(extra: dict[str, bytes], files: dict[str, str]) -> str:
     return f"tame-{content['versions'].get('tame', '0')}-{content['variant']['name']}-{source[:12]}"
 
 
+def source_of(told: bytes) -> str | None:
+    """The model that a tame.json says it was made from, if it says so."""
+    try:
+        return str(json.loads(told)["source"]["model"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def settled(there: dict[str, bytes], extra: dict[str, bytes]) -> dict[str, bytes]:
     """`extra`, or `there` if it tells of the same release and nobody has edited it: run ids and times that differ are no
     reason to publish again.
@@ -66,7 +74,7 @@ def settled(there: dict[str, bytes], extra: dict[str, bytes]) -> dict[str, bytes
 
 def base_name(model: str) -> str:
     """`model` as it can be shown to strangers: a path keeps its last part alone."""
-    return PurePath(model).name if _is_path(model) else model
+    return PurePath(model).name if is_path(model) else model
 
 
 def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +90,8 @@ def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "source": source, "evaluate": evaluate, "publish": publish}
 
 
-def _is_path(model: str) -> bool:
+def is_path(model: str) -> bool:
+    """Whether `model` names something on this machine, not a Hub repo."""
     return not model.startswith("package:") and (
         model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith(".gguf") or "\\" in model
     )

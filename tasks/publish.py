@@ -69,12 +69,15 @@ def preflight(
     for repo in repos.values():
         publish_preflight.legal(repo)
     api = connect()
+    replaced = []
     for repo in repos.values():
-        publish_preflight.may_write(api, publish_preflight.full_name(repo, api), spec.private)
-    warnings = publish_preflight.licence(recipe.source.model, source_licence, source_gated)
+        name = publish_preflight.full_name(repo, api)
+        publish_preflight.may_write(api, name)
+        replaced += publish_preflight.free(api, name, spec.private, recipe.source.model)
+    warnings = publish_preflight.licence(recipe.source.model, source_licence, source_gated, source_bytes > 0)
     if warnings and spec.licence_check == "refuse":
         raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
-    return warnings
+    return warnings + replaced
 
 
 def publish(
@@ -198,8 +201,11 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
     publish_preflight.legal(repo)
     api = connect()
     repo = publish_preflight.full_name(repo, api)
-    publish_preflight.may_write(api, repo, private)
+    publish_preflight.may_write(api, repo)
+    publish_preflight.free(api, repo, private, None)
     files = store.sha256_files(folder, names)
+    if provenance.NAME in files and (wrong := check(str(folder))):
+        raise BadInputError(f"{folder}: {wrong[0]}; what is published has to be what its {provenance.NAME} tells of")
     extra = {} if provenance.NAME in files else plain_files(folder, files, repo)
     return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
 

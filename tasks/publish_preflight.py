@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import BadInputError, TameError
 from tasks import provenance
 from tasks.hub import endpoint
-from tasks.publish_wire import MissingError, ask
+from tasks.publish_wire import TIMEOUT, MissingError, ask, content
 
 # Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
 CONDITIONAL = (
@@ -54,8 +54,8 @@ def full_name(repo: str, api: Any) -> str:
     return repo if "/" in repo else f"{account(api.endpoint, api.token)['name']}/{repo}"
 
 
-def may_write(api: Any, repo: str, private: bool) -> None:
-    """See that the token may write to `repo`, and that it is not there yet or tame may go on with it."""
+def may_write(api: Any, repo: str) -> None:
+    """See that the token may write to `repo`."""
     who, owner = account(api.endpoint, api.token), repo.split("/")[0]
     access = (who.get("auth") or {}).get("accessToken") or {}
     mine = {who["name"]} | {org["name"] for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"}
@@ -72,19 +72,20 @@ def may_write(api: Any, repo: str, private: bool) -> None:
         raise BadInputError(
             f"the token in HF_TOKEN has no write permission for {repo}; grant it on {endpoint()}/settings/tokens"
         )
-    _free(api, repo, private)
 
 
-def _free(api: Any, repo: str, private: bool) -> None:
-    """See that `repo` is not there yet, or that tame may go on with it."""
+def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
+    """See that `repo` is not there yet, or that tame may go on with it; whose release it replaces, if not `model`'s."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info = ask(repo, lambda: api.model_info(repo))
+        info = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT))
     except (RepositoryNotFoundError, MissingError):
-        return
+        return []
     names = {sibling.rfilename for sibling in info.siblings or []}
-    if provenance.NAME not in names and names - {".gitattributes"}:
+    if not names - {".gitattributes"}:
+        return []
+    if provenance.NAME not in names:
         raise BadInputError(
             f"{repo} is there and tame did not make it (it has no {provenance.NAME}); give another name, or empty it"
         )
@@ -93,6 +94,10 @@ def _free(api: Any, repo: str, private: bool) -> None:
             f"{repo} is public and publish.private is true; set publish.private: false, or make it private on "
             f"{endpoint()}/{repo}/settings"
         )
+    before = provenance.source_of(content(api, repo, info.sha, provenance.NAME, 0))
+    if model is None or before in (None, provenance.base_name(model)):
+        return []
+    return [f"{repo} holds a release made from {before}; what is made from {model} will replace it"]
 
 
 def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
@@ -104,9 +109,12 @@ def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
     )
 
 
-def licence(model: str, licence: str | None, gated: bool) -> list[str]:
-    """What the base model's licence and gating say about passing it on."""
+def licence(model: str, licence: str | None, gated: bool, known: bool) -> list[str]:
+    """What the base model's licence and gating say about passing it on; `known` is whether anybody has looked yet."""
     warnings = []
+    local = model.startswith("package:") or provenance.is_path(model) or Path(model).exists()
+    if known and not licence and not local:
+        warnings.append(f"{model} states no licence, so nothing permits passing it on; ask its owner")
     if licence and licence.lower().startswith(CONDITIONAL):
         warnings.append(
             f"{model} is under {licence!r}, which sets conditions on passing it on; read it before you publish"
@@ -138,9 +146,7 @@ def space(repos: dict[str, str], source_bytes: int) -> list[str]:
         at = at.parent
     free, least = shutil.disk_usage(at).free, source_bytes // 4 * len(repos)
     if free < least:
-        raise TameError(
-            f"{at} has {free / 1e9:.1f} GB free; {len(repos)} variants need {least / 1e9:.1f} GB or more"
-        )
+        raise TameError(f"{at} has {free / 1e9:.1f} GB free; {len(repos)} variants need {least / 1e9:.1f} GB or more")
     if free < source_bytes * len(repos):
         return [f"{at} has {free / 1e9:.1f} GB free, which may not be enough for {len(repos)} variants"]
     return []

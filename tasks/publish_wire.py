@@ -98,9 +98,7 @@ def explained(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.RepositoryNotFoundError as error:
-        if _said(error) == "Invalid credentials in Authorization header":
-            raise _bad_token() from None
+    except errors.RepositoryNotFoundError:
         raise
     except errors.HfHubHTTPError as error:
         raise _refused(repo, error) from None

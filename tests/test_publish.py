@@ -68,7 +68,7 @@ def documents(folder: Path, card: str = "# A card\n", run: str = "first", limit:
     text = f"---\nlicense: mit\n---\n{card}".encode()
     told = {
         "artifact": {"digest": store.digest_of(files(folder)), "files": files(folder)},
-        "source": {"commit": "c" * 40, "digest": "d" * 64},
+        "source": {"model": "org/another", "commit": "c" * 40, "digest": "d" * 64},
         "variant": {"name": "nf4"},
         "versions": {"tame": "0.1.0"},
         "recipe": {"gate": {"max_mean_kl": limit}},
@@ -320,9 +320,10 @@ TARGETS = {"int8": "me/tiny-int8", "nf4": REPO}
 
 def test_preflight_passes_what_can_be_published_and_asks_little(hub: Hub) -> None:
     assert preflight(recipe(), TARGETS, "apache-2.0", False, 10**6) == []
-    assert preflight(recipe(), {"int8": "org/a", "nf4": "tiny-nf4"}, None, False, 0) == []
+    assert preflight(recipe(), {"int8": "org/a", "nf4": "tiny-nf4"}, None, False, 0) == []  # nobody has looked yet
     assert writes(hub) == []
     assert len(hub.requests) <= 5
+    assert "no licence" in preflight(recipe(), TARGETS, None, False, 10**6)[0]
     warnings = preflight(recipe(), TARGETS, "llama3.2", True, 0)
     assert any("llama3.2" in warning for warning in warnings)
     assert any("gated" in warning for warning in warnings)
@@ -361,6 +362,12 @@ def test_a_target_that_is_not_ours(hub: Hub, folder: Path) -> None:
     with pytest.raises(BadInputError, match="same for two variants"):
         preflight(recipe(), {"int8": "me/tiny", "nf4": "me/Tiny"}, "mit", False, 0)
     assert writes(hub) == []
+
+
+def test_a_release_of_another_model_is_replaced_only_with_a_warning(hub: Hub, folder: Path) -> None:
+    release(folder, PRIVATE)
+    found = preflight(recipe(), TARGETS, "mit", False, 0)
+    assert found == [f"{REPO} holds a release made from org/another; what is made from org/tiny will replace it"]
 
 
 def test_a_public_repo_is_not_made_private_nor_fed_what_should_be(hub: Hub, folder: Path) -> None:
@@ -402,10 +409,16 @@ def test_a_folder_of_ones_own_is_published_and_checked(hub: Hub, folder: Path) -
     assert remote(hub, "me/mine-nf4").keys() == {*files(folder), "README.md", "tame.json"}
     assert publish_folder(folder, "mine-nf4", False, silent).already
     assert check("me/mine-nf4", None, silent) == []
+    for name, content in documents(folder).items():
+        (folder / name).write_bytes(content)
+    assert publish_folder(folder, "whole", False, silent).repo == "me/whole"
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(BadInputError, match=r"generation_config\.json was changed: .* its tame\.json"):
+        publish_folder(folder, "changed", False, silent)
     with pytest.raises(BadInputError, match=r"no folder with \.safetensors files"):
         publish_folder(folder / "more", "mine", True, silent)
     with pytest.raises(BadInputError, match="tame did not publish this"):
-        check(str(folder), None, silent)
+        check(str(folder / "more"), None, silent)
     with pytest.raises(BadInputError, match="me/nothing is not on"):
         check("me/nothing", None, silent)
 

@@ -16,7 +16,7 @@ from tests.test_flow import ROOT, TEXT, prefect_url
 pytestmark = pytest.mark.e2e
 __all__ = ["prefect_url"]  # the fixture
 
-BASE_CARD = "---\nlicense: mit\nlanguage: [en]\n---\n# Base\n\nIt scores 31.7 on everything.\n"
+BASE_CARD = "---\nlicense: mit\nlanguage: [en]\n---\n# Base\n\nIt wins every benchmark.\n"
 VARIANTS = ("int8", "nf4")
 
 
@@ -88,7 +88,7 @@ def test_from_a_hub_to_a_hub(tiny_llama: Path, tmp_path: Path, prefect_url: str)
             assert not hub.model(name).private
             card = hub.read(name, "README.md").decode()
             assert "license: mit" in card
-            assert "31.7" not in card
+            assert "every benchmark" not in card
             assert tame.run("publish", "--check", name, "--source", "org/tiny").returncode == 0
             program = card.split("```python\n")[1].split("```")[0]
             stranger = {**tame.environment, "HF_HOME": str(tmp_path / "stranger"), "HF_TOKEN": ""}
