@@ -220,3 +220,19 @@ def test_models_that_cannot_be_measured_are_refused_in_one_line(tiny_llama: Path
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(TameError, match=r"the checkpoint lacks .* \(21 tensors in all\)"):
         loaded_of(tmp_path / "broken")
+
+
+@pytest.mark.cuda
+def test_the_fused_comparison_is_the_plain_one() -> None:
+    import torch
+
+    from tasks.evaluate import forward, fused
+
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        before = torch.randn(33, 9001, device="cuda", dtype=dtype) * 3
+        after, targets = before + torch.randn_like(before) / 5, torch.randint(9001, (33,), device="cuda")
+        log_sum = forward.compare(before, targets)[3]
+        for pair in ((before, targets), (after, targets, before, log_sum)):
+            for plain, ours in zip(forward.compare(*pair), fused.compare(*pair), strict=True):
+                assert torch.allclose(plain.float(), ours.float(), rtol=1e-4, atol=1e-4)

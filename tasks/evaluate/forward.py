@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import TameError
-from tasks.evaluate.load import Head, Loaded, body_of, out_of_memory
+from tasks.evaluate.load import Head, Loaded, body_of, line, out_of_memory
 from tasks.progress import Progress
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def score(
     import torch
 
     count = len(tokens)
-    compare = _compiled(loaded.device)
+    comparison = _comparison(loaded.device)
     measured: list[list[torch.Tensor]] = []
     with torch.inference_mode(), body_of(loaded.model) as body:
         every = torch.from_numpy(tokens).to(loaded.device)
@@ -90,8 +90,10 @@ def score(
             for i in range(len(ids)):
                 part = None if theirs is None else [tensor[i] for tensor in theirs]
                 measured.append(
-                    _window(compare, head, hidden[i], ids[i, 1:], reference.head if reference else None, part)
+                    _window(comparison, head, hidden[i], ids[i, 1:], reference.head if reference else None, part)
                 )
+            if start == 0 and not all(row[0].isfinite().all() for row in measured):
+                break  # rather than at the end of a long text
             if keep is not None:
                 keep.add(hidden)
             progress(f"windows of {tokens.shape[1]} tokens", min(start + batch, count), count)
@@ -105,7 +107,7 @@ def score(
 
 
 def _window(
-    compare: Any, head: Head, hidden: "torch.Tensor", targets: "torch.Tensor", their_head: Head | None, theirs: Any
+    comparison: Any, head: Head, hidden: "torch.Tensor", targets: "torch.Tensor", their_head: Head | None, theirs: Any
 ) -> "list[torch.Tensor]":
     """Score one window, its logits some rows at a time: loss, KL, most likely token and log-sum of each position."""
     import torch
@@ -116,14 +118,16 @@ def _window(
         part = slice(start, start + rows)
         logits = head(hidden[part])
         if theirs is None or their_head is None:
-            parts.append(compare(logits, targets[part].to(logits.device)))
+            parts.append(comparison(logits, targets[part].to(logits.device)))
         else:
             states, log_sum = (tensor[part] for tensor in theirs)
-            parts.append(compare(logits, targets[part].to(logits.device), their_head(states), log_sum))
+            parts.append(
+                compare(logits, targets[part].to(logits.device), their_head(states), log_sum.to(logits.device))
+            )
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
-def _compare(
+def compare(
     logits: "torch.Tensor",
     targets: "torch.Tensor",
     reference: "torch.Tensor | None" = None,
@@ -142,27 +146,29 @@ def _compare(
     return loss, kl, top, log_sum
 
 
-def _compiled(device: str) -> Any:
-    """`_compare`, fused on a GPU, where it would otherwise read and write the logits ten times; plain if that fails."""
+def _comparison(device: str) -> Any:
+    """`compare`, fused on a GPU; plain where Triton is missing, or finds no C compiler."""
     if not device.startswith("cuda"):
-        return _compare
-    import torch
+        return compare
+    try:
+        from tasks.evaluate import fused
+    except ImportError:
+        return compare
+    works = True
 
-    fused, failed = torch.compile(_compare, dynamic=False), False
-
-    def compare(*arguments: Any) -> Any:
-        nonlocal failed
-        if not failed:
+    def either(*arguments: Any) -> Any:
+        nonlocal works
+        if works:
             try:
-                return fused(*arguments)
+                return fused.compare(*arguments)
             except Exception as error:
                 if out_of_memory(error):
                     raise
-                failed = True
-                log.info("torch.compile does not work here (%s); the comparison runs unfused", type(error).__name__)
-        return _compare(*arguments)
+                works = False
+                log.info("Triton does not work here (%s: %s); comparing unfused", type(error).__name__, line(error))
+        return compare(*arguments)
 
-    return compare
+    return either
 
 
 class Kept:
