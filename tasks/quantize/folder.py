@@ -51,7 +51,7 @@ def quantize_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInputError(f"{out}: exists and is not an empty folder; remove it or give another")
     limit = parse_size(max_shard_size)
-    chosen = pick(device)
+    chosen = pick(device) if device != "cuda" else pick(device).partition(":")[0]  # cuda: all GPUs
     check_source(source)
     partial = out.parent / f".{out.name}.partial"
     started = time.monotonic()

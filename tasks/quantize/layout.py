@@ -5,7 +5,7 @@ its own conversion mappings rename the checkpoint's keys on the way in and out. 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,27 @@ class Job:
     """What the tensor is cast to before anything else."""
     shape: tuple[int, ...]
     transposed: bool = False
+    at: int = 0
+    """For a piece of a tensor that is copied: where it begins in the output, in bytes."""
+
+    @property
+    def key(self) -> str:
+        """Names the job among all others."""
+        return f"{self.parts['']}@{self.at}"
+
+    def split(self, size: int) -> list["Job"]:
+        """The same as several jobs of at most `size` bytes, if it is a copy; weights are quantized by one thread each."""
+        if self.quantized or self.source.end - self.source.start <= size:
+            return [self]
+        ratio = self.dtype.itemsize / DTYPES[self.source.dtype].itemsize
+        return [
+            replace(
+                self,
+                source=self.source._replace(start=start, end=min(start + size, self.source.end)),
+                at=int((start - self.source.start) * ratio),
+            )
+            for start in range(self.source.start, self.source.end, size)
+        ]
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def quantize(
         BadInputError: the source cannot be quantized, or is quantized already.
         TameError: a damaged or broken source, no space left, no memory left.
     """
-    chosen = pick(device)
+    chosen = pick(device) if device != "cuda" else pick(device).partition(":")[0]  # cuda: all GPUs
 
     def make(folder: Path) -> store.Made:
         source = Path(snapshot.path)

@@ -7,6 +7,8 @@ threads do; on a GPU all kernels and copies share its default stream, which bits
 import hashlib
 import queue
 import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from tasks.quantize.layout import Job
 from tasks.quantize.output import Shard
 from tasks.quantize.worker import Sources, Worker
 
+COPY = 1 << 26  # bytes that one thread copies at a time: large embeddings are shared
+
 
 def stream(
     folder: Path,
@@ -28,9 +32,12 @@ def stream(
     devices: list[str],
     workers: int,
     journal: Journal,
+    meanwhile: Callable[[], None],
     progress: Progress,
 ) -> dict[str, str]:
     """Do all `jobs`, reading from `folder`, and write all `files`. Returns each file's sha256, by its name.
+
+    `meanwhile` is called when all files are complete, while the last one is hashed.
 
     A file is hashed as soon as it is complete, while the next is made. Its first bytes are scales that need the last
     weights, so it cannot be hashed any earlier.
@@ -40,7 +47,8 @@ def stream(
         OSError: no space left.
     """
     shards = {name: shard for shard in files for name in shard.tensors}
-    waiting: dict[Path, int] = {shard.path: len(shard.tensors) for shard in files}
+    jobs = [piece for job in jobs for piece in job.split(COPY)]
+    waiting = Counter(shards[name].path for job in jobs for name in job.parts.values())
     number = {shard.path: i for i, shard in enumerate(files)}
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     # File after file, so that they are complete one by one; in each, the largest first, so that no thread ends alone.
@@ -88,6 +96,7 @@ def stream(
             wait(running, return_when=FIRST_EXCEPTION)
             for future in running:
                 future.result()
+            meanwhile()
             return {name: future.result() for name, future in sorted(digests.items())}
     finally:
         sources.close()

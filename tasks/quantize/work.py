@@ -55,21 +55,20 @@ def work(
     journal = Journal(out, identity)
     expected = {journal.path, *(shard.path for shard in files)}
     for path in set(out.iterdir()) - expected:
-        path.unlink()
-    digests = stream(
-        source, layout.jobs, files, variant, _devices(device), _workers(workers, device), journal, progress
-    )
-    write_index(out, files, layout.parameters)
-    written = {**config, **layout.config} if "dtype" in layout.config else config
-    (out / "config.json").write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if layout.generation_config is not None:
-        (out / "generation_config.json").write_text(
-            json.dumps(layout.generation_config, indent=2) + "\n", encoding="utf-8"
-        )
-    for name in carried_files(source, names, trust_remote_code):
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out / name)
-    check_written(out, layout.outputs, layout.quantized, trust_remote_code)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def rest() -> None:
+        write_index(out, files, layout.parameters)
+        _write_json(out / "config.json", {**config, **layout.config})
+        if layout.generation_config is not None:
+            _write_json(out / "generation_config.json", layout.generation_config)
+        for name in carried_files(source, names, trust_remote_code):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
+        check_written(out, layout.outputs, layout.quantized, trust_remote_code)
+
+    devices, threads = _devices(device), workers or _workers(device)
+    digests = stream(source, layout.jobs, files, variant, devices, threads, journal, rest, progress)
     journal.remove()
     return {
         "digests": digests,
@@ -90,6 +89,10 @@ def _devices(device: str) -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-def _workers(workers: int | None, device: str) -> int:
+def _workers(device: str) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers or (cores if device == "cpu" else min(cores, 6))
+    return cores if device == "cpu" else min(cores, 6)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

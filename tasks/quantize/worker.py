@@ -62,8 +62,7 @@ class Worker:
 
     def do(self, job: Job) -> None:
         """Write what is to be written for one tensor, unless a killed run did."""
-        key = job.parts[""]
-        known = self.journal.done.get(key)
+        known = self.journal.done.get(job.key)
         if known is not None and self._written(job) == known.crc:
             for name, text in known.late.items():
                 self.shards[name].late[name] = text.encode()
@@ -75,19 +74,19 @@ class Worker:
                 f"{self._where(job)}: {self.device} is out of memory; use fewer --workers, free some, or use --device cpu"
             ) from error
         late = {name: self.shards[name].late[name] for name in self._parts(job) if name in self.shards[name].late}
-        self.journal.add(key, Done(crc, {name: (text or b"").decode() for name, text in late.items()}))
+        self.journal.add(job.key, Done(crc, {name: (text or b"").decode() for name, text in late.items()}))
 
     def _copy(self, job: Job) -> int:
         """Copy a tensor piece by piece, cast if it has to be. Returns the CRC-32 of what was written."""
         name, source = job.parts[""], job.source
         stored = DTYPES[source.dtype]
-        crc = at = 0
+        crc, at = 0, job.at
         for start in range(source.start, source.end, BYTES):
             piece = self._read(source.file, start, min(BYTES, source.end - start))
             values = piece.view(stored)
             if stored.is_floating_point and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
                 first = int((~torch.isfinite(values)).nonzero()[0])
-                index = (start - source.start) // stored.itemsize + first
+                index = job.at // job.dtype.itemsize + (start - source.start) // stored.itemsize + first
                 raise TameError(
                     f"{self._where(job)} has {values[first].item()} at element {index}; the checkpoint is broken, get it again"
                 )
@@ -157,9 +156,14 @@ class Worker:
         crc = 0
         for name in self._parts(job):
             shard = self.shards[name]
-            size = shard.tensors[name].nbytes if name not in shard.late else 0
-            for start in range(0, size, BYTES):
-                crc = zlib.crc32(os.pread(shard.file, min(BYTES, size - start), shard.at[name] + start), crc)
+            if name in shard.late:
+                continue
+            end = shard.tensors[name].nbytes
+            if not job.quantized:
+                count = (job.source.end - job.source.start) // DTYPES[job.source.dtype].itemsize
+                end = job.at + count * job.dtype.itemsize
+            for start in range(job.at, end, BYTES):
+                crc = zlib.crc32(os.pread(shard.file, min(BYTES, end - start), shard.at[name] + start), crc)
         return crc
 
     def _parts(self, job: Job) -> list[str]:
