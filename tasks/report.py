@@ -8,7 +8,7 @@ import json
 from datetime import datetime
 from typing import Any
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, TameError
 from tasks import evidence, plots, summary
 from tasks.result import Measured, Result, ResultVariant
 from tasks.runs import COLUMNS
@@ -53,13 +53,17 @@ def history(model: str | None = None) -> str:
 
     Raises:
         BadInputError: there is no such experiment, or no release in it.
+        TameError: MLflow cannot be reached.
     """
     import mlflow
 
     from tasks import track
 
-    client = track.connect()
-    known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
+    try:
+        client = track.connect()
+        known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
+    except Exception as error:  # whatever MLflow throws
+        raise TameError(f"{track.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
     if model is not None and model not in known:
         names = ", ".join(sorted(known)[:10]) or "none yet"
         raise BadInputError(f"--model {model}: no release of it is logged in {track.place()}; there are: {names}")

@@ -22,6 +22,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from prefect import task
 
+from configs.errors import TameError
 from configs.schema import Recipe
 from tasks.result import Result
 from tasks.store import home
@@ -78,9 +79,7 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         run_id = runs.open_release(client, experiment, recipe.name, {**tags, **_signs_of_life()}, name)
         _stay_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
-        logger.warning(
-            "MLflow at %s cannot be used (%s); the release goes on and is logged later", place(), _line(error)
-        )
+        logger.warning("%s; the release goes on and is logged later", away(error))
         return None
     return run_id
 
@@ -101,13 +100,8 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
             try:
                 run_id = _write(connect(), spooled)
             except Exception as error:  # whatever MLflow throws: it is all in the spool
-                logger.warning(
-                    "MLflow at %s cannot be used (%s); the result is kept in %s and logged by the next run or tame track "
-                    "--replay",
-                    place(),
-                    _line(error),
-                    spooled,
-                )
+                kept = "the result is kept in %s and logged by the next run or tame track --replay"
+                logger.warning(f"%s; {kept}", away(error), spooled)
     except OSError as error:  # no space: result.json, which lies elsewhere, may still be written
         logger.warning("%s: %s; this result is not logged to MLflow", spooled, error.strerror or error)
     if final and run_id:
@@ -115,26 +109,21 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     return run_id
 
 
-def fail(run_id: str | None, message: str) -> None:
-    """Close the run of a release that ended before it had a result, with `message` as its headline."""
-    if run_id is None:
-        return
-    _rest(run_id)
-    try:
-        client = connect()
-        client.set_tag(run_id, "headline", message[:5000])
-        client.set_terminated(run_id, "FAILED")
-    except Exception as error:  # the next run closes it
-        logger.warning("MLflow at %s cannot be used (%s); its run is closed by the next one", place(), _line(error))
-
-
 def replay() -> int:
     """Log every spooled result, and return how many were logged; one line for each that could not be.
 
     Raises:
-        Exception: MLflow's own, when it cannot be reached at all.
+        TameError: MLflow cannot be reached.
     """
-    return _replay(connect())
+    try:
+        return _replay(connect())
+    except Exception as error:  # whatever MLflow throws
+        raise TameError(f"{away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
+
+
+def away(error: Exception) -> str:
+    """In a line, that MLflow cannot be used, where and why, without credentials."""
+    return f"MLflow at {place()} cannot be used ({_line(error)})"
 
 
 def run_url(run_id: str | None) -> str | None:
@@ -214,19 +203,24 @@ def _write(client: Any, spooled: Path) -> str:
 
 
 def _replay(client: Any) -> int:
+    waiting = sorted((home() / "spool").glob("*.json"))
+    if waiting:
+        client.search_experiments(max_results=1)  # away is away for all of them
     logged = 0
-    for spooled in sorted((home() / "spool").glob("*.json")):
+    for spooled in waiting:
         try:
             with FileLock(spooled.with_suffix(".lock"), timeout=0):
-                if not spooled.exists() or json.loads(spooled.read_text())["server"] != place():
+                if not spooled.exists() or json.loads(spooled.read_bytes())["server"] != place():
                     continue
                 _write(client, spooled)
                 logged += 1
                 logger.info("logged the result that was kept in %s", spooled)
         except Timeout:
             continue  # its own process is logging it
-        except (ValueError, KeyError) as error:
-            logger.warning("%s is not a spooled result (%s); remove it", spooled, _line(error))
+        except Exception as error:  # one that cannot be logged keeps no other from it
+            logger.warning(
+                "%s cannot be logged (%s); remove it, or try tame track --replay again", spooled, _line(error)
+            )
     return logged
 
 
@@ -283,6 +277,7 @@ def _stay_alive(client: Any, run_id: str) -> None:
     """Give signs of life and log the machine's load, in the background, until `_rest`."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    _rest(run_id)
     resting = _alive[run_id] = threading.Event()
     monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_EVERY, resume_logging=True)
     monitor.start()
@@ -293,7 +288,7 @@ def _stay_alive(client: Any, run_id: str) -> None:
                 client.set_tag(run_id, "tame.heartbeat", f"{time.time():.0f}")
             except Exception as error:  # the next beat tries again
                 logger.debug("no heartbeat: %s", _line(error))
-        monitor._shutdown_event.set()
+        monitor.finish()
 
     threading.Thread(target=beat, daemon=True, name="heartbeat").start()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from configs.errors import TameError
 from configs.schema import Recipe
 from tasks import registry, summary, track
 from tasks.result import NOT_REACHED, Result
@@ -204,6 +205,8 @@ def test_mlflow_away_is_said_in_a_line_spooled_and_caught_up(
     assert [path.name for path in (home / "spool").glob("*.json")] == ["p1.json"]
     assert len(caplog.messages) == 3
     assert all("cannot be used" in message and "\n" not in message for message in caplog.messages)
+    with pytest.raises(TameError, match="cannot be used"):
+        track.replay()
     place.parent.unlink()
     place.parent.mkdir()
     shutil.copy(empty_database, place)
@@ -228,7 +231,7 @@ def test_a_spool_waits_for_its_own_server_and_rubbish_stops_nothing(
     (home / "spool" / "a.json").write_text("{")
     assert begin() is not None
     assert spooled.exists()
-    assert "a.json is not a spooled result" in caplog.text
+    assert "a.json cannot be logged" in caplog.text
 
 
 def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_next(tame_home: Path) -> None:
@@ -263,13 +266,6 @@ def test_silence_from_another_host_counts_as_death_after_a_while(home: Path) -> 
     assert track._is_dead(
         {**track._signs_of_life(), "tame.process": f"{os.getpid()} 1.0"}
     )  # the pid lives on in another
-
-
-def test_failing_before_there_is_a_result_closes_the_run(home: Path) -> None:
-    run_id = begin()
-    track.fail(run_id, "source.model: no such repo")
-    run = client().get_run(run_id)
-    assert (run.info.status, run.data.tags["headline"]) == ("FAILED", "source.model: no such repo")
 
 
 def test_a_deleted_run_is_made_again_and_a_deleted_experiment_restored(home: Path, result: Result) -> None:
