@@ -49,6 +49,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         result = result.with_variant(_measure(result.variant(variant.label), variant, snapshot, baseline, recipe))
         if result.variant(variant.label).cached != ["quantize", "evaluate"]:  # or there is nothing new to see
             run = track.track_task(variant.label, result, run, None, final=False)
+    result = result.model_copy(update={"mlflow_run": run})
     for label, target in plan.targets.items():
         if result.variant(label).status == "passed":
             result = result.with_variant(_publish(result, label, target, plan.targets, recipe))

@@ -4,13 +4,15 @@ The client tries again by itself where files are moved; `ask` does so for the re
 asking twice is the same as asking once. A commit is neither: whoever makes one looks at what is there before the next.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import Any, BinaryIO, TypeVar
 
@@ -132,7 +134,7 @@ def _refused(repo: str, error: Any) -> TameError:
         )
     if code in (408, 429) or code >= 500:
         later = UnreachableError(f"the Hub at {endpoint()} answers {code}")
-        later.after = _seconds(error.response.headers.get("Retry-After"))  # type: ignore[attr-defined]
+        later.after = _asked_to_wait(error.response.headers)  # type: ignore[attr-defined]
         return later
     if code in (409, 412):
         return ChangedError(f"{repo} changed while it was being published ({said}); run it again")
@@ -162,8 +164,17 @@ def _clean(text: str) -> str:
     return line.split("?")[0][:300]
 
 
-def _seconds(header: str | None) -> float:
-    return float(header) if header and header.isdecimal() else 0.0
+def _asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Seconds, from Retry-After (a number or a date, RFC 9110) or the Hub's own RateLimit header."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    given = headers.get("Retry-After", "").strip()
+    if given.isdecimal():
+        return float(given)
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else 0.0
 
 
 def upload(

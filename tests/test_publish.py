@@ -168,6 +168,7 @@ def test_a_review_is_left_open_and_not_opened_twice(hub: Hub, folder: Path) -> N
         [("POST .*/commit/", {"status": 500, "times": 3})],
         [("PUT /lfs", {"status": 500, "times": 3}), ("POST .*batch", {"status": 502, "times": 3})],
         [("POST .*/commit/", {"status": 429, "headers": {"Retry-After": "7"}})],
+        [("POST .*/commit/", {"status": 429, "headers": {"RateLimit": '"api";r=0;t=9'}})],
         [("/api/models/", {"status": 503, "times": 3, "skip": 4}), ("whoami|create", {"status": 504, "times": 3})],
         [("PUT /lfs", {"cut": 500_000, "times": 2})],
         [("GET /cdn/", {"cut": 300_000, "times": 3})],
@@ -175,7 +176,18 @@ def test_a_review_is_left_open_and_not_opened_twice(hub: Hub, folder: Path) -> N
         [("POST .*/repos/create", {"lost": True}), ("PUT .*settings", {"lost": True}), ("/tag/", {"lost": True})],
         [("PUT /lfs", {"stall": 1.0})],
     ],
-    ids=["500s on commit", "500s on LFS", "429", "503s", "cut upload", "cut download", "lost commit", "lost", "stall"],
+    ids=[
+        "500s on commit",
+        "500s on LFS",
+        "429",
+        "rate limit",
+        "503s",
+        "cut upload",
+        "cut download",
+        "lost commit",
+        "lost",
+        "stall",
+    ],
 )
 def test_what_passes_is_survived_and_nothing_is_done_twice(
     hub: Hub, folder: Path, slept: Slept, faults: list[tuple[str, dict[str, object]]]
