@@ -11,7 +11,8 @@ from tasks import card, provenance, signing, store
 from tasks.hub import endpoint
 from tasks.progress import Progress
 from tasks.publish_repo import SIGNATURE, Repo, look
-from tasks.publish_wire import connect, content, fetch
+from tasks.publish_transfer import content, fetch
+from tasks.publish_wire import connect
 
 
 def problems(repo: str, source: str | None, progress: Progress) -> list[str]:

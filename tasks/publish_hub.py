@@ -17,8 +17,9 @@ from tasks import provenance
 from tasks.hub import endpoint
 from tasks.progress import Progress
 from tasks.publish_repo import SIGNATURE, Repo, Wanted, has, in_memory, look
+from tasks.publish_transfer import content, upload
 from tasks.publish_verify import verify, verify_proposal
-from tasks.publish_wire import TIMEOUT, ChangedError, MissingError, ask, connect, content, explained, upload
+from tasks.publish_wire import TIMEOUT, ChangedError, MissingError, ask, connect, explained
 
 # What somebody may keep beside a model without changing what is loaded.
 HARMLESS = (".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore")

@@ -9,7 +9,8 @@ from typing import Any
 from configs.errors import BadInputError, TameError
 from tasks import provenance
 from tasks.hub import endpoint
-from tasks.publish_wire import TIMEOUT, MissingError, ask, content
+from tasks.publish_transfer import content
+from tasks.publish_wire import TIMEOUT, MissingError, ask
 
 # Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
 CONDITIONAL = (

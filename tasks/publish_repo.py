@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from tasks import provenance
-from tasks.publish_wire import TIMEOUT, MissingError, ask, fetch
+from tasks.publish_transfer import fetch
+from tasks.publish_wire import TIMEOUT, MissingError, ask
 
 SIGNATURE = "model.sig"
 TAG = "tame-"

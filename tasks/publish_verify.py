@@ -11,7 +11,8 @@ from tasks.isolate import isolated
 from tasks.progress import Progress
 from tasks.publish_loads import loads
 from tasks.publish_repo import Wanted, files_at, has
-from tasks.publish_wire import ask, fetch
+from tasks.publish_transfer import fetch
+from tasks.publish_wire import ask
 
 SMALL = 20_000_000  # bytes: what is kept when it is read back, to load the configuration and tokenizer from
 
