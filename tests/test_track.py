@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from configs.errors import TameError
+from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
-from tasks import registry, summary, track
+from tasks import registry, report, summary, track
 from tasks.result import NOT_REACHED, Result
 from tests.results import RECIPE, make
+from tests.test_report import Page
 
 EXPERIMENT = "smollm2-135m"
 BEGIN = (
@@ -189,6 +190,12 @@ def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> N
     assert (
         client().get_model_version_by_alias(EXPERIMENT, "best-4bit").tags["artifact_digest"] == "dd" * 32
     )  # not comparable
+    drawn = Page(report.history(EXPERIMENT))
+    assert drawn.cells.count("nf4-dq") == 4
+    assert "0.0600" in drawn.cells
+    assert [address for address in drawn.addresses if not address.startswith("#")] == []
+    with pytest.raises(BadInputError, match=f"there are: {EXPERIMENT}"):
+        report.history("never released")
 
 
 def test_mlflow_away_is_said_in_a_line_spooled_and_caught_up(
@@ -288,9 +295,8 @@ def test_names_that_mlflow_refuses() -> None:
 
 def test_one_number_says_the_same_in_five_places(home: Path, result: Result) -> None:
     """In result.json, MLflow, Prefect's table, the report and the card, for every metric and variant."""
-    from tasks import card, report
+    from tasks import card
     from tasks.runs import metric_key
-    from tests.test_report import Page
 
     written = json.loads(result.model_dump_json())
     track.log(result, None, None, final=True)
