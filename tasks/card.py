@@ -8,11 +8,13 @@ front matter have them unrounded.
 
 import hashlib
 import json
+import math
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from configs.errors import TameError
 from configs.schema import Variant
 from tasks import provenance
 from tasks.card_metadata import DERIVED, HUB, eval_results, front_matter, tags, text_name, with_front_matter
@@ -26,8 +28,14 @@ def release_files(result: Result, label: str, repos: dict[str, str] | None = Non
     """README.md, tame.json and .eval_results/*.yaml of the variant `label`, by name.
 
     `repos` says where each variant goes, by its label; without it the recipe's template is filled in.
+
+    Raises:
+        TameError: a number that is not finite.
     """
     variant = next(found for found in result.variants if found.name == label)
+    for name, value in variant.metrics.items():
+        if not math.isfinite(value):
+            raise TameError(f"{label}: {name} is {value}, so it is not published; see the report, and set a gate")
     repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
     documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant)}
     return {**documents, provenance.NAME: _provenance(result, variant, documents)}
@@ -186,10 +194,12 @@ def _speed(result: Result, variant: ResultVariant) -> list[str]:
 
 
 def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """What it was measured on, which need not be the machine that publishes."""
+    device = str(protocol.get("device") or "cpu")
+    if device == "cpu":
+        return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
     gpus = hardware.get("gpus") or []
-    if gpus and str(protocol.get("device", hardware.get("device"))) != "cpu":
-        return str(gpus[0]["name"])
-    return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
+    return str(gpus[0]["name"]) if gpus and device.startswith("cuda") else device
 
 
 def _left(variant: ResultVariant) -> list[str]:

@@ -1,4 +1,7 @@
-"""Can it be published there at all? Asked before anything is made. Everything here raises BadInputError where it cannot."""
+"""Can it be published there at all? Asked before anything is made.
+
+BadInputError where the recipe or the token is wrong, TameError where this machine is not up to it.
+"""
 
 import functools
 import os

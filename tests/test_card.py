@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from configs.errors import TameError
 from tasks import provenance
 from tasks.card import release_files
 from tasks.result import Result
@@ -166,6 +167,17 @@ def test_results_of_whole_benchmarks_are_told_in_the_hubs_newest_form(result: Re
     recipe["evaluate"]["task_limit"] = 10  # ten questions are not the benchmark
     files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8")
     assert list(files) == ["README.md", "tame.json"]
+
+
+def test_numbers_that_are_none_are_not_published(result: Result) -> None:
+    broken = changed(result, metrics={**result.variants[0].metrics, "perplexity": float("inf")})
+    with pytest.raises(TameError, match="int8: perplexity is inf, so it is not published"):
+        release_files(broken, "int8")
+
+
+def test_speed_is_told_of_the_machine_that_measured(result: Result) -> None:
+    cached = changed(result, protocol={**result.variants[0].protocol, "device": "NVIDIA H100 80GB HBM3"})
+    assert "On NVIDIA H100 80GB HBM3, one sequence" in text(cached)
 
 
 def test_hostile_names_do_not_break_the_card(result: Result) -> None:
