@@ -101,6 +101,10 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     assert [found[name].info.status for name in ("baseline", "int8", "nf4-dq", "fp4")] == ["FINISHED"] * 3 + ["FAILED"]
     curve = client().get_metric_history(found["int8"].info.run_id, "window/kl")
     assert [point.step for point in curve] == list(range(8))
+    shown = client().search_runs(
+        [found["int8"].info.experiment_id], "tags.kind != 'release'", order_by=["attributes.start_time DESC"]
+    )
+    assert [run.info.run_name for run in shown] == ["baseline", "int8", "nf4-dq", "fp4"]
     parent = runs("release")[EXPERIMENT]
     assert (parent.info.run_id, parent.info.status) == (run_id, "FAILED")
     assert parent.data.tags["headline"] == summary.headline(result)
