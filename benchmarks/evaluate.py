@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -172,12 +173,13 @@ def _ids(args: argparse.Namespace, path: str) -> Any:
     return torch.tensor(ids[: count * args.window], device=args.device).view(count, args.window)
 
 
-def _timed(args: argparse.Namespace, name: str, cache: str) -> tuple[float, Any]:
-    """Seconds of a whole process, and what it found."""
+def _timed(args: argparse.Namespace, name: str, cache: str) -> tuple[float, float, Any]:
+    """Seconds of a whole process by the clock and of CPU time, and what it found."""
     command = [sys.executable, __file__, "side", "--side", name, "--cache", cache, "--device", args.device]
     for key in ("base", "text", "piqa", "tokens", "window", "batch", "items"):
         if getattr(args, key) is not None:
             command += [f"--{key}", str(getattr(args, key))]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     done = subprocess.run(
         [*command, "--variant", *args.variant[:1]],
@@ -186,35 +188,39 @@ def _timed(args: argparse.Namespace, name: str, cache: str) -> tuple[float, Any]
         check=True,
         text=True,
     )
-    return time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
+    took, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return took, cpu, json.loads(done.stdout.splitlines()[-1])
 
 
-def _in_turn(args: argparse.Namespace, names: list[str], cache: str) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def _in_turn(args: argparse.Namespace, names: list[str], cache: str) -> dict[str, Any]:
+    """Time each side `rounds` times, the order reversed every other time. What each found."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    found: dict[str, Any] = {}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else names[::-1]:
-            took, found = _timed(args, name, cache)
-            seconds[name].append(took)
-            found.pop("right", None)
-            print(f"{name:18} {took:7.1f} s  {json.dumps(found)}", flush=True)
-    best = {name: min(values) for name, values in seconds.items()}
+            took, cpu, found[name] = _timed(args, name, cache)
+            seconds[name].append((took, cpu))
+            shown = {key: value for key, value in found[name].items() if key != "right"}
+            print(f"{name:18} {took:7.1f} s  {cpu:7.1f} s of CPU time  {json.dumps(shown)}", flush=True)
+    best = {name: [min(column) for column in zip(*values, strict=True)] for name, values in seconds.items()}
     for name in names[1:]:
-        print(f"{names[0]} is {best[name] / best[names[0]]:.2f} times as fast as {name} (best of {args.rounds} each)")
-    return best
+        clock, cpu = (theirs / ours for theirs, ours in zip(best[name], best[names[0]], strict=True))
+        print(f"{names[0]} is {clock:.2f} times as fast as {name}, by CPU time {cpu:.2f} (best of {args.rounds} each)")
+    return found
 
 
 def processes(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        took, _ = _timed(args, "tame_baseline", cache)
-        print(f"{'tame_baseline':18} {took:7.1f} s  once for all variants")
+        took, cpu, _ = _timed(args, "tame_baseline", cache)
+        print(f"{'tame_baseline':18} {took:7.1f} s  {cpu:7.1f} s of CPU time, once for all variants")
         _in_turn(args, ["tame", "plain_all", "plain_perplexity"], cache)
 
 
 def tasks(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         _piqa(args, Path(folder))
-        _in_turn(args, ["tame_tasks", "lm_eval"], folder)
-        ours, theirs = (_timed(args, name, folder)[1]["right"] for name in ("tame_tasks", "lm_eval"))
+        ours, theirs = (side["right"] for side in _in_turn(args, ["tame_tasks", "lm_eval"], folder).values())
         print(
             f"items that differ between the two: {sum(a != b for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
         )
@@ -244,7 +250,7 @@ def accuracy(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as cache:
             _timed(args, "tame_baseline", cache)
             floor = json.loads((Path(cache) / "result.json").read_text())["floor"]
-            ours, plain = _timed(args, "tame", cache)[1], _timed(args, "plain_all", cache)[1]
+            ours, plain = _timed(args, "tame", cache)[2], _timed(args, "plain_all", cache)[2]
         print(f"{Path(variant).name}: noise floor {json.dumps(floor)}")
         for name, value in ours.items():
             off = value - plain[name] if name == "agreement" else value / plain[name] - 1
