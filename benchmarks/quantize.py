@@ -3,7 +3,7 @@
     python benchmarks/quantize.py --device cuda --model 1.7b --methods int8,nf4,nf4-dq
     python benchmarks/quantize.py --device cuda --exactness
 
-The model is made here: random weights in the shapes of Qwen3-1.7B, or of the same with four times the layers. Prints
+The model is made here: random weights in the shapes of Qwen3-1.7B, or of the same with layers enough for four times the size. Prints
 markdown. Needs torch, transformers, bitsandbytes, accelerate, pydantic; neither Prefect nor MLflow.
 """
 
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "0.6b": ({**QWEN3, "hidden_size": 1024, "intermediate_size": 3072}, 10**12),
     "1.7b": (QWEN3, 10**12),
-    "1.7b-x4": ({**QWEN3, "num_hidden_layers": 4 * 28}, 2 * 10**9),
+    "1.7b-x4": ({**QWEN3, "num_hidden_layers": 130}, 2 * 10**9),
 }  # config, and bytes a file
 
 
@@ -79,8 +79,10 @@ def side_by_side(options: argparse.Namespace) -> None:
             for who in options.who.split(","):
                 started = time.perf_counter()
                 command = [sys.executable, __file__, "--one", who, method, *sys.argv[1:]]
-                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True)
                 wall = time.perf_counter() - started
+                if done.returncode:
+                    sys.exit(f"{who} {method} failed:\n{done.stderr[-3000:]}")
                 found = json.loads(done.stdout.splitlines()[-1])
                 floor = read / reading + found["bytes"] / writing
                 print(

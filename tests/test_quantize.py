@@ -164,6 +164,21 @@ def test_experts_that_stay_in_16_bits_are_said_out_loud(tmp_path: Path) -> None:
     assert "fused expert weights" in made["notes"][0]
 
 
+def test_what_transformers_does_not_load_is_said_to_be_left_out(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny(tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["model.mtp.weight"] = state["lm_head.weight"].clone()
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    made = quantized(source, tmp_path / "mine", variant_of("nf4"))
+    assert made["notes"] == [
+        "1 tensors of the source (19.0% of its bytes), such as model.mtp.weight, are no part of LlamaForCausalLM in "
+        "transformers and are left out."
+    ]
+    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("nf4")))
+
+
 def test_a_model_of_which_nothing_would_be_quantized_is_refused(tmp_path: Path) -> None:
     import transformers
 

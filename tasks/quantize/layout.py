@@ -107,6 +107,7 @@ def lay_out(
             f"{folder}: transformers quantizes no layer of {type(model).__name__}: {largest['module']} is "
             f"{largest['reason']}; choose another model"
         )
+    notes += _dropped(model, sources, tensors)
     targets = _target_dtypes(model, saved, wanted, dtype)
     jobs, written = _jobs(model, variant, saved, wanted, targets, sources, tensors, folder)
     generation = None
@@ -264,6 +265,19 @@ def _jobs(
             transposed,
         )
     return list(jobs.values()), reverted
+
+
+def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, Stored]) -> list[str]:
+    """A sentence on what transformers does not load, such as heads for predicting several tokens; not on small change."""
+    loaded = {tensor.name for several in sources.values() for tensor in several}
+    lost = [tensor for name, tensor in tensors.items() if name not in loaded]
+    share = sum(t.end - t.start for t in lost) / max(1, sum(t.end - t.start for t in tensors.values()))
+    if share < 0.001:
+        return []
+    return [
+        f"{len(lost)} tensors of the source ({share:.1%} of its bytes), such as {lost[0].name}, are no part of "
+        f"{type(model).__name__} in transformers and are left out."
+    ]
 
 
 def _complete(model: Any) -> dict[str, Stored]:
