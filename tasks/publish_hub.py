@@ -7,6 +7,7 @@ after a kill, safe. What was compared in full is tagged, so an untagged head is 
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ from tasks.publish_repo import SIGNATURE, Repo, Wanted, has, in_memory, look
 from tasks.publish_transfer import content, upload
 from tasks.publish_verify import verify, verify_proposal
 from tasks.publish_wire import TIMEOUT, ChangedError, MissingError, ask, connect, explained
+
+log = logging.getLogger("tame.publish")
 
 # What somebody may keep beside a model without changing what is loaded.
 HARMLESS = (".md", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".gitattributes", ".gitignore")
@@ -100,7 +103,7 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
 
 
 def _create(api: Any, repo: str) -> Repo:
-    with contextlib.suppress(ChangedError):  # it was made by an attempt whose answer was lost
+    with contextlib.suppress(ChangedError, KeyError):  # it is there, whatever the answer: an earlier one was lost
         ask(repo, lambda: api.create_repo(repo, private=True))
     there = look(api, repo)
     if there is None:
@@ -162,7 +165,7 @@ def _propose(
     """Open a pull request, or complete the one that an attempt left: its number, its commit, what was uploaded now."""
     try:
         found = ask(there.id, lambda: list(api.get_repo_discussions(there.id, discussion_status="open")))
-    except MissingError:  # no discussion was ever opened
+    except (MissingError, KeyError):  # a Hub that does not list them
         found = []
     number = next((d.num for d in found if d.is_pull_request and d.title == release.title), None)
     if number is None:
@@ -202,7 +205,10 @@ def _tag(api: Any, there: Repo, tag: str, commit: str) -> None:
         return
     names = [tag, *(f"{tag}.{number}" for number in range(2, 1000))]
     free = next(name for name in names if name not in there.tags)
-    ask(there.id, lambda: api.create_tag(there.id, tag=free, revision=commit, exist_ok=True))
+    try:
+        ask(there.id, lambda: api.create_tag(there.id, tag=free, revision=commit, exist_ok=True))
+    except MissingError as error:  # it is published and verified all the same
+        log.warning("%s; it has no tag %s", error, free)
 
 
 def _url(repo: str, commit: str) -> str:

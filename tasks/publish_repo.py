@@ -88,10 +88,18 @@ def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
     try:
         info = ask(repo, lambda: api.model_info(repo, revision=revision, timeout=TIMEOUT))
         files = files_at(api, repo, info.sha)
-        tags = {tag.name: tag.target_commit for tag in ask(repo, lambda: api.list_repo_refs(repo)).tags}
+        tags = _tags(api, repo)
     except (RepositoryNotFoundError, MissingError):
         return None
     return Repo(id=info.id, private=bool(info.private), head=info.sha, files=files, tags=tags)
+
+
+def _tags(api: Any, repo: str) -> dict[str, str]:
+    """Commit by tag. A Hub that does not list them costs a verification more each time, and nothing else."""
+    try:
+        return {tag.name: tag.target_commit for tag in ask(repo, lambda: api.list_repo_refs(repo)).tags}
+    except (MissingError, KeyError):
+        return {}
 
 
 def files_at(api: Any, repo: str, commit: str) -> dict[str, Remote]:

@@ -213,6 +213,17 @@ def test_a_lost_answer_to_a_pull_request_does_not_open_another(hub: Hub, folder:
     assert ([d["status"] for d in hub.model(REPO).discussions], remote(hub)) == (["merged"], local(folder, changed))
 
 
+def test_a_hub_without_tags_and_lists_of_pull_requests_will_do(hub: Hub, folder: Path) -> None:
+    hub.fail("/refs|/tag/|GET .*/discussions", 404, times=999)
+    release(folder)
+    assert (hub.model(REPO).private, remote(hub)) == (False, local(folder))
+    release(folder)
+    assert commits(hub) == 1
+    changed = documents(folder, "# Another card\n", limit=0.2)
+    release(folder, extra=changed)
+    assert ([d["status"] for d in hub.model(REPO).discussions], remote(hub)) == (["merged"], local(folder, changed))
+
+
 def test_a_stall_of_half_a_minute_is_within_the_limits(hub: Hub) -> None:
     from huggingface_hub import get_session
 
