@@ -121,9 +121,8 @@ def _window(
             parts.append(comparison(logits, targets[part].to(logits.device)))
         else:
             states, log_sum = (tensor[part] for tensor in theirs)
-            parts.append(
-                compare(logits, targets[part].to(logits.device), their_head(states), log_sum.to(logits.device))
-            )
+            log_sum = log_sum.to(logits.device)
+            parts.append(comparison(logits, targets[part].to(logits.device), their_head(states), log_sum))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
