@@ -36,6 +36,7 @@ def render(result: Result) -> str:
             plots.size_against(result, "perplexity", limit),
             plots.windows(result),
         ],
+        machine=_machine(result),
         cost=[(summary.label(name), plots.bars(result, name)) for name in cost],
         answers=_answers(result),
         flips=_flips(result),
@@ -95,6 +96,13 @@ def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
         drawn.append((summary.label(metric), plots.over_time(series, ticks, metric)))
     newest_first = sorted(runs, key=lambda run: str(run.data.tags.get("started", "")), reverse=True)
     return {"name": name, "plots": drawn, "runs": newest_first, "metrics": COLUMNS}
+
+
+def _machine(result: Result) -> str:
+    """What speed was measured on: the evaluations' device, which need not be the one of the machine that reports."""
+    devices = dict.fromkeys(str(row.protocol["device"]) for row in summary.rows(result) if "device" in row.protocol)
+    here = f"{result.hardware.get('cpu', 'a CPU')}, {result.hardware.get('cores', '?')} cores"
+    return " and ".join(here if device == "cpu" else device for device in devices) or here
 
 
 def _answers(result: Result) -> list[dict[str, Any]]:
