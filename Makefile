@@ -15,7 +15,8 @@ demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
 test: $(READY)  ## the test suite
 	@$(BIN)/python -m pytest -n 2 -m "not e2e"
 
-e2e: $(READY)   ## what needs a browser or minutes
+e2e: $(READY)   ## what needs a browser or minutes; installs Chromium where there is none
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@$(BIN)/python -m pytest -m e2e --timeout 1200
 
 lint: $(READY)  ## format, lint and types

@@ -242,13 +242,14 @@ def _look_hub(source: Source, quantized: bool) -> Found:
         info = hub.model_info(source.model, source.revision)
     except hub.UnreachableError as error:
         if cached is None:
-            raise TameError(
+            raise hub.UnreachableError(
                 f"{source.model}: {error}, and no complete copy of it is cached; try again when it can be reached"
             ) from None
         log.info("%s: %s; using the cached commit %s", source.model, error, cached.commit[:12])
         names = cached.names
         config = _read_json(cached.folder / "config.json") if "config.json" in names else None
         taken = select(source, names, config, _read_json(cached.folder / INDEX) if INDEX in names else None)
+        known = hub.remembered(source.model, cached.commit)
         return Found(
             kind="hub",
             name=source.model.rsplit("/", 1)[-1],
@@ -256,6 +257,7 @@ def _look_hub(source: Source, quantized: bool) -> Found:
             commit=cached.commit,
             files={name: (cached.folder / name).stat().st_size for name in taken},
             config=config or {},
+            **(known.model_dump(include={"licence", "card", "gated"}) if known else {}),
         )
     small = hub.fetch_json(source.model, info.commit, [n for n in ("config.json", INDEX) if n in info.files])
     config = small.get("config.json")

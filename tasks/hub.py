@@ -6,6 +6,7 @@ Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and H
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
+from tasks import store
 from tasks.progress import Progress
 
 REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -24,6 +26,10 @@ INHERITED = ("license", "license_name", "license_link", "language", "datasets", 
 
 class UnreachableError(TameError):
     """The Hub does not answer, or not now."""
+
+
+class BusyError(UnreachableError):
+    """The Hub answers that it cannot answer now: 429 or 5xx."""
 
 
 class CorruptedError(TameError):
@@ -68,16 +74,22 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def model_info(repo: str, revision: str) -> RepoInfo:
-    """One request for all that is known of `repo` at `revision`."""
+def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> RepoInfo:
+    """One request for all that is known of `repo` at `revision`; made again after `pauses` seconds while the Hub is busy."""
     from huggingface_hub import HfApi
 
-    with explained(repo, revision):
-        info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
+    try:
+        with explained(repo, revision):
+            info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
+    except BusyError:
+        if not pauses:
+            raise
+        time.sleep(pauses[0])
+        return model_info(repo, revision, pauses[1:])
     siblings = info.siblings or []
     card: Any = info.card_data or {}
     licence = card.get("license") if hasattr(card, "get") else None
-    return RepoInfo(
+    found = RepoInfo(
         commit=str(info.sha),
         files={sibling.rfilename: sibling.size or 0 for sibling in siblings},
         sha256={s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None and s.lfs.sha256},
@@ -85,6 +97,23 @@ def model_info(repo: str, revision: str) -> RepoInfo:
         card={key: card.get(key) for key in INHERITED if hasattr(card, "get") and card.get(key)},
         gated=bool(info.gated),
     )
+    place = _memory(repo, found.commit)
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(found.model_dump_json())
+    return found
+
+
+def remembered(repo: str, commit: str) -> RepoInfo | None:
+    """What `model_info` said of `commit` when it was last asked: licence and card are in no downloaded file."""
+    try:
+        return RepoInfo.model_validate_json(_memory(repo, commit).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(repo: str, commit: str) -> Path:
+    return store.home() / "hub" / repo.replace("/", "--") / f"{commit}.json"
 
 
 def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -205,7 +234,7 @@ def explained(repo: str, revision: str) -> Iterator[None]:
                 f"{repo}: the Hub refuses ({code}); set HF_TOKEN to a token that may read {page}"
             ) from None
         if code == 429 or (code or 500) >= 500:
-            raise UnreachableError(f"the Hub at {endpoint()} answers {code}") from None
+            raise BusyError(f"the Hub at {endpoint()} answers {code}") from None
         raise TameError(f"{repo}: the Hub answers {code} for {page}") from None
     except errors.LocalEntryNotFoundError:
         raise UnreachableError(f"the Hub at {endpoint()} cannot be reached") from None

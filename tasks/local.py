@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from configs.errors import TameError
 from configs.schema import Recipe
+from tasks import track
 from tasks.result import Result
 
 STARTS_WITHIN = 120.0  # seconds; 5 to 14 are usual (FACTS)
@@ -30,7 +31,9 @@ def release_here(recipe: Recipe, out: Path) -> Result:
         TameError: Prefect's server does not start or cannot be reached.
     """
     with ExitStack() as stack:
-        if not _server_named():
+        if _server_named():
+            track.prepare()
+        else:
             stack.enter_context(_temporary_server())
         from flows.release import release
 
@@ -59,8 +62,21 @@ def _temporary_server() -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
-    environment = {**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--factory",
+        "prefect.server.api.server:create_app",
+        "--host",
+        "127.0.0.1",
+    ]
+    environment = {
+        **os.environ,
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
     starting = FileLock(state / "tame-start.lock")  # two first servers at once would both create the database
     starting.acquire()
     errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -77,8 +93,6 @@ def _temporary_server() -> Iterator[None]:
     watch = f"import os, sys; sys.stdin.read(); os.kill({server.pid}, {signal.SIGTERM:d})"
     guard = subprocess.Popen([sys.executable, "-S", "-c", watch], stdin=subprocess.PIPE, start_new_session=True)
     try:
-        from tasks import track
-
         track.prepare()  # MLflow takes as long to import as the server takes to start: both at once
         _wait(server, f"http://127.0.0.1:{port}/api/health", errors)
         starting.release()
@@ -86,7 +100,9 @@ def _temporary_server() -> Iterator[None]:
         from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
         # Nobody watches the heartbeats of a server that ends with the run, and waiting for the last one costs a second.
-        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        with temporary_settings(
+            {PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        ):
             yield
             APILogWorker.drain_all(timeout=5)
     finally:
@@ -114,4 +130,6 @@ def _wait(server: "subprocess.Popen[bytes]", url: str, errors: IO[bytes]) -> Non
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise TameError(f"Prefect's temporary server did not answer within {STARTS_WITHIN:.0f} s; set PREFECT_API_URL to one that runs")
+    raise TameError(
+        f"Prefect's temporary server did not answer within {STARTS_WITHIN:.0f} s; set PREFECT_API_URL to one that runs"
+    )

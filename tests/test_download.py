@@ -148,6 +148,8 @@ def test_from_the_hub_pinned_complete_and_again_without_a_hub(model: Path, tmp_p
         moved = in_process(hub, tmp_path)
         assert moved["commit"] != commit
         assert moved["digest"] != snapshot["digest"]
+        hub.fail("GET /api/models/org/model", status=503, times=2)
+        assert in_process(hub, tmp_path)["digest"] == moved["digest"]
     offline = in_process(hub, tmp_path)
     assert offline["commit"] == moved["commit"]
     assert offline["digest"] == moved["digest"]
