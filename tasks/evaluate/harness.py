@@ -9,7 +9,7 @@ from typing import Any
 from configs.errors import BadInputError, TameError
 from configs.schema import Evaluate
 from tasks.evaluate.definitions import TaskWork
-from tasks.evaluate.load import Loaded, line, out_of_memory, quiet
+from tasks.evaluate.load import Loaded, body_of, head_of, line, out_of_memory, quiet
 from tasks.progress import Progress, silent
 
 RESULT = "result.json"
@@ -106,16 +106,13 @@ def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) ->
     import numpy as np
     import torch
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
     while True:
         try:
-            model = HFLM(
-                pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, device=loaded.device
-            )
+            model = _adapter(loaded, batch_size)
             for task in found["tasks"].values():
                 task._instances = None
             with torch.inference_mode():
@@ -124,6 +121,44 @@ def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) ->
             if not out_of_memory(error) or batch_size == 1:
                 raise
         batch_size //= 2
+
+
+def _adapter(loaded: Loaded, batch_size: int) -> Any:
+    """lm-evaluation-harness's own model class, but logits are computed for the tokens that are scored, and for no others.
+
+    It would compute and normalize those of the question and of the padding too, which it then throws away.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    head = head_of(loaded.model)
+
+    class Adapter(HFLM):  # type: ignore[misc,unused-ignore]
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            if head is None:
+                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            inputs = [tuple((context + answer)[-(self.max_length + 1) :][:-1]) for _, context, answer in requests]
+            order = sorted(set(inputs), key=lambda tokens: (-len(tokens), tokens))  # answers may share their input
+            asked: dict[tuple[int, ...], list[int]] = {tokens: [] for tokens in order}
+            for index, tokens in enumerate(inputs):
+                asked[tokens].append(index)
+            results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            size = override_bs or self.batch_size
+            with torch.inference_mode(), body_of(loaded.model) as body:
+                for start in range(0, len(order), size):
+                    rows = order[start : start + size]
+                    padded = [[*tokens, *[0] * (len(rows[0]) - len(tokens))] for tokens in rows]
+                    states = body(torch.tensor(padded, device=loaded.device))
+                    for row, tokens in enumerate(rows):
+                        for index in asked[tokens]:
+                            answer = torch.tensor(requests[index][2])
+                            logits = head(states[row, len(tokens) - len(answer) : len(tokens)])
+                            chances = logits.log_softmax(-1, dtype=self.softmax_dtype).cpu()
+                            chance = chances.gather(-1, answer[:, None]).sum()
+                            results[index] = (float(chance), bool((chances.argmax(-1) == answer).all()))
+            return results
+
+    return Adapter(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, device=loaded.device)
 
 
 def _row(item: dict[str, Any]) -> dict[str, Any]:
