@@ -3,7 +3,7 @@
     python benchmarks/quantize.py --device cuda --model 1.7b --methods int8,nf4,nf4-dq
     python benchmarks/quantize.py --device cuda --exactness
 
-The model is made here: random weights in the shapes of Qwen3-1.7B, or of the same with layers enough for four times the size. Prints
+The model is made here: random weights in the shapes of Qwen3-1.7B, or of Qwen3-8B. Prints
 markdown. Needs torch, transformers, bitsandbytes, accelerate, pydantic; neither Prefect nor MLflow.
 """
 
@@ -35,7 +35,17 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "0.6b": ({**QWEN3, "hidden_size": 1024, "intermediate_size": 3072}, 10**12),
     "1.7b": (QWEN3, 10**12),
-    "1.7b-x4": ({**QWEN3, "num_hidden_layers": 130}, 2 * 10**9),
+    "8b": (
+        {
+            **QWEN3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "tie_word_embeddings": False,
+        },
+        2 * 10**9,
+    ),
 }  # config, and bytes a file
 
 
@@ -290,6 +300,8 @@ def make_model(work: Path, name: str) -> Path:
             "input_layernorm": [hidden], "post_attention_layernorm": [hidden],
         }  # fmt: skip
         shapes |= {f"model.layers.{i}.{key}.weight": shape for key, shape in layer.items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = [config["vocab_size"], hidden]
     groups: list[dict[str, list[int]]] = [{}]
     size = 0
     for key, shape in shapes.items():

@@ -1,5 +1,6 @@
 """One folder in, one folder out: everything that happens in the process that quantizes."""
 
+import gc
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ def work(
     from tasks.quantize.verify import check_written
 
     layout = lay_out(source, variant, tensors, trust_remote_code)
+    gc.collect()  # the model without weights is full of cycles
     growing = {name for name in layout.outputs if variant.double_quant and ".quant_state." in name}
     files = shards(out, layout.outputs, max_shard_size, growing)
     stats = {name: (source / name).stat() for name in {tensor.file for tensor in tensors.values()}}
