@@ -262,6 +262,9 @@ def stale(args: argparse.Namespace) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    from tasks.evaluate.load import quiet
+
+    quiet()
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
