@@ -151,6 +151,7 @@ def tiny(
 def tokenizer() -> Any:
     """A byte-level BPE of 512 tokens, trained on the prose inside CPython."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
