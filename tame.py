@@ -74,7 +74,9 @@ def quantize(options: argparse.Namespace) -> int:
     from configs.load import explain
     from configs.schema import Source, Variant
 
-    variant = _checked(Variant, explain, method=options.method, double_quant=options.double_quant)
+    compute = None if options.method == "int8" else options.compute_dtype
+    asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
+    variant = _checked(Variant, explain, **asked)
     from tasks.download import download
     from tasks.progress import show
     from tasks.quantize.folder import quantize_folder
@@ -214,6 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", help="a folder that is absent or empty")
     command.add_argument("--method", required=True, choices=("nf4", "fp4", "int8"))
     command.add_argument("--double-quant", action="store_true", help="quantize the 4-bit scales too")
+    dtypes = ("float32", "bfloat16", "float16")
+    command.add_argument(
+        "--compute-dtype",
+        default="float32",
+        choices=dtypes,
+        help="of 4-bit layers; float32 is what transformers writes",
+    )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--workers", type=_positive, help="tensors in flight; by default what the machine is good for")

@@ -228,7 +228,8 @@ def raw(tensor: Any) -> bytes:
 def variant_of(method: str) -> Any:
     from configs.schema import Variant
 
-    return Variant(method=method.removesuffix("-dq"), double_quant=method.endswith("-dq"))
+    compute = None if method == "int8" else "float32"  # what transformers writes when it is not told
+    return Variant(method=method.removesuffix("-dq"), double_quant=method.endswith("-dq"), compute_dtype=compute)
 
 
 def bnb_config(method: str) -> Any:

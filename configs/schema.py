@@ -45,8 +45,7 @@ class Variant(Spec):
     double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
     compute_dtype: DTYPES | None = Field(
         None,
-        description="What 4-bit layers compute in. Empty: transformers' default, which follows the inputs unless they are "
-        "float16.",
+        description="What 4-bit layers compute in. Empty: the model's own dtype. (transformers' default, float32, is slow.)",
     )
     skip_modules: list[Text] = Field(
         default_factory=list,

@@ -97,7 +97,8 @@ def _finish(result: Result, folder: Path, run: str | None) -> State[Result]:
         summary.create_artifacts(result, track.run_url(run), str(report))
     except TameError as error:
         result = result.ended_by(error)
-    store.sweep()
+    if result.exit_code != 1:  # what a failed stage has finished is taken up by the next run
+        store.sweep()
     headline = summary.headline(result)
     if result.exit_code in (1, 2):
         return Failed(message=headline, data=result)

@@ -19,6 +19,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class KilledError(TameError):
+    """The process of an isolated call ended without a result: killed, or crashed."""
+
+
 class Pipe(logging.Handler):
     """Sends log records to the parent process."""
 
@@ -56,7 +60,7 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
             process.join()
         receiving.close()
     if outcome is None:
-        raise TameError(f"{what}: {_cause(process.exitcode)}")
+        raise KilledError(f"{what}: {_cause(process.exitcode)}")
     kind, value = outcome
     if kind == "error":
         raise value
@@ -81,8 +85,8 @@ def _listen(receiving: Connection) -> tuple[str, Any] | None:
 def _cause(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
         return (
-            "its process was killed (SIGKILL), most likely for want of memory; free some, or lower evaluate.batch_size "
-            "or evaluate.window"
+            "its process was killed (SIGKILL), most likely for want of memory; free some, or ask for less at a time "
+            "(evaluate.batch_size, evaluate.window, --workers)"
         )
     if exitcode is not None and exitcode < 0:
         return f"its process crashed ({signal.Signals(-exitcode).name}); run it with --debug to see where"

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
+from tasks.isolate import KilledError
 
 log = logging.getLogger("tame.store")
 
@@ -110,12 +111,12 @@ def build(
         except OSError as error:
             _remove(partial)
             raise TameError(_os_error(error, place.parent)) from error
-        except Exception:
-            _remove(partial)
-            raise
-        except BaseException:  # stopped by hand: as when killed, what is there is taken up again
+        except (KilledError, KeyboardInterrupt):  # what is finished is taken up by the next run
             if not keep_partial:
                 _remove(partial)
+            raise
+        except BaseException:
+            _remove(partial)
             raise
     return artifact, False
 

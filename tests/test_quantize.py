@@ -22,6 +22,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def variant_of(method: str, **options: Any) -> Variant:
+    if method != "int8":
+        options.setdefault("compute_dtype", "float32")  # what transformers writes when it is not told
     return Variant(method=method.removesuffix("-dq"), double_quant=method.endswith("-dq"), **options)
 
 
@@ -213,6 +215,9 @@ def test_config_keeps_what_it_had(tiny_llama: Path, tmp_path: Path) -> None:
     quantized(tiny_llama, tmp_path / "mine", variant_of("fp4", compute_dtype="bfloat16"))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny_llama, tmp_path / "mine"))
     assert after.pop("quantization_config")["bnb_4bit_compute_dtype"] == "bfloat16"
+    quantized(tiny_llama, tmp_path / "own", Variant(method="nf4"))
+    own = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert own["quantization_config"]["bnb_4bit_compute_dtype"] == own["dtype"] == "bfloat16"
     assert after == before
 
 

@@ -14,7 +14,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Variant
 from tasks import store
 from tasks.device import pick
-from tasks.isolate import isolated
+from tasks.isolate import KilledError, isolated
 from tasks.progress import Progress, show
 from tasks.quantize.source import check_source
 from tasks.quantize.stage import Quantized, summarize
@@ -80,6 +80,8 @@ def quantize_folder(
                 files |= made["digests"]
                 partial.rename(out)
                 _fsync(out.parent)
+            except KilledError:  # what is finished is taken up by the next run
+                raise
             except (TameError, OSError):
                 shutil.rmtree(partial, ignore_errors=True)
                 raise

@@ -41,7 +41,7 @@ def skeleton(
                 # transformers forgets what it would skip by itself as soon as a list is given, so both are given.
                 skip = sorted({*get_keys_to_not_convert(model), *variant.skip_modules})
                 _check_skips(model, variant, folder)
-            quantizer = AutoHfQuantizer.from_config(_bnb_config(variant, skip), pre_quantized=False)
+            quantizer = AutoHfQuantizer.from_config(_bnb_config(variant, skip, dtype), pre_quantized=False)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[])
     except TameError:
         raise
@@ -129,18 +129,18 @@ def _building(cls: Any, dtype: torch.dtype) -> ExitStack:
     return stack
 
 
-def _bnb_config(variant: Variant, skip: list[str] | None) -> Any:
+def _bnb_config(variant: Variant, skip: list[str] | None, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if variant.method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    compute = {"bnb_4bit_compute_dtype": variant.compute_dtype} if variant.compute_dtype else {}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=variant.method,
         bnb_4bit_use_double_quant=variant.double_quant,
+        # transformers' own default is float32, which is what such a checkpoint then computes in, at a fraction of the speed.
+        bnb_4bit_compute_dtype=variant.compute_dtype or dtype,
         llm_int8_skip_modules=skip,
-        **compute,
     )
 
 
