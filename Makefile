@@ -40,6 +40,7 @@ $(READY):
 	@echo "Installing tame and its pinned dependencies into $(VENV) (2 GB, a few minutes, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --no-compile -c constraints.txt -e ".[dev,sign]"
+	@$(BIN)/python -m compileall -q -j 0 -x '/(tests?|testing/_internal|benchmarks?)/' $(VENV)/lib >/dev/null || true  # both cores; pip uses one
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(DEMO): $(READY)
