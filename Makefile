@@ -7,6 +7,10 @@ READY := $(VENV)/.ready-$(PINS)
 DEMO := $(VENV)/.demo-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# Bytecode is written when a module is first imported, not for all that pip installs; where that is switched off, every
+# process would compile torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test e2e lint format up bench clean
 
 demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
@@ -40,7 +44,6 @@ $(READY):
 	@echo "Installing tame and its pinned dependencies into $(VENV) (2 GB, a few minutes, once) …"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --no-compile -c constraints.txt -e ".[dev,sign]"
-	@$(BIN)/python -m compileall -q -j 0 -x '/(tests?|testing/_internal|benchmarks?)/' $(VENV)/lib >/dev/null || true  # both cores; pip uses one
 	@rm -f $(VENV)/.ready-* && touch $@
 
 $(DEMO): $(READY)

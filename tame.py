@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.set)
     from tasks.plan import preflight
-    from tasks.store import home
+    from tasks.result import folder_of
 
-    out = Path(options.out) if options.out else home() / "runs" / recipe.name
+    out = folder_of(recipe, options.out)
     for warning in preflight(recipe, out).warnings:
         log.warning("%s", warning)
     from tasks.local import release_here
@@ -61,9 +61,9 @@ def plan(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.set)
     from tasks.plan import describe
-    from tasks.store import home
+    from tasks.result import folder_of
 
-    lines = describe(recipe, Path(options.out) if options.out else home() / "runs" / recipe.name)
+    lines = describe(recipe, folder_of(recipe, options.out))
     width = max(len(what) for what, _ in lines)
     print("\n".join(f"{what:<{width}}  {how}" for what, how in lines))
     return 0

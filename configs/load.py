@@ -1,5 +1,6 @@
 """From a recipe file and `--set` options to a Recipe, or to one line that says what is wrong and where."""
 
+import datetime
 import difflib
 import re
 from pathlib import Path
@@ -99,13 +100,14 @@ def _apply(recipe: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key.strip():
         raise BadInputError(f"--set {setting}: expected KEY=VALUE, such as gate.max_mean_kl=0.2")
-    value = _parse(text, f"--set {key}")
+    # A template such as {model}-{variant} begins like a YAML mapping, and is none.
+    value = text if re.match(r"\{(model|variant|name)\}", text) else _parse(text, f"--set {key}")
     *parents, last = key.strip().split(".")
     at: Any = recipe
-    for done, part in enumerate(parents):
+    for done, (part, following) in enumerate(zip(parents, [*parents[1:], last], strict=True)):
         if isinstance(at, dict):
-            # A section that is absent, or null, is made: setting one of its keys is asking for it.
-            at[part] = at = at[part] if at.get(part) is not None else {}
+            # A section or list that is absent, or null, is made: setting something in it is asking for it.
+            at[part] = at = at[part] if at.get(part) is not None else [] if following == "0" else {}
         else:
             at = at[_index(at, part, key, ".".join(parents[:done]))]
     if isinstance(at, dict):
@@ -136,7 +138,11 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    hint = "; write it in quotes" if item["type"] == "string_type" and isinstance(value, int | float) else ""
+    hint = (
+        "; write it in quotes"
+        if item["type"] == "string_type" and isinstance(value, int | float | datetime.date)
+        else ""
+    )
     return f"{where} is {_short(value)}: {message[0].lower()}{message[1:]}{hint}"
 
 

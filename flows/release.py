@@ -1,5 +1,6 @@
 """One recipe, from download to published: the flow that tame is."""
 
+import contextlib
 from pathlib import Path
 
 from prefect import flow
@@ -95,8 +96,10 @@ def _finish(result: Result, folder: Path, run: str | None) -> State[Result]:
         report = results.write_file(folder / "report.html", render(result))
         track.track_task("release", result, run, report, final=True)
         summary.create_artifacts(result, track.run_url(run), str(report))
-    except TameError as error:
+    except Exception as error:
         result = result.ended_by(error)
+        with contextlib.suppress(TameError):
+            results.write(result, folder)
     if result.exit_code != 1:  # what a failed stage has finished is taken up by the next run
         store.sweep()
     headline = summary.headline(result)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def up(host: str) -> int:
         processes.append(worker)
         _wait_deployed(f"{prefect}/api", worker, logs / "worker.log")
         print(f"Prefect  {prefect}/deployments   (a recipe, then Run: the form is the recipe)")
-        print(f"MLflow   {mlflow}")
+        print(f"MLflow   {re.sub(r'//[^/@]*@', '//', mlflow)}")
         print(f"logs     {logs}\nCtrl-C stops all.", flush=True)
         while all(process.poll() is None for process in processes):
             time.sleep(0.5)

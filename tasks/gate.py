@@ -41,8 +41,10 @@ def judge(metrics: dict[str, float], gate: Gate) -> Verdict:
             checks.append(
                 (name.removesuffix("_difference") + " drop", None if low is None else -low, gate.max_task_drop, False)
             )
-        if not differences:
-            checks.append(("task drop", None, gate.max_task_drop, False))
+        tasks = {name.split("/")[1] for name in metrics if name.startswith("task/")}
+        paired = {name.split("/")[1] for name in differences}
+        for task in sorted(tasks - paired) if tasks else [None]:
+            checks.append((f"task/{task} drop" if task else "task drop", None, gate.max_task_drop, False))
     reasons, kept = [], []
     for name, value, limit, at_least in checks:
         sign, broken = ("≥", "<") if at_least else ("≤", ">")

@@ -97,10 +97,12 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
         card={key: card.get(key) for key in INHERITED if hasattr(card, "get") and card.get(key)},
         gated=bool(info.gated),
     )
-    place = _memory(repo, found.commit)
-    if not place.exists():
+    if remembered(repo, found.commit) is None:
+        place = _memory(repo, found.commit)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(found.model_dump_json())
+        beside = place.with_name(f".{place.name}.{os.getpid()}")
+        beside.write_text(found.model_dump_json())
+        beside.replace(place)
     return found
 
 

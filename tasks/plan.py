@@ -62,6 +62,8 @@ def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
 
 def _preflight(recipe: Recipe, out: Path) -> Plan:
     path = local_path(recipe.source.model)
+    for place in (out, store.home()):
+        writable(place)
     from tasks.evaluate.definitions import check_tasks
     from tasks.evaluate.text import check_text, load_text
     from tasks.publish import preflight as preflight_publish
@@ -83,8 +85,6 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
         raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
-    for place in (out, store.home()):
-        writable(place)
     pick()
     return Plan(found=found, targets=where, tokens=tokens, warnings=warnings)
 

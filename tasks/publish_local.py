@@ -47,9 +47,12 @@ def put(
             wanted[SIGNATURE] = in_memory((target / SIGNATURE).read_bytes())
         elif sign:
             wanted[SIGNATURE] = in_memory(sign(wanted))
+        partial = target.parent / f".{target.name}.partial"
+        if target.exists():  # what a killed run left; without a target, the old one may be all there is
+            for rubbish in (partial, target.parent / f".{target.name}.old"):
+                shutil.rmtree(rubbish, ignore_errors=True)
         if there == {name: file.sha256 for name, file in wanted.items()}:
             return []
-        partial = target.parent / f".{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             _fill(partial, wanted, progress)

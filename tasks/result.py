@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
@@ -270,6 +271,9 @@ def write_file(path: Path, text: str) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*"):
+            if not psutil.pid_exists(int(left.suffix[1:])):  # its writer was killed
+                left.unlink(missing_ok=True)
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:

@@ -6,6 +6,7 @@ TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that 
 TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -196,7 +197,9 @@ def sha256_file(path: Path) -> str:
     path = path.resolve(strict=True)
     before = path.stat()
     identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-    with _known_digests() as known:
+    row = None
+    # The table only saves reading: without it, or with a damaged one, everything is read.
+    with contextlib.suppress(sqlite3.Error), _known_digests() as known:
         row = known.execute(
             "SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))
         ).fetchone()
@@ -207,7 +210,7 @@ def sha256_file(path: Path) -> str:
     after = path.stat()
     settled = time.time_ns() - max(after.st_ctime_ns, after.st_mtime_ns) > 2_000_000_000
     if settled and identity == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
-        with _known_digests() as known:
+        with contextlib.suppress(sqlite3.Error), _known_digests() as known:
             known.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (str(path), repr(identity), digest))
     return digest
 

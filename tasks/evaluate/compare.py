@@ -10,7 +10,7 @@ import numpy as np
 from configs.errors import TameError
 from tasks.evaluate.statistics import interval, mcnemar
 
-STAGE = 1
+STAGE = 2
 RESULT = "evaluation.json"
 FEW_WINDOWS = 10
 Metrics = dict[str, float]
@@ -169,10 +169,14 @@ def _pair(
         )
     names = [metric for metric in next(iter(ours.values()), {}) if metric not in ("doc_id", "doc_hash", "filter")]
     first = True
-    for metric in names:
-        pairs = np.array([(ours[key].get(metric, np.nan), theirs[key].get(metric, np.nan)) for key in ours], np.float64)
+    # A task may judge each answer by several filters; lm-eval gives a sample for each, and they are not other items.
+    filters = list(dict.fromkeys(row["filter"] for row in ours.values()))
+    for metric, only in ((metric, only) for metric in names for only in filters):
+        keys = [key for key in ours if ours[key]["filter"] == only]
+        pairs = np.array([(ours[key].get(metric, np.nan), theirs[key].get(metric, np.nan)) for key in keys], np.float64)
         if not np.isin(pairs, (0, 1)).all():
             continue
+        metric = metric if len(filters) == 1 else f"{metric},{only}"
         difference = pairs[:, 0] - pairs[:, 1]
         lost, won = int((difference < 0).sum()), int((difference > 0).sum())
         _put(metrics, f"task/{name}/{metric}_difference", difference, seed)

@@ -19,7 +19,7 @@ from tasks.evaluate.text import dataset_commit
 from tasks.isolate import isolated
 
 BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas", "webdataset", "imagefolder", "audiofolder", "xml")
-STAGE = 1
+STAGE = 2
 
 
 class Definition(BaseModel):
@@ -191,13 +191,11 @@ def _definition(entry: Any, base: Path, own: bool) -> dict[str, Any]:
         for name in ([value] if isinstance(value, str) else value)
     ]
     if isinstance(dataset, str) and dataset not in BUILDERS and Path(dataset).exists():
-        files, dataset = [*files, str(Path(dataset).absolute())], None
+        files, dataset = [*files, dataset], None
     remote = isinstance(dataset, str) and dataset not in BUILDERS
     return {
         "folder": top,
         "dataset": dataset if remote else None,
         "revision": kwargs.get("revision") if remote else None,
-        "files": []
-        if remote
-        else [str(Path(name).absolute()) for name in files if isinstance(name, str) and "://" not in name],
+        "files": [] if remote else [name for name in files if isinstance(name, str) and "://" not in name],
     }

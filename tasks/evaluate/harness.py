@@ -173,7 +173,8 @@ def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, samples: Any) -> dict
     again = _evaluate(loaded, _load_tasks(work, spec), 1 if spec.batch_size > 1 else 2, limit)["samples"]
     floors = {}
     for name, items in again.items():
-        metric = items[0]["metrics"][0]
+        metric, only = items[0]["metrics"][0], items[0]["filter"]
+        items = [item for item in items if item["filter"] == only]
         before = {(item["doc_id"], item["filter"]): item.get(metric) for item in samples[name]}
         flips = int(sum(before[item["doc_id"], item["filter"]] != item.get(metric) for item in items))
         floors[name] = {"items": len(items), "flips": flips}

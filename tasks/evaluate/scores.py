@@ -44,6 +44,9 @@ def score_baseline(
         BadInputError: less than one window of text, or a text whose hidden states would not fit.
         TameError: logits that are not finite, or no memory for one window.
     """
+    positions_known = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions_known and window > positions_known:  # of a .gguf, it is not known before
+        raise BadInputError(f"evaluate.window {window}: the model takes {positions_known} tokens at most; lower it")
     tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
     np.save(folder / TOKENS, tokens)
     head, notes = _checked_head(loaded, tokens), list(loaded.notes)

@@ -91,7 +91,10 @@ def _count(text: str, folder: Path) -> int:
         from tokenizers import Tokenizer
 
         try:
-            return len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()  # some are saved with it; transformers switches it off, too
+            tokenizer.no_padding()
+            return len(tokenizer.encode(text).ids)
         except Exception as error:
             raise BadInputError(
                 f"{folder / 'tokenizer.json'}: not a tokenizer ({_line(error)}); download it again"

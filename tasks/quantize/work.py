@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def work(
     files = shards(out, layout.outputs, max_shard_size, growing)
     stats = {name: (source / name).stat() for name in {tensor.file for tensor in tensors.values()}}
     identity = [
-        {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+        {
+            name: (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            for name, stat in stats.items()
+        },
+        {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "safetensors")},
         [(shard.path.name, shard.data, shard.at) for shard in files],
         [(job.source, str(job.dtype), job.parts) for job in layout.jobs],
         variant.model_dump(mode="json", exclude={"name"}),
