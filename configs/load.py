@@ -104,7 +104,7 @@ def _apply(recipe: dict[str, Any], setting: str) -> None:
     value = text if re.match(r"\{(model|variant|name)\}", text) else _parse(text, f"--set {key}")
     *parents, last = key.strip().split(".")
     at: Any = recipe
-    for done, (part, following) in enumerate(zip(parents, [*parents[1:], last], strict=True)):
+    for done, (part, following) in enumerate(zip(parents, [*parents, last][1:], strict=True)):
         if isinstance(at, dict):
             # A section or list that is absent, or null, is made: setting something in it is asking for it.
             at[part] = at = at[part] if at.get(part) is not None else [] if following == "0" else {}

@@ -26,6 +26,7 @@ os.environ |= {
 (_ROOT / "home").mkdir()
 
 import shutil  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -50,6 +51,17 @@ def tame_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty TAME_HOME for this test alone."""
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "tame-home"))
     return tmp_path / "tame-home"
+
+
+@pytest.fixture(scope="session")
+def prefect_url() -> Iterator[str]:
+    """The API of a real Prefect server, one for the session."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    server.start(timeout=120)
+    yield server.api_url
+    server.stop()
 
 
 @pytest.fixture(scope="session")

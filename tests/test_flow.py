@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,6 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
-
-
-@pytest.fixture(scope="module")
-def prefect_url() -> Iterator[str]:
-    """A real Prefect server for all runs of this file."""
-    from prefect.server.api.server import SubprocessASGIServer
-
-    server = SubprocessASGIServer()
-    server.start(timeout=120)
-    yield server.api_url
-    server.stop()
 
 
 class Place:

@@ -30,16 +30,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tame_home: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def prefect_url() -> Iterator[str]:
-    from prefect.server.api.server import SubprocessASGIServer
-
-    server = SubprocessASGIServer()
-    server.start(timeout=120)
-    yield server.api_url
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in nf4, as transformers itself saves it."""
     import torch
@@ -85,7 +75,11 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
         first, second = release(), release()
         assert (first.name, second.name) == ("Completed", "Cached")
         assert second.result().commit == first.result().commit == hub.model(SPEC.repo).at("main")
-        body = {"filter": {"event": {"name": ["prefect.asset.materialization.succeeded"]}}}
+        wanted = {
+            "event": {"name": ["prefect.asset.materialization.succeeded"]},
+            "resource": {"id": [f"{hub.url}/{SPEC.repo}"]},
+        }
+        body = {"filter": wanted}
         for _ in range(100):
             found = httpx.post(f"{prefect_url}/events/filter", json=body).json()["events"]
             if found:

@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from tests.hub import Hub
-from tests.test_flow import ROOT, TEXT, prefect_url
+from tests.test_flow import ROOT, TEXT
 
 pytestmark = pytest.mark.e2e
-__all__ = ["prefect_url"]  # the fixture
 
 BASE_CARD = "---\nlicense: mit\nlanguage: [en]\n---\n# Base\n\nIt wins every benchmark.\n"
 VARIANTS = ("int8", "nf4")

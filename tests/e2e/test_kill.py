@@ -8,10 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_flow import Place, numbers, prefect_url
+from tests.test_flow import Place, numbers
 
 pytestmark = pytest.mark.e2e
-__all__ = ["prefect_url"]  # the fixture
 
 
 def left_running(place: Place) -> list[str]:
