@@ -3,6 +3,7 @@
 import logging
 import logging.handlers
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -115,6 +116,7 @@ def _child(
         outcome = ("error", _picklable(error))
     sending.send(outcome)
     sending.close()
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # gives back semaphores
     # Everything is written and sent: the interpreter's slow farewell to torch's threads and memory has nothing to add.
     sys.stdout.flush()
     sys.stderr.flush()

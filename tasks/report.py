@@ -6,15 +6,20 @@ untrusted text; Jinja escapes it, and only http(s) addresses become links.
 
 import json
 from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
-from tasks import evidence, plots, summary
+from tasks import evidence, plots, store, summary
 from tasks.result import Measured, Result, ResultVariant
 from tasks.runs import COLUMNS
 
 ANSWER = 2000
 """Characters of an answer that are shown; more of it says little and could fill the page."""
+
+
+COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
 
 
 def render(result: Result) -> str:
@@ -24,20 +29,16 @@ def render(result: Result) -> str:
     baseline = result.baseline.metrics if result.baseline else {}
     increase = gate.get("max_perplexity_increase")
     limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
-    cost = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
+    quality, cost = _drawn(result, limit)
     return _page(
         "report.html",
         result=result,
         name=result.source.model.rstrip("/").rsplit("/", 1)[-1],
         measured=measured,
         metrics=summary.points([row.metrics for row in measured]),
-        quality=[
-            plots.size_against(result, "kl_mean", gate.get("max_mean_kl")),
-            plots.size_against(result, "perplexity", limit),
-            plots.windows(result),
-        ],
+        quality=quality,
         machine=_machine(result),
-        cost=[(summary.label(name), plots.bars(result, name)) for name in cost],
+        cost=[(summary.label(name), plot) for name, plot in zip(COST, cost, strict=True)],
         answers=_answers(result),
         flips=_flips(result),
         left=_left(result),
@@ -47,6 +48,35 @@ def render(result: Result) -> str:
         seconds=f"{result.seconds / 60:.1f} minutes" if result.seconds >= 120 else f"{result.seconds:.0f} s",
         started=datetime.fromisoformat(result.started).strftime("%-d %B %Y, %H:%M UTC"),
     )
+
+
+def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any]]:
+    """The plots of quality and of cost, drawn once for equal numbers: drawing takes longer than all else of a cached run."""
+
+    def draw() -> list[Any]:
+        maximum = (result.recipe.get("gate") or {}).get("max_mean_kl")
+        quality = [plots.size_against(result, "kl_mean", maximum), plots.size_against(result, "perplexity", limit)]
+        return [*quality, plots.windows(result), *(plots.bars(result, name) for name in COST)]
+
+    def make(folder: Path) -> store.Made:
+        (folder / "plots.json").write_text(json.dumps(draw()))
+        return store.Made()
+
+    shown = [
+        (row.name, summary.verdict(row), sorted(row.metrics.items()), row.evidence) for row in summary.rows(result)
+    ]
+    inputs = {
+        "stage": 1,
+        "matplotlib": version("matplotlib"),
+        "gate": repr(result.recipe.get("gate")),
+        "shown": repr(shown),
+    }
+    try:
+        artifact, _ = store.build("plots", inputs, make)
+        drawn = json.loads((Path(artifact.path) / "plots.json").read_bytes())
+    except TameError:  # a store that is full is no reason to show nothing
+        drawn = draw()
+    return drawn[:3], drawn[3:]
 
 
 def history(model: str | None = None) -> str:

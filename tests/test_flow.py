@@ -70,6 +70,8 @@ def built(place: Place) -> dict[str, set[str]]:
     kinds: dict[str, set[str]] = {}
     for folder in (place.folder / "home" / "artifacts").glob("[!.]*"):
         kind, key = folder.name.rsplit("-", 1)
+        if kind == "plots":  # drawn again when a limit changes
+            continue
         kinds.setdefault(kind, set()).add(key)
     return kinds
 
