@@ -78,7 +78,7 @@ def built(place: Place) -> dict[str, set[str]]:
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What must be equal between two runs of the same thing: digests, and metrics that are no timings."""
-    timed = ("second", "peak_memory")
+    timed = ("second", "peak_")
     return {
         v["name"]: (v["artifact"]["digest"], {k: m for k, m in v["metrics"].items() if not any(t in k for t in timed)})
         for v in result["variants"]
