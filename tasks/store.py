@@ -297,7 +297,7 @@ def _seal(kind: str, inputs: dict[str, Any], partial: Path, place: Path, made: M
     unhashed = [name for name in names if name not in made.digests]
     digests = {**sha256_files(files, unhashed), **{name: made.digests[name] for name in names if name in made.digests}}
     for name in names:
-        _fsync(files / name)
+        fsync(files / name)
     stats = {name: (files / name).stat() for name in names}
     artifact = Artifact(
         kind=kind,
@@ -315,9 +315,9 @@ def _seal(kind: str, inputs: dict[str, Any], partial: Path, place: Path, made: M
     manifest = partial / "manifest.json"
     manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}))
     for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, partial):
-        _fsync(path)
+        fsync(path)
     partial.rename(place)
-    _fsync(place.parent)
+    fsync(place.parent)
     return artifact
 
 
@@ -325,7 +325,8 @@ def _walk(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if not path.is_dir())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

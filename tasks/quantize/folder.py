@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import os
 import re
 import shutil
 import time
@@ -75,11 +74,11 @@ def quantize_folder(
                     _forward(partial, chosen, variant, trust_remote_code)
                 names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
                 for name in [*names, "."]:
-                    _fsync(partial / name)
+                    store.fsync(partial / name)
                 files = store.sha256_files(partial, [name for name in names if name not in made["digests"]])
                 files |= made["digests"]
                 partial.rename(out)
-                _fsync(out.parent)
+                store.fsync(out.parent)
             except KilledError:  # what is finished is taken up by the next run
                 raise
             except (TameError, OSError):
@@ -130,11 +129,3 @@ def parse_size(text: str) -> int:
     if not found or float(found[1]) <= 0:
         raise BadInputError(f"--max-shard-size {text!r} is not a size; write it as 500MB or 5GB")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-def _fsync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
