@@ -4,6 +4,7 @@ Values are taken strictly (`"2048"` is not a number, `1` is not `true`), unknown
 its bounds here, so that nothing further down needs to check them again.
 """
 
+import hashlib
 import re
 from typing import Annotated, Literal, Self
 
@@ -249,3 +250,100 @@ class Recipe(Spec):
         if self.publish.to != "nowhere" and several and "{variant}" not in self.publish.repo:
             raise ValueError(f"publish.repo {self.publish.repo!r} is the same for every variant; put {{variant}} in it")
         return self
+
+
+Models = Annotated[list[Text], Field(min_length=1, max_length=10_000)]
+Device = Literal["auto", "gpu", "cpu"]
+DEVICE = (
+    "Where releases run: gpu sends each to the smallest GPU that it fits on, cpu to workers without one, auto to GPUs if the "
+    "work pool has any."
+)
+
+
+class Template(Spec):
+    """A recipe without its model: what watch and sweep do with each of theirs."""
+
+    revision: Text = Field("main", description="Branch or tag of a Hub repo.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the models' repos contain. Leave off unless you have read that code."
+    )
+    variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of each model.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="What to measure.")
+    gate: Gate = Field(default_factory=Gate, description="What a variant must keep to be published.")
+    publish: Publish = Field(default_factory=Publish, description="Where it goes.")
+    track: Track = Field(default_factory=Track, description="Where the numbers are logged.")
+
+    def recipe(self, model: str, revision: str | None = None, variant: Variant | None = None) -> Recipe:
+        """The recipe for `model`, pinned to `revision` if one is given, of all variants or of one alone."""
+        variants = [variant] if variant else self.variants
+        label = f"-{variant.label}" if variant else ""
+        source = Source(model=model, revision=revision or self.revision, trust_remote_code=self.trust_remote_code)
+        rest = {key: getattr(self, key) for key in ("evaluate", "gate", "publish", "track")}
+        return Recipe(name=_name(f"{model}{label}"), source=source, variants=variants, **rest)
+
+    @model_validator(mode="after")
+    def _is_a_recipe(self) -> Self:
+        self.recipe("model")
+        return self
+
+
+class Watch(Spec):
+    """Models that are released again whenever they have moved."""
+
+    models: Models = Field(
+        description="Hub repos, local folders, or patterns of either: every repo of a namespace that matches is watched.",
+        examples=[["Qwen/Qwen3-1.7B", "me/my-fine-tune-*", "/data/fine-tunes/*"]],
+    )
+    recipe: Template = Field(description="What to do with a model that has moved.")
+    settle_seconds: int = Field(
+        120,
+        ge=0,
+        le=86_400,
+        description="A change younger than this is left to the next look, so that several in a row give one release.",
+    )
+    attempts: int = Field(3, ge=1, le=20, description="How often a release that fails is started for the same change.")
+    device: Device = Field("auto", description=DEVICE)
+
+    @model_validator(mode="after")
+    def _publishes_apart(self) -> Self:
+        _check_repo(self.models, self.recipe)
+        return self
+
+
+class Sweep(Spec):
+    """Models times variants, each released by a run of its own, and compared at the end."""
+
+    name: Name = Field(description="Names the leaderboard, and the MLflow experiment.", examples=["small-models"])
+    models: Models = Field(
+        description="Hub repos and local folders.", examples=[["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"]]
+    )
+    recipe: Template = Field(description="What to do with each model; every variant becomes a run.")
+    limit: int | None = Field(None, ge=1, description="Runs that wait or work at a time; empty: all at once.")
+    device: Device = Field("auto", description=DEVICE)
+
+    @model_validator(mode="after")
+    def _publishes_apart(self) -> Self:
+        _check_repo(self.models, self.recipe)
+        if pattern := next((model for model in self.models if is_pattern(model)), None):
+            raise ValueError(f"models has the pattern {pattern!r}; a sweep takes models by name")
+        return self
+
+
+def is_pattern(model: str) -> bool:
+    """Whether `model` stands for all that match it."""
+    return any(character in model for character in "*?[")
+
+
+def _check_repo(models: list[str], template: Template) -> None:
+    if len(set(models)) != len(models):
+        raise ValueError(f"models has {next(m for m in models if models.count(m) > 1)!r} twice")
+    several = len(models) > 1 or is_pattern(models[0])
+    publish = template.publish
+    if publish.to != "nowhere" and several and not re.search(r"\{(model|name)\}", publish.repo):
+        raise ValueError(f"recipe.publish.repo {publish.repo!r} is the same for every model; put {{model}} in it")
+
+
+def _name(text: str) -> str:
+    """`text` as a `Name`: me/my-model is me--my-model; what is too long ends in a digest."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.strip("/").replace("/", "--")).strip("-._") or "model"
+    return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
