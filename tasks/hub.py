@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class RepoInfo(BaseModel):
     gated: bool
     card: dict[str, Any] = {}
     """What of its card's front matter a card of a model made from it inherits."""
+    modified: datetime | None = None
+    """When the commit was made."""
 
 
 class CachedRepo(BaseModel):
@@ -96,6 +99,7 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
         licence=licence if isinstance(licence, str) else None,
         card={key: card.get(key) for key in INHERITED if hasattr(card, "get") and card.get(key)},
         gated=bool(info.gated),
+        modified=info.last_modified,
     )
     if remembered(repo, found.commit) is None:
         place = _memory(repo, found.commit)
@@ -104,6 +108,15 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
         beside.write_text(found.model_dump_json())
         beside.replace(place)
     return found
+
+
+def list_models(owner: str) -> dict[str, tuple[str, datetime | None]]:
+    """The commit of each model repo of `owner` that the token may see, and when it was made: a request for some hundreds."""
+    from huggingface_hub import HfApi
+
+    with explained(owner, "main"):
+        found = list(HfApi(endpoint=endpoint()).list_models(author=owner, expand=["sha", "lastModified"]))
+    return {info.id: (str(info.sha), info.last_modified) for info in found}
 
 
 def remembered(repo: str, commit: str) -> RepoInfo | None:

@@ -170,6 +170,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", rf"{R}/discussions/(\d+)/merge", FilePages.merge),
     ("POST", rf"{R}/discussions/(\d+)/status", FilePages.status),
     ("GET", rf"{R}/auth-check(/write)?", FilePages.auth_check),
+    ("GET", r"/api/models", FilePages.models),
     ("GET", rf"{R}/revision/([^/]+)", FilePages.info),
     ("GET", r"/api/(models|datasets|spaces)/([^/]+/[^/]+)()", FilePages.info),
     ("POST", rf"{G}\.git/info/lfs/objects/batch", FilePages.lfs_batch),

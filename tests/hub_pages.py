@@ -79,12 +79,38 @@ class Pages(Handler):
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
-                "lastModified": DATE,
+                "lastModified": repo.dates[commit].isoformat(timespec="milliseconds").replace("+00:00", "Z"),
                 "createdAt": DATE,
                 "siblings": siblings,
             }
             | ({"cardData": front_matter(repo.commits[commit])} if "README.md" in repo.commits[commit] else {}),
         )
+
+    def models(self) -> None:
+        """A page of ten, so that there is a second one."""
+        [author] = self.query["author"]
+        start = int(self.query.get("cursor", ["0"])[0])
+        who = self._who()
+        with self.hub.lock:
+            seen = [
+                repo
+                for (kind, name), repo in sorted(self.hub.repos.items())
+                if kind == "models" and name.startswith(f"{author}/")
+            ]
+        seen = [repo for repo in seen if not repo.private or (who and self._may(repo.id, write=False))]
+        page = [
+            {
+                "id": repo.id,
+                "modelId": repo.id,
+                "sha": repo.at("main"),
+                "lastModified": repo.dates[str(repo.at("main"))]
+                .isoformat(timespec="milliseconds")
+                .replace("+00:00", "Z"),
+            }
+            for repo in seen[start : start + 10]
+        ]
+        more = f'<{self.hub.url}/api/models?author={author}&cursor={start + 10}>; rel="next"'
+        raise Answer(200, page, **({"Link": more} if start + 10 < len(seen) else {}))
 
     def tree(self, kind: str, repo_id: str, revision: str, folder: str) -> None:
         repo = self._repo(kind, repo_id)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import re
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Repo:
     """(commit, ref, message), in order."""
     refs: dict[str, str] = field(default_factory=dict)
     discussions: list[dict[str, Any]] = field(default_factory=list)
+    dates: dict[str, datetime] = field(default_factory=dict)
+    """When each commit was made."""
 
     def at(self, revision: str) -> str | None:
         """The commit that a branch, tag, pull request or commit names."""
@@ -53,6 +56,7 @@ class Repo:
         oid = hashlib.sha1(content.encode()).hexdigest()
         self.commits[oid], self.refs[ref] = files, oid
         self.log.append((oid, ref, message))
+        self.dates[oid] = datetime.now(UTC)
         return oid
 
 
