@@ -1,0 +1,18 @@
+"""Which models have moved since they were released? Those are released again, each by a run of its own."""
+
+from prefect import flow
+from prefect.runtime import deployment
+from prefect.states import State
+
+from configs.schema import Watch
+from tasks import watch as looks
+
+
+@flow(name="watch")
+def watch(spec: Watch) -> State[list[looks.Row]]:
+    """Look at every model, and start a release of each that has changed since the last one: once a change.
+
+    Args:
+        spec: What to watch, and what to do with a model that has moved.
+    """
+    return looks.finish(looks.watch_task(spec), deployment.get_name() or "watch")
