@@ -9,6 +9,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import TextSource
+from tasks.evaluate.load import Loaded
 from tasks.evaluate.text import load_text
 from tests.models import VOCABULARY, tiny
 
@@ -236,3 +237,24 @@ def test_the_fused_comparison_is_the_plain_one() -> None:
         for pair in ((before, targets), (after, targets, before, log_sum)):
             for plain, ours in zip(forward.compare(*pair), fused.compare(*pair), strict=True):
                 assert torch.allclose(plain.float(), ours.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_product_made_in_float32_is_the_16_bit_one(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from tasks.evaluate import wide
+
+    kind = getattr(torch, dtype)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(576, 1024, dtype=kind)
+    values = torch.randn(64, 576, dtype=kind)
+    own = layer(values)
+    monkeypatch.setattr(wide, "_native", lambda name: False)
+    assert wide.slow(layer.weight)
+    assert not wide.slow(layer.weight.float())
+    wide.widen(Loaded(torch.nn.Sequential(layer), None, "cpu", dtype, "not quantized", 0.0))
+    ours = layer(values)
+    assert ours.dtype == kind
+    assert (ours != own).float().mean() < 0.02  # the order of the sum decides a rounding now and then
+    torch.testing.assert_close(ours, own)

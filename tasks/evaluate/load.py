@@ -1,5 +1,6 @@
 """A checkpoint, loaded as its users will load it, and what measuring it needs: its body, its head, its memory."""
 
+import functools
 import json
 import logging
 import sys
@@ -184,6 +185,8 @@ def dequantize(loaded: Loaded) -> None:
     import bitsandbytes as bnb
 
     model, dtype = loaded.model, loaded.model.dtype
+    from tasks.evaluate.wide import slow
+
     layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if not layers or len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
         return
@@ -203,7 +206,7 @@ def dequantize(loaded: Loaded) -> None:
         del layer.weight
     short = str(dtype).removeprefix("torch.")
     loaded.weights = f"4-bit weights dequantized once to {short}"
-    if computes != {dtype}:
+    if computes != {dtype} and not slow(next(model.parameters())):
         loaded.weights += (
             f" and multiplied in it (stored, they are multiplied in float32, or on CPUs with AVX512-BF16 in {short} with "
             "rounded scales)"
@@ -230,12 +233,22 @@ class Head:
         """Logits [rows, vocabulary] of `hidden` [rows, width], in the dtype of the model."""
         import torch
 
-        logits = torch.nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
+        weight, bias = self.factors
+        logits = torch.nn.functional.linear(hidden.to(weight.device, weight.dtype), weight, bias).to(self.weight.dtype)
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    @functools.cached_property
+    def factors(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Weight and bias as they are multiplied: in float32 where that is the same arithmetic, and quicker."""
+        from tasks.evaluate.wide import slow
+
+        if slow(self.weight) and self.weight.numel() * 4 < 0.3 * free_memory("cpu"):
+            return self.weight.float(), None if self.bias is None else self.bias.float()
+        return self.weight, self.bias
 
 
 def head_of(model: Any) -> Head | None:

@@ -62,6 +62,7 @@ def _measure(work: Work, progress: Progress) -> None:
     from tasks.evaluate.load import dequantize, load, repacked, reuse_memory
     from tasks.evaluate.scores import score_baseline, score_variant
     from tasks.evaluate.speed import answer_samples, measure_speed
+    from tasks.evaluate.wide import widen
 
     def told(what: str, done: int, total: int) -> None:
         progress(f"{work.label}: {what}", done, total)
@@ -80,6 +81,7 @@ def _measure(work: Work, progress: Progress) -> None:
         del loaded
         loaded = load(path, work.device, work.trust_remote_code)
     dequantize(loaded)
+    widen(loaded)
     if "scores" in folders:
         if work.baseline is None:
             assert work.text is not None
