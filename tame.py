@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--workers", type=_positive, help="tensors in flight; by default what the machine is good for")
-    command.add_argument("--max-shard-size", default="50GB", help="largest output file, such as 5GB")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="largest output file, such as 5GB; by default 256MB")
 
     command = add(evaluate, "measure a model, and nothing else")
     command.add_argument("model", metavar="MODEL", help="a folder, a .gguf or a Hub repo")

@@ -32,7 +32,7 @@ def quantize_folder(
     *,
     device: str = "auto",
     workers: int | None = None,
-    max_shard_size: str = "50GB",
+    max_shard_size: str | None = None,
     trust_remote_code: bool = False,
     forward: bool = True,
     progress: Progress = show,
@@ -49,7 +49,7 @@ def quantize_folder(
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInputError(f"{out}: exists and is not an empty folder; remove it or give another")
-    limit = parse_size(max_shard_size)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
     chosen = pick(device) if device != "cuda" else pick(device).partition(":")[0]  # cuda: all GPUs
     check_source(source)
     partial = out.parent / f".{out.name}.partial"

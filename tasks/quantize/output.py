@@ -18,6 +18,7 @@ NAMES = {
 }  # fmt: skip
 ORDER = list(NAMES)  # safetensors' enum of dtypes, backwards
 SLACK = 32  # bytes of header for a tensor whose length is not known yet
+SMALL, MANY = 256 * 10**6, 32  # a file is hashed, uploaded, and kept after a kill, as a whole: several are quicker
 
 
 class Shard:
@@ -89,8 +90,13 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
 
-def shards(folder: Path, tensors: dict[str, torch.Tensor], limit: int, growing: set[str]) -> list[Shard]:
-    """Split the tensors over files of at most `limit` bytes, in the order they have, as `save_pretrained` does."""
+def shards(folder: Path, tensors: dict[str, torch.Tensor], limit: int | None, growing: set[str]) -> list[Shard]:
+    """Split the tensors over files of at most `limit` bytes, in the order they have, as `save_pretrained` does.
+
+    Without a limit: files of 256 MB, or larger ones where that would be more than 32.
+    """
+    if limit is None:
+        limit = max(SMALL, sum(tensor.nbytes for tensor in tensors.values()) // MANY)
     groups: list[dict[str, torch.Tensor]] = []
     current: dict[str, torch.Tensor] = {}
     size = 0

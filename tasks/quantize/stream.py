@@ -8,13 +8,15 @@ import hashlib
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from configs.schema import Variant
+from tasks.device import cores
 from tasks.progress import Progress
 from tasks.quantize.journal import Journal
 from tasks.quantize.layout import Job
@@ -39,7 +41,7 @@ def stream(
 
     `meanwhile` is called when all files are complete, while the last one is hashed.
 
-    A file is hashed as soon as it is complete, while the next is made. Its first bytes are scales that need the last
+    A file is hashed as soon as it is complete, while others are made. Its first bytes are scales that need the last
     weights, so it cannot be hashed any earlier.
 
     Raises:
@@ -49,10 +51,8 @@ def stream(
     shards = {name: shard for shard in files for name in shard.tensors}
     jobs = [piece for job in jobs for piece in job.split(COPY)]
     waiting = Counter(shards[name].path for job in jobs for name in job.parts.values())
-    number = {shard.path: i for i, shard in enumerate(files)}
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    # File after file, so that they are complete one by one; in each, the largest first, so that no thread ends alone.
-    for job in sorted(jobs, key=lambda job: (number[shards[job.parts[""]].path], job.source.start - job.source.end)):
+    for job in _order(jobs, shards, files, workers):
         todo.put(job)
     total = sum(job.source.end - job.source.start for job in jobs)
     sofar = 0
@@ -91,7 +91,7 @@ def stream(
     try:
         for shard in files:
             shard.open()
-        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as hashing:
+        with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(max(1, min(8, cores() // 2))) as hashing:
             running = [pool.submit(work, number) for number in range(workers)]
             wait(running, return_when=FIRST_EXCEPTION)
             for future in running:
@@ -102,6 +102,21 @@ def stream(
         sources.close()
         for shard in files:
             shard.abandon()
+
+
+def _order(jobs: list[Job], shards: dict[str, Shard], files: list[Shard], several: int) -> Iterator[Job]:
+    """First tensors that fill a file alone, as they take longest to hash; then `several` files at a time, each with the
+    largest tensors first: the kernel lets one thread write to a file at a time, and no thread should end alone.
+    """
+    of_file: dict[Path, list[Job]] = {shard.path: [] for shard in files}
+    for job in sorted(jobs, key=lambda job: job.source.start - job.source.end):
+        of_file[shards[job.parts[""]].path].append(job)
+    alone = [shard.path for shard in files if len(shard.tensors) == 1]
+    rest = [shard.path for shard in files if len(shard.tensors) > 1]
+    groups = [*([path] for path in alone), *(rest[i : i + several] for i in range(0, len(rest), several))]
+    for group in groups:
+        for row in zip_longest(*(of_file[path] for path in group)):
+            yield from (job for job in row if job is not None)
 
 
 def _sha256(path: Path) -> str:

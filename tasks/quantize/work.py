@@ -2,13 +2,13 @@
 
 import gc
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
+from tasks.device import cores
 from tasks.progress import Progress, silent
 from tasks.quantize.source import carried_files, read_config, read_tensors
 
@@ -20,7 +20,7 @@ def work(
     *,
     device: str,
     workers: int | None = None,
-    max_shard_size: int = 50 * 10**9,
+    max_shard_size: int | None = None,
     names: list[str] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -43,8 +43,10 @@ def work(
     from tasks.quantize.stream import stream
     from tasks.quantize.verify import check_written
 
+    gc.freeze()  # what is there already need not be searched below
     layout = lay_out(source, variant, tensors, trust_remote_code)
     gc.collect()  # the model without weights is full of cycles
+    gc.unfreeze()
     growing = {name for name in layout.outputs if variant.double_quant and ".quant_state." in name}
     files = shards(out, layout.outputs, max_shard_size, growing)
     stats = {name: (source / name).stat() for name in {tensor.file for tensor in tensors.values()}}
@@ -97,8 +99,7 @@ def _devices(device: str) -> list[str]:
 
 
 def _workers(device: str) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if device == "cpu" else min(cores, 6)
+    return cores() if device == "cpu" else min(cores(), 6)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
