@@ -1,0 +1,188 @@
+"""What Prefect's server does by itself about runs of ours: notices the dead, starts them again, and tells people."""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.events.schemas.automations import AutomationCore
+
+FLOWS = ["release", "watch", "sweep"]
+HEARTBEAT = 30
+"""Seconds between the heartbeats of a run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY of its worker); Prefect takes no less."""
+DEAD_AFTER = 120
+"""Seconds without a heartbeat after which a run counts as dead. A server that is away for longer looks the same to the
+automation when it is back: then each running run is started again, from its artifacts."""
+BEGINS_WITHIN = 600
+"""Seconds that a worker has from taking a run to its first heartbeat."""
+ATTEMPTS = 4
+"""Times that a run is started in all, if its machine or its process dies each time."""
+NOTIFY = "tame-notify"
+"""The name of the blocks that notifications go to: Slack, Teams, mail, webhook, …; none, no notification."""
+
+HEARTBEATS = "prefect.flow-run.heartbeat"
+ENDS = [
+    f"prefect.flow-run.{name}"
+    for name in (
+        *("Completed", "Rejected", "Cached", "Unchanged", "Failed", "TimedOut", "Crashed", "Cancelled"),
+        *("Paused", "Suspended", "Scheduled", "AwaitingRetry"),  # nothing runs then
+    )
+]
+
+
+def create_automations(dead_after: int = DEAD_AFTER) -> None:
+    """Create the automations of a server, or bring them up to date: to be called again after a new `tame-notify` block.
+
+    Args:
+        dead_after: Seconds without a heartbeat after which a run is dead; at least two heartbeats.
+    """
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        known = {automation.name: automation.id for automation in client.read_automations(limit=200)}
+        wanted = [*_restarts(dead_after), *_notifications(client)]
+        for automation in wanted:
+            if automation.name in known:
+                client.update_automation(known[automation.name], automation)
+            else:
+                client.create_automation(automation)
+        for name in sorted(known.keys() - {automation.name for automation in wanted}):
+            if name.startswith("tame: "):  # its block is gone, or an older version of tame made it
+                client.delete_automation(known[name])
+
+
+def _restarts(dead_after: int) -> list["AutomationCore"]:
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+
+    dead = ChangeFlowRunState(
+        name=None,
+        state=StateType.CRASHED,
+        message=f"No heartbeat for {dead_after} seconds: its worker died, or was cut from the network",
+    )
+    never_began = ChangeFlowRunState(
+        name=None,
+        state=StateType.CRASHED,
+        message=f"A worker took it, and it did not begin within {BEGINS_WITHIN} seconds",
+    )
+    again = ChangeFlowRunState(
+        name="AwaitingRetry",
+        state=StateType.SCHEDULED,
+        message="Started again after a crash; what was finished is taken from the artifacts",
+    )
+    given_up = ChangeFlowRunState(
+        name=None,
+        state=StateType.FAILED,
+        message=f"It crashed {ATTEMPTS} times and is not started again; the states before this one say how. "
+        "When the cause is gone, use Retry",
+        force=True,
+    )
+    crashed = {"prefect.flow-run.Crashed"}
+    counts = [str(count) for count in range(100)]
+    return [
+        _automation(
+            "a run without heartbeats has crashed",
+            _silence(HEARTBEATS, dead_after, {HEARTBEATS, *ENDS}),
+            [dead],
+        ),
+        _automation(
+            "a run that does not begin has crashed",
+            _silence("prefect.flow-run.Pending", BEGINS_WITHIN, {HEARTBEATS, *ENDS}),
+            [never_began],
+        ),
+        _automation(
+            "a crashed run is started again",
+            _event(crashed, {"prefect.run-count": counts[1:ATTEMPTS]}),
+            [again],
+        ),
+        # Prefect counts a run when it begins. One that crashes before that, as with a broken installation, would be
+        # started for ever: here it is once an hour at the most.
+        _automation(
+            "a run that crashed before it began is started again",
+            _event(crashed, {"prefect.run-count": "0"}, within=timedelta(hours=1)),
+            [again],
+        ),
+        _automation(
+            f"a run that crashed {ATTEMPTS} times has failed",
+            _event(crashed, {"prefect.run-count": counts[ATTEMPTS:]}),
+            [given_up],
+        ),
+    ]
+
+
+def _notifications(client: "SyncPrefectClient") -> list["AutomationCore"]:
+    """One for each kind of news, with an action for each block that is called `tame-notify`."""
+    from prefect.events.actions import CallWebhook, SendNotification
+
+    blocks = client.request(
+        "POST",
+        "/block_documents/filter",
+        json={"block_documents": {"name": {"any_": [NOTIFY]}}, "include_secrets": False},
+    ).json()
+    actions: list[Any] = []
+    for block in blocks:
+        if "notify" in block["block_schema"]["capabilities"]:
+            subject = "tame: {{ flow_run.name }} {{ flow_run.state.name | lower }}"
+            body = "{{ flow_run.state.message }}\n{{ flow_run | ui_url }}"
+            actions.append(SendNotification(block_document_id=block["id"], subject=subject, body=body))
+        elif block["block_type"]["slug"] == "webhook":
+            payload = (
+                '{"flow": {{ flow.name | tojson }}, "run": {{ flow_run.name | tojson }}, '
+                '"state": {{ flow_run.state.name | tojson }}, "message": {{ flow_run.state.message | tojson }}, '
+                '"url": {{ flow_run | ui_url | tojson }}}'
+            )
+            actions.append(CallWebhook(block_document_id=block["id"], payload=payload))
+    if not actions:
+        return []
+    failed = {"prefect.flow-run.Failed", "prefect.flow-run.TimedOut"}
+    return [
+        _automation("people are told of a failure", _event(failed, {}), actions),
+        _automation("people are told of a rejection", _event({"prefect.flow-run.Rejected"}, {}), actions),
+    ]
+
+
+def _automation(name: str, trigger: Any, actions: list[Any]) -> "AutomationCore":
+    from prefect.events.schemas.automations import AutomationCore
+
+    return AutomationCore(
+        name=f"tame: {name}", trigger=trigger, actions=actions, description="Made by `tame provision`"
+    )
+
+
+def _event(expect: set[str], labels: dict[str, Any], within: timedelta = timedelta(0)) -> Any:
+    """One of `expect` happens to a run whose labels are `labels`; again only after `within`."""
+    from prefect.events.schemas.automations import EventTrigger, Posture
+
+    return EventTrigger(
+        expect=expect,
+        match={"prefect.resource.id": "prefect.flow-run.*", **labels},
+        match_related=_ours(),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=within,
+    )
+
+
+def _silence(after: str, seconds: int, expect: set[str]) -> Any:
+    """`after` happened to a run, and then none of `expect` for `seconds`."""
+    from prefect.events.schemas.automations import EventTrigger, Posture
+
+    return EventTrigger(
+        after={after},
+        expect=expect,
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_ours(),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=seconds),
+    )
+
+
+def _ours() -> list[Any]:
+    """Runs of tame's deployments: one of `tame run` has no deployment, and cannot be started elsewhere."""
+    return [
+        {"prefect.resource.role": "flow", "prefect.resource.name": FLOWS},
+        {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"},
+    ]
