@@ -1,9 +1,11 @@
 """Which queue of the work pool a release is sent to: by the memory that it needs on a device."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInputError
 from configs.schema import Evaluate
+from tasks.device import Gpu
 
 if TYPE_CHECKING:
     from tasks.download import Found
@@ -28,19 +30,40 @@ def queues_of(gpu_memory: int | None) -> list[str]:
     return [DEFAULT, *(f"gpu-{size}gb" for size in SIZES if gpu_memory >= USABLE * size * 1e9)]
 
 
+def smallest(memory: int) -> str | None:
+    """The queue of the smallest GPUs that have `memory` bytes, if there is one."""
+    return next((f"gpu-{size}gb" for size in SIZES if memory <= USABLE * size * 1e9), None)
+
+
 def queue_for(memory: int) -> str:
     """The queue of the smallest GPUs that have `memory` bytes.
 
     Raises:
         BadInputError: there is no such queue.
     """
-    for size in SIZES:
-        if memory <= USABLE * size * 1e9:
-            return f"gpu-{size}gb"
-    raise BadInputError(
-        f"it needs about {memory / 1e9:.0f} GB on one GPU, and the largest queue is gpu-{SIZES[-1]}gb; `tame run` on a "
-        "machine with several GPUs spreads a model over all of them"
-    )
+    queue = smallest(memory)
+    if queue is None:
+        raise BadInputError(
+            f"it needs about {memory / 1e9:.0f} GB on one GPU, and the largest queue is gpu-{SIZES[-1]}gb; `tame run` on a "
+            "machine with several GPUs spreads a model over all of them"
+        )
+    return queue
+
+
+def check_fits(found: "Found", spec: Evaluate, gpus: Sequence[Gpu]) -> None:
+    """See that a release fits on the GPUs that there are, if there are any, with the smallest batch.
+
+    Raises:
+        BadInputError: it does not; the message names the queue where it does.
+    """
+    there, needed = sum(gpu.memory_bytes for gpu in gpus), memory_needed(found, spec, batch_size=1)
+    if gpus and needed > there:
+        queue = smallest(needed)
+        where = f"send it to the queue {queue}" if queue else "no queue has GPUs that large"
+        raise BadInputError(
+            f"source.model {found.name}: it needs about {needed / 1e9:.1f} GB, and {gpus[0].name} has {there / 1e9:.1f} GB; "
+            f"{where}, or hide the GPU (CUDA_VISIBLE_DEVICES=) to work on the CPU"
+        )
 
 
 def memory_needed(found: "Found", spec: Evaluate, batch_size: int | None = None) -> int:

@@ -14,6 +14,7 @@ from tasks import store
 from tasks.device import gpus, hardware, name_of, pick
 from tasks.download import Found, download, local_path, look, tokenizer_folder
 from tasks.isolate import isolated
+from tasks.place import check_fits, memory_needed, smallest
 from tasks.quantize.preview import preview
 from tasks.quantize.stage import quantize_inputs
 from tasks.summary import figure
@@ -76,6 +77,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     # The token first: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None, False, 0) if where else []
     found = look(recipe.source)
+    check_fits(found, recipe.evaluate, gpus())
     if where:
         warnings = preflight_publish(recipe, where, found.licence, found.gated, found.bytes)
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
@@ -149,12 +151,9 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
             f"{evaluated} in windows of {recipe.evaluate.window}; " + (", ".join(recipe.evaluate.tasks) or "no tasks"),
         )
     )
-    lines.append(
-        (
-            "memory",
-            f"{size(_memory())} in all; evaluating takes the baseline's {size(_weights(found))} and its activations",
-        )
-    )
+    memory = memory_needed(found, recipe.evaluate)
+    room = smallest(memory) or "none is large enough"
+    lines.append(("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {room}"))
     free = shutil.disk_usage(_existing(store.home())).free
     lines.append(("disk", f"{size(free)} free, {size(needed)} will be written"))
     return lines + [("note", warning) for warning in plan.warnings]
@@ -163,10 +162,6 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
 def size(value: float) -> str:
     """Bytes as people read them."""
     return figure("size_bytes", value)
-
-
-def _weights(found: Found) -> int:
-    return sum(value for name, value in found.files.items() if name.endswith((".safetensors", ".gguf")))
 
 
 def _memory() -> int:
