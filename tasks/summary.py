@@ -161,16 +161,16 @@ def markdown(result: Result) -> str:
     measured = rows(result)
     main = ("size_bytes", "perplexity", "kl_mean", "top1_agreement", "peak_memory_bytes", "decode_tokens_per_second")
     names = [name for name in main if any(name in row.metrics for row in measured)]
-    lines = [f"**{_plain(headline(result))}**", "", f"{_plain(result.source.model)} at `{_commit(result)}`", ""]
+    lines = [f"**{plain(headline(result))}**", "", f"{plain(result.source.model)} at `{_commit(result)}`", ""]
     lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
     lines += ["|" + " --- |" * (len(names) + 2)]
     for row in measured:
         cells = [row.name, verdict(row), *(cell(name, row.metrics) for name in names)]
-        lines.append("| " + " | ".join(map(_plain, cells)) + " |")
+        lines.append("| " + " | ".join(map(plain, cells)) + " |")
     notes = dict.fromkeys(note for row in measured for note in row.notes)
-    lines += ["", *(f"- {_plain(note)}" for note in notes)]
+    lines += ["", *(f"- {plain(note)}" for note in notes)]
     lines += [
-        f"- {_plain(variant.name)}: {_address(variant.published)}" for variant in result.variants if variant.published
+        f"- {plain(variant.name)}: {_address(variant.published)}" for variant in result.variants if variant.published
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -224,7 +224,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is: models' names, errors and notes may hold anything."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", _one_line(text))
 
