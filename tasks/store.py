@@ -3,6 +3,7 @@
 TAME_HOME/artifacts/KIND-KEY/manifest.json     written last; its presence means complete
 TAME_HOME/artifacts/KIND-KEY/files/            what the stage made, and nothing else
 TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that was killed
+TAME_HOME/artifacts/.fetched-KIND-KEY/         on its way from TAME_STORE, which several machines share: tasks/store_remote.py
 TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
 """
 
@@ -25,7 +26,10 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
+from tasks import store_remote
 from tasks.isolate import KilledError
+from tasks.store_lease import lease
+from tasks.store_remote import AwayError, DamagedError, Remote, Shared
 
 log = logging.getLogger("tame.store")
 
@@ -77,20 +81,57 @@ def digest_of(files: dict[str, str]) -> str:
 
 
 def find(kind: str, inputs: dict[str, Any]) -> Artifact | None:
-    """The artifact made from `inputs`, if it is there, complete, and its files have the size and time they had."""
+    """The artifact made from `inputs`, if it is here, complete, and its files have the size and time they had."""
     return _read(_place(kind, inputs))
 
 
+def where(kind: str, inputs: dict[str, Any]) -> str | None:
+    """Where the artifact made from `inputs` is: `the cache`, the URL of the shared store, or None: it has to be made.
+
+    Raises:
+        TameError: the shared store does not answer.
+    """
+    place = _place(kind, inputs)
+    if _read(place):
+        return "the cache"
+    remote = store_remote.connect()
+    try:
+        return remote.url if remote and store_remote.manifest(remote, place.name) else None
+    except DamagedError:
+        return None
+
+
+def check() -> None:
+    """See that TAME_STORE can be used, unless that was seen in the last hour.
+
+    Raises:
+        BadInputError: it cannot. AwayError: it does not answer.
+    """
+    if (remote := store_remote.connect()) is None:
+        return
+    seen = home() / "stores" / hashlib.sha256(remote.url.encode()).hexdigest()[:KEY_LENGTH]
+    with contextlib.suppress(OSError):
+        if 0 <= time.time() - seen.stat().st_mtime < 3600:
+            return
+    store_remote.check(remote)
+    seen.parent.mkdir(parents=True, exist_ok=True)
+    seen.touch()
+
+
 def build(
-    kind: str, inputs: dict[str, Any], make: Callable[[Path], Made], keep_partial: bool = False
+    kind: str, inputs: dict[str, Any], make: Callable[[Path], Made], keep_partial: bool = False, shared: bool = True
 ) -> tuple[Artifact, bool]:
     """The artifact made from `inputs`, built by `make(folder)` unless it is there, and whether it was there.
 
     `make` fills a folder that is empty, or, with `keep_partial`, holds what a killed run of the same inputs left. When
     two processes want the same artifact, one builds and the other waits. When `make` raises, nothing stays behind.
 
+    With TAME_STORE, the same holds for all machines: what one has made, the others fetch, and what is returned is what
+    stands in the shared store. `shared=False` keeps to this machine what is cheap or means nothing on another.
+
     Raises:
-        TameError: the store cannot be written, or has no space left. Whatever `make` raises.
+        TameError: the store cannot be written, or has no space left; the shared one does not answer: what was made is
+            kept, and the next run uploads it. Whatever `make` raises.
     """
     place = _place(kind, inputs)
     if artifact := _read(place):
@@ -104,14 +145,26 @@ def build(
             if place.exists():
                 log.warning("%s does not verify; it is made again", place)
                 _remove(place)
-            if not keep_partial:
-                _remove(partial)
-            (partial / "files").mkdir(parents=True, exist_ok=True)
-            made = make(partial / "files")
-            artifact = _seal(kind, inputs, partial, place, made)
+            if (remote := store_remote.connect() if shared else None) is None:
+                _made(kind, inputs, partial, make, keep_partial)
+                return _take(partial, place), False
+            with contextlib.suppress(DamagedError):
+                if artifact := _fetched(remote, place):
+                    return artifact, True
+            with lease(remote, place.name):
+                try:
+                    if artifact := _fetched(remote, place):
+                        return artifact, True
+                except DamagedError as error:
+                    log.warning("%s; it is made again", error)
+                    store_remote.discard(remote, place.name)
+                made = _made(kind, inputs, partial, make, keep_partial)
+                return _published(remote, made, partial, place), False
         except OSError as error:
             _remove(partial)
             raise TameError(_os_error(error, place.parent)) from error
+        except AwayError:
+            raise
         except (KilledError, KeyboardInterrupt):  # what is finished is taken up by the next run
             if not keep_partial:
                 _remove(partial)
@@ -119,7 +172,6 @@ def build(
         except BaseException:
             _remove(partial)
             raise
-    return artifact, False
 
 
 def artifacts() -> Iterator[Artifact]:
@@ -170,7 +222,7 @@ def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]
 def sweep() -> int:
     """Remove what killed runs left: partial folders and removals that nobody holds. How many there were."""
     swept = 0
-    for rubbish in [*_folder().glob(".partial-*"), *_folder().glob(".removed-*")]:
+    for rubbish in [path for kind in ("partial", "fetched", "removed") for path in _folder().glob(f".{kind}-*")]:
         try:
             with FileLock(_lock_path(rubbish.parent / rubbish.name.split("-", 1)[1]), timeout=0):
                 _remove(rubbish)
@@ -291,18 +343,28 @@ def _manifest(place: Path) -> Artifact | None:
         return None
 
 
-def _seal(kind: str, inputs: dict[str, Any], partial: Path, place: Path, made: Made) -> Artifact:
+def _made(
+    kind: str, inputs: dict[str, Any], partial: Path, make: Callable[[Path], Made], keep_partial: bool
+) -> Artifact:
+    """Build into `partial`, unless it was built there and only not taken into its place."""
+    if artifact := _read(partial):
+        return artifact
+    if not keep_partial:
+        _remove(partial)
+    (partial / "files").mkdir(parents=True, exist_ok=True)
+    return _seal(kind, inputs, partial, make(partial / "files"))
+
+
+def _seal(kind: str, inputs: dict[str, Any], partial: Path, made: Made) -> Artifact:
     files = partial / "files"
     names = sorted(path.relative_to(files).as_posix() for path in _walk(files))
     unhashed = [name for name in names if name not in made.digests]
     digests = {**sha256_files(files, unhashed), **{name: made.digests[name] for name in names if name in made.digests}}
-    for name in names:
-        fsync(files / name)
     stats = {name: (files / name).stat() for name in names}
     artifact = Artifact(
         kind=kind,
-        key=place.name[-KEY_LENGTH:],
-        path=str(place / "files"),
+        key=key_of({"kind": kind, **inputs}),
+        path=str(files),
         digest=digest_of(digests),
         bytes=sum(stat.st_size for stat in stats.values()),
         files=digests,
@@ -312,12 +374,59 @@ def _seal(kind: str, inputs: dict[str, Any], partial: Path, place: Path, made: M
         meta=made.meta,
         created=time.time(),
     )
-    manifest = partial / "manifest.json"
+    _write(partial, artifact)
+    return artifact
+
+
+def _write(folder: Path, artifact: Artifact) -> None:
+    """See that the files in `folder` are on the disk, and then their manifest."""
+    files, manifest = folder / "files", folder / "manifest.json"
+    for name in artifact.files:
+        fsync(files / name)
     manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}))
-    for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, partial):
+    for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, folder):
         fsync(path)
-    partial.rename(place)
+
+
+def _take(folder: Path, place: Path) -> Artifact:
+    """Rename a complete artifact into its place."""
+    folder.rename(place)
     fsync(place.parent)
+    artifact = _manifest(place)
+    assert artifact is not None
+    return artifact
+
+
+def _fetched(remote: Remote, place: Path) -> Artifact | None:
+    """The artifact at `place`, brought from the shared store, if it has one."""
+    there = store_remote.manifest(remote, place.name)
+    if there is None:
+        return None
+    if digest_of(there.files) != there.digest:
+        raise DamagedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
+    started, folder = time.monotonic(), place.parent / f".fetched-{place.name}"
+    files = folder / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    need_space(folder, there.bytes, f"fetch {there.kind} from {remote.url}")
+    store_remote.fetch(remote, there, files)
+    for path in [path for path in _walk(files) if path.relative_to(files).as_posix() not in there.files]:
+        path.unlink()  # of an earlier upload
+    stamps = {name: (files / name).stat().st_mtime_ns for name in there.files}
+    _write(folder, Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
+    seconds = time.monotonic() - started
+    log.info("fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
+    return _take(folder, place)
+
+
+def _published(remote: Remote, made: Artifact, partial: Path, place: Path) -> Artifact:
+    """Upload what was made, and take into `place` what then stands in the shared store: another machine may have won."""
+    ours = Shared.model_validate(made.model_dump(include=set(Shared.model_fields)))
+    if store_remote.publish(remote, ours, Path(made.path)).digest == made.digest:
+        return _take(partial, place)
+    log.warning("%s %s: another machine was done first; its files are taken", made.kind, made.key[:8])
+    _remove(partial)
+    artifact = _fetched(remote, place)
+    assert artifact is not None
     return artifact
 
 
