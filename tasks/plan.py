@@ -65,6 +65,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     path = local_path(recipe.source.model)
     for place in (out, store.home()):
         writable(place)
+    store.check()
     from tasks.evaluate.definitions import check_tasks
     from tasks.evaluate.text import check_text, load_text
     from tasks.publish import preflight as preflight_publish
@@ -128,8 +129,8 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
     needed = 0 if snapshot else found.bytes
     for index, variant in enumerate(recipe.variants):
         told = []
-        if snapshot and store.find("quantized", quantize_inputs(snapshot, variant, pick())):
-            told.append("in the cache")
+        if snapshot and (kept := store.where("quantized", quantize_inputs(snapshot, variant, pick()))):
+            told.append(f"in {kept}")
         elif expected:
             needed += expected[index]["weight_bytes"]
         if expected:

@@ -72,7 +72,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any]]:
         "shown": repr(shown),
     }
     try:
-        artifact, _ = store.build("plots", inputs, make)
+        artifact, _ = store.build("plots", inputs, make, shared=False)
         drawn = json.loads((Path(artifact.path) / "plots.json").read_bytes())
     except TameError:  # a store that is full is no reason to show nothing
         drawn = draw()

@@ -161,16 +161,14 @@ def build(
                 made = _made(kind, inputs, partial, make, keep_partial)
                 return _published(remote, made, partial, place), False
         except OSError as error:
-            _remove(partial)
+            _clear(partial)
             raise TameError(_os_error(error, place.parent)) from error
-        except AwayError:
-            raise
-        except (KilledError, KeyboardInterrupt):  # what is finished is taken up by the next run
+        except (KilledError, AwayError, KeyboardInterrupt):  # what is finished is taken up by the next run
             if not keep_partial:
-                _remove(partial)
+                _clear(partial)
             raise
         except BaseException:
-            _remove(partial)
+            _clear(partial)
             raise
 
 
@@ -353,6 +351,12 @@ def _made(
         _remove(partial)
     (partial / "files").mkdir(parents=True, exist_ok=True)
     return _seal(kind, inputs, partial, make(partial / "files"))
+
+
+def _clear(partial: Path) -> None:
+    """Remove what was being built, unless it is complete and waits for the shared store."""
+    if _read(partial) is None:
+        _remove(partial)
 
 
 def _seal(kind: str, inputs: dict[str, Any], partial: Path, made: Made) -> Artifact:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError
 from tasks import store, store_lease, store_remote
 
 SPAWN = multiprocessing.get_context("spawn")

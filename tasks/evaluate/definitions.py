@@ -95,8 +95,8 @@ def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, Any]:
     data: dict[str, str] = {}
     for name, definition in found.items():
         try:
-            for file in map(Path, definition.files):
-                data |= _digests(file) if file.is_dir() else {str(file): store.sha256_file(file)}
+            for number, file in enumerate(map(Path, definition.files)):  # by number: paths differ between machines
+                data[f"{name} {number}"] = store.digest_of(_digests(file)) if file.is_dir() else store.sha256_file(file)
             if definition.dataset and definition.dataset not in data:
                 data[definition.dataset] = dataset_commit(definition.dataset, definition.revision or "main")
         except OSError as error:
@@ -151,7 +151,7 @@ def _index(folder: Path | None, inputs: dict[str, Any]) -> dict[str, Definition]
         )
         return store.Made()
 
-    artifact, _ = store.build("tasks-index", {**inputs, **where, "stage": STAGE}, make)
+    artifact, _ = store.build("tasks-index", {**inputs, **where, "stage": STAGE}, make, shared=False)
     content = json.loads((Path(artifact.path) / "index.json").read_bytes())
     base = str(folder) if folder else str(Path(str(find_spec("lm_eval").origin)).parent / "tasks")  # type: ignore[union-attr]
     return {
