@@ -8,6 +8,7 @@ import fnmatch
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Source
-from tasks import hub, store
+from tasks import hub, store, store_remote
 from tasks.device import versions
 from tasks.isolate import isolated
 from tasks.progress import Progress, show
@@ -118,7 +119,8 @@ def download(source: Source, *, quantized: bool = False, progress: Progress = sh
     """Bring `source` onto this disk, and know the sha256 of every file of it. `quantized` as in `look`.
 
     A Hub repo goes into the Hub client's own cache (HF_HOME), resumed where a killed run left it, and its large files are
-    compared with the sha256 that the Hub names. A .gguf is dequantized to bf16 safetensors, once, in the artifact store.
+    compared with the sha256 that the Hub names. With TAME_STORE, one machine does so and the others fetch from it.
+    A .gguf is dequantized to bf16 safetensors, once, in the artifact store.
 
     Raises:
         BadInputError: as `look`.
@@ -284,9 +286,29 @@ def _fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool
     if found.path is not None:
         return Path(found.path), True
     store.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
-    return hub.fetch(
-        source.model, source.revision, str(found.commit), sorted(found.files), found.bytes, progress
-    ), False
+    commit, names = str(found.commit), sorted(found.files)
+
+    def from_hub() -> Path:
+        return hub.fetch(source.model, source.revision, commit, names, found.bytes, progress)
+
+    if store_remote.connect() is None:
+        return from_hub(), False
+
+    def make(folder: Path) -> store.Made:  # one machine downloads, the others fetch it from the shared store
+        downloaded = from_hub()
+        files = store.sha256_files(downloaded, names)
+        _compare(source.model, downloaded, files, found.sha256)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (folder / name).hardlink_to((downloaded / name).resolve())
+            except OSError:  # another disk
+                shutil.copyfile(downloaded / name, folder / name)
+        return store.Made(digests=files)
+
+    inputs = {"model": source.model, "commit": commit, "files": names}
+    artifact, cached = store.build("source", inputs, make)
+    return Path(artifact.path), cached
 
 
 def _check(folder: Path, quantized: bool) -> None:

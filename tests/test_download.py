@@ -156,6 +156,21 @@ def test_from_the_hub_pinned_complete_and_again_without_a_hub(model: Path, tmp_p
     assert store.digest_of(moved["files"]) == moved["digest"]
 
 
+def test_one_of_the_machines_that_share_a_store_downloads(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    shared = {"TAME_STORE": str(tmp_path / "mount")}
+    with Hub() as hub:
+        hub.add_model("org/model", model)
+        first = in_process(hub, tmp_path / "one", **shared)
+        there = len(hub.requests)
+        second = in_process(hub, tmp_path / "two", **shared)
+        again = in_process(hub, tmp_path / "one", **shared)
+    assert second["path"].startswith(str(tmp_path / "two" / "tame"))
+    assert second["files"] == first["files"] == again["files"]
+    assert [first["cached"], second["cached"], again["cached"]] == [False, True, True]
+    assert not [request for request in hub.requests[there:] if "model.safetensors" in request]
+
+
 def test_the_hub_says_no(model: Path, tmp_path: Path) -> None:
     with Hub() as hub:
         missing = in_process(hub, tmp_path)
