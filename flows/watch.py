@@ -2,8 +2,9 @@
 
 from prefect import flow
 from prefect.runtime import deployment
-from prefect.states import State
+from prefect.states import Failed, State
 
+from configs.errors import TameError
 from configs.schema import Watch
 from tasks import watch as looks
 
@@ -15,4 +16,7 @@ def watch(spec: Watch) -> State[list[looks.Row]]:
     Args:
         spec: What to watch, and what to do with a model that has moved.
     """
-    return looks.finish(looks.watch_task(spec), deployment.get_name() or "watch")
+    try:
+        return looks.finish(looks.look_at(spec), deployment.get_name() or "watch")
+    except TameError as error:
+        return Failed(message=str(error))

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from configs.errors import TameError
-from configs.schema import Device, Recipe
+from configs.schema import Device, Recipe, Template
 from tasks import place
+from tasks.plan import targets
+from tasks.result import folder_of
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -78,6 +81,8 @@ def start(
             work_queue_name=queue,
         )
     except PrefectHTTPStatusError as error:
+        if error.response.status_code >= 500:
+            raise
         raise TameError(f"{recipe.name}: Prefect takes no such run ({' '.join(str(error).split())})") from None
 
 
@@ -92,6 +97,20 @@ def queue(fleet: Fleet, found: "Found", recipe: Recipe, device: Device) -> str:
     if device == "auto" and not fleet.gpus:
         return place.DEFAULT
     return place.queue_for(place.memory_needed(found, recipe.evaluate))
+
+
+def destinations(models: list[str], template: Template) -> tuple[dict[str, str], dict[str, str]]:
+    """Which model is published to each place, and, of models that would be published to the same one, what is wrong."""
+    goes: dict[str, str] = {}
+    wrong: dict[str, str] = {}
+    for model in models:
+        recipe = template.recipe(model)
+        for there in targets(recipe, Path(model).name, folder_of(recipe, None)).values():
+            first = goes.setdefault(there if "/" in there else f"{model.partition('/')[0]}/{there}", model)
+            if first != model:
+                why = f"both {first} and {model} would be published to {there}; put {{name}} into publish.repo"
+                wrong |= dict.fromkeys((model, first), why)
+    return goes, wrong
 
 
 def by_key(client: "SyncPrefectClient", keys: list[str]) -> dict[str, "FlowRun"]:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from prefect import task
 from prefect.states import Completed, Failed, State
 from pydantic import BaseModel, ConfigDict
 
@@ -18,8 +17,6 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks import hub, launch, store
 from tasks.download import local_path, look
-from tasks.plan import targets
-from tasks.result import folder_of
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -166,7 +163,7 @@ def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
 
 
 def _see_repo(model: str, revision: str) -> Seen:
-    info = hub.model_info(model, revision)
+    info = hub.model_info(model, revision, pauses=(1.0,))  # the next look is soon
     return Seen(model=model, commit=info.commit, changed=info.modified)
 
 
@@ -208,20 +205,11 @@ def _match_folders(pattern: str, spec: Watch, now: datetime) -> list[Seen]:
 
 def _apart(seen: dict[str, Seen], spec: Watch) -> list[Seen]:
     """`seen` without what the watch itself publishes, which a pattern may match, too; two that go to one place are refused."""
-    goes: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    for model in seen:
-        recipe = spec.recipe.recipe(model)
-        for place in targets(recipe, Path(model).name, folder_of(recipe, None)).values():
-            first = goes.setdefault(place if "/" in place else f"{model.partition('/')[0]}/{place}", model)
-            if first != model:
-                why = f"publishing {model} to {place}, where {first} goes, would overwrite it; use {{name}} in publish.repo"
-                refused |= dict.fromkeys((model, first), why)
-    listed = set(spec.models)
+    goes, refused = launch.destinations(list(seen), spec.recipe)
     return [
         one.model_copy(update={"error": refused.get(model, one.error)})
         for model, one in seen.items()
-        if model in listed or model not in goes
+        if model in spec.models or model not in goes
     ]
 
 
@@ -232,9 +220,3 @@ def _key(seen: Seen, recipe: Template, attempt: int) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@task(name="look at models", retries=0)
-def watch_task(spec: Watch) -> list[Row]:
-    """`look_at` in the flow."""
-    return look_at(spec)

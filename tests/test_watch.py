@@ -3,79 +3,25 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed, Running, State
 from pydantic import ValidationError
 
 from configs.schema import Watch
 from flows.watch import watch
 from tasks.watch import Row
+from tests.fleet import CONFIG, weights
 from tests.hub import Hub
 
 ROOT = Path(__file__).parent.parent
-CONFIG = '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "vocab_size": 512}'
-
-
-def weights(value: int) -> bytes:
-    """A safetensors file with one number in it."""
-    header = b'{"lm_head.weight":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
-    return len(header).to_bytes(8, "little") + header + value.to_bytes(4, "little")
-
-
-@pytest.fixture(scope="session")
-def releases(prefect_url: str) -> str:
-    """The server with a deployment of releases, and no worker."""
-    program = (
-        "from flows.release import release; from prefect.client.orchestration import get_client\n"
-        "from prefect.client.schemas.actions import WorkPoolCreate\n"
-        "with get_client(sync_client=True) as client:\n"
-        "    client.create_work_pool(WorkPoolCreate(name='tame', type='process'), overwrite=True)\n"
-        "release.to_deployment('any', work_pool_name='tame').apply()"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PREFECT_API_URL": prefect_url}, check=True
-    )
-    return prefect_url
-
-
-@pytest.fixture
-def prefect(releases: str) -> Iterator[SyncPrefectClient]:
-    # Without heartbeats, the last of which every flow run would wait for.
-    settings = {PREFECT_API_URL: releases, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    with temporary_settings(settings), get_client(sync_client=True) as client:
-        yield client
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """What a look needs to see of a model."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(CONFIG)
-    (tmp_path / "model" / "model.safetensors").write_bytes(weights(0))
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tame_home: Path) -> Iterator[Hub]:
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", hub.token())
-        yield hub
-
-
-@pytest.fixture
-def owner() -> str:
-    """A namespace of this test alone: the server is the session's."""
-    return f"o{uuid4().hex[:8]}"
+pytest_plugins = ("tests.fleet",)
 
 
 def spec(*models: str, **values: Any) -> Watch:
@@ -150,22 +96,28 @@ def test_two_commits_within_a_minute_are_one_release(
     assert run.parameters["recipe"]["source"]["revision"] == last
 
 
-def test_two_looks_at_once_start_one_release(
+def test_two_looks_at_once_start_one_release_and_import_no_torch(
     prefect: SyncPrefectClient, hub: Hub, owner: str, checkpoint: Path
 ) -> None:
     models = [f"{owner}/{name}" for name in "abc"]
     for model in models:
         hub.add_model(model, checkpoint)
-    program = "import sys; from configs.schema import Watch; from tasks.watch import look_at\n"
-    program += "print(sys.stdin.readline()); look_at(Watch.model_validate_json(sys.argv[1]))"
+    program = (
+        "import sys; from configs.schema import Watch; from flows.watch import watch\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "watch(Watch.model_validate_json(sys.argv[1]))\n"
+        "print({'torch', 'transformers', 'mlflow', 'datasets', 'lm_eval'} & sys.modules.keys())"
+    )
     command = [sys.executable, "-c", program, spec(f"{owner}/*").model_dump_json()]
     environment = {**os.environ, "PREFECT_API_URL": str(prefect.api_url)}
-    looks = [subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True) for _ in range(2)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    looks = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in looks if process.stdout] == ["ready\n"] * 2
     for process in looks:
         assert process.stdin
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.wait() for process in looks] == [0, 0]
+    assert [process.communicate()[0] for process in looks] == ["set()\n"] * 2
     assert [len(runs(prefect, model)) for model in models] == [1, 1, 1]
 
 
@@ -277,7 +229,7 @@ def test_two_models_that_would_be_published_to_one_place(
     state, rows = look(spec(a, b, recipe={"publish": {"to": "hub", "repo": "me/{model}-{variant}"}}))
     assert state.is_failed()
     assert {row.action for row in rows.values()} == {"error"}
-    assert "would overwrite" in rows[a].why
+    assert "would be published to me/same-nf4" in rows[a].why
     assert runs(prefect, a) == runs(prefect, b) == []
 
 
@@ -304,21 +256,3 @@ def test_a_model_goes_to_the_smallest_gpu_that_it_fits_on(
 def test_a_watch_that_cannot_be_is_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         spec(**{"models": ["a/b"], **values}) if "models" not in values else spec(*values.pop("models"), **values)
-
-
-def test_a_look_that_finds_nothing_new_imports_no_torch(
-    prefect: SyncPrefectClient, hub: Hub, owner: str, checkpoint: Path
-) -> None:
-    model = f"{owner}/base"
-    hub.add_model(model, checkpoint)
-    look(spec(model))
-    end(prefect, runs(prefect, model)[0], Completed())
-    program = (
-        "import sys; from configs.schema import Watch; from flows.watch import watch\n"
-        "state = watch(Watch.model_validate_json(sys.argv[1]), return_state=True)\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'datasets', 'lm_eval'} & sys.modules.keys()\n"
-        "sys.exit(f'{state.name} {heavy}' if heavy or state.name != 'Unchanged' else 0)"
-    )
-    command = [sys.executable, "-c", program, spec(model).model_dump_json()]
-    environment = {**os.environ, "PREFECT_API_URL": str(prefect.api_url)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)

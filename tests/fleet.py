@@ -1,0 +1,61 @@
+"""Fixtures for what starts release runs: a server to start them on, a Hub, and what a look needs to see of a model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from tasks.place import POOL
+from tests.hub import Hub
+
+CONFIG = '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "vocab_size": 512}'
+
+
+def weights(value: int) -> bytes:
+    """A safetensors file with one number in it."""
+    header = b'{"lm_head.weight":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + value.to_bytes(4, "little")
+
+
+@pytest.fixture(scope="session")
+def releases(prefect_url: str) -> str:
+    """The server with a deployment of releases, and no worker."""
+    with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        client.create_deployment(client.create_flow_from_name("release"), name="any", work_pool_name=POOL)
+    return prefect_url
+
+
+@pytest.fixture
+def prefect(releases: str) -> Iterator[SyncPrefectClient]:
+    # Without heartbeats, the last of which every flow run would wait for.
+    settings = {PREFECT_API_URL: releases, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What a look needs to see of a model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(CONFIG)
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights(0))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tame_home: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", hub.token())
+        yield hub
+
+
+@pytest.fixture
+def owner() -> str:
+    """A namespace of this test alone: the server is the session's."""
+    return f"o{uuid4().hex[:8]}"
