@@ -11,14 +11,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
 
 from tasks.place import POOL
 from tests.hub import Hub
-
-CONFIG = '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "vocab_size": 512}'
-
-
-def weights(value: int) -> bytes:
-    """A safetensors file with one number in it."""
-    header = b'{"lm_head.weight":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
-    return len(header).to_bytes(8, "little") + header + value.to_bytes(4, "little")
+from tests.models import LOOK, weights
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +35,7 @@ def prefect(releases: str) -> Iterator[SyncPrefectClient]:
 def checkpoint(tmp_path: Path) -> Path:
     """What a look needs to see of a model."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(CONFIG)
+    (tmp_path / "model" / "config.json").write_text(LOOK)
     (tmp_path / "model" / "model.safetensors").write_bytes(weights(0))
     return tmp_path / "model"
 

@@ -109,6 +109,15 @@ NOT_QUANTIZED = (
     {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 )
 
+LOOK = '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "vocab_size": 512}'
+"""The config.json of a model that is only looked at."""
+
+
+def weights(value: int) -> bytes:
+    """A safetensors file with one number in it."""
+    header = b'{"lm_head.weight":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + value.to_bytes(4, "little")
+
 
 def zoo(name: str) -> Any:
     """The config of one of the architectures in `ZOO`."""

@@ -23,8 +23,8 @@ from configs.schema import Recipe, Sweep
 from flows.sweep import sweep
 from tasks import summary, track
 from tasks import sweep as pairs
-from tests.fleet import CONFIG
 from tests.hub import Hub
+from tests.models import LOOK
 from tests.results import INT8, NF4, make
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def test_a_sweep_that_was_killed_goes_on_with_its_runs(
     process.send_signal(signal.SIGKILL)
     process.wait()
     [first] = children(prefect, model)
-    hub.write(model, "config.json", CONFIG.replace("64", "128").encode())  # it has moved since
+    hub.write(model, "config.json", LOOK.replace("64", "128").encode())  # it has moved since
     with workers(prefect, [model], lambda run: Completed()):
         runs = pairs.wait(pairs.plan(asked, sweep_id), sweep_id, None)
     assert len(runs) == 2

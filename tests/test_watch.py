@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from configs.schema import Watch
 from flows.watch import watch
 from tasks.watch import Row
-from tests.fleet import CONFIG, weights
 from tests.hub import Hub
+from tests.models import LOOK, weights
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.fleet",)
@@ -87,7 +87,7 @@ def test_two_commits_within_a_minute_are_one_release(
     model = f"{owner}/base"
     repo = hub.add_model(model, checkpoint)
     assert look(spec(model, settle_seconds=60))[1][model].action == "settles"
-    last = hub.write(model, "config.json", CONFIG.replace("64", "128").encode())
+    last = hub.write(model, "config.json", LOOK.replace("64", "128").encode())
     assert look(spec(model, settle_seconds=60))[1][model].action == "settles"
     assert runs(prefect, model) == []
     repo.dates[last] = repo.dates[last].replace(year=2025)
@@ -164,7 +164,7 @@ def test_one_model_that_cannot_be_seen_stops_no_other(
     gone, pickled, good = f"{owner}/gone", f"{owner}/pickled", f"{owner}/good"
     hub.add_model(good, checkpoint)
     (checkpoint.parent / "pickled").mkdir()
-    (checkpoint.parent / "pickled" / "config.json").write_text(CONFIG)
+    (checkpoint.parent / "pickled" / "config.json").write_text(LOOK)
     (checkpoint.parent / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     hub.add_model(pickled, checkpoint.parent / "pickled")
     state, rows = look(spec(gone, pickled, good, str(checkpoint / "nowhere")))
@@ -216,7 +216,7 @@ def test_folders_are_told_by_their_content(
     end(prefect, run, Completed())
     os.utime(checkpoint / "config.json", (1, 1))
     assert look(spec(model))[1][model].action == "unchanged"
-    (checkpoint / "config.json").write_text(CONFIG.replace("64", "128"))
+    (checkpoint / "config.json").write_text(LOOK.replace("64", "128"))
     assert look(spec(model))[1][model].action == "started"
 
 
