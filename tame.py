@@ -152,6 +152,8 @@ def cache(options: argparse.Namespace) -> int:
     """The artifact store."""
     from tasks import store
 
+    if options.remote:
+        return _cache_remote(options)
     if options.action == "prune":
         removed, kept = store.prune(options.older_than)
         print(f"removed {len(removed)} artifacts, {sum(a.bytes for a in removed) / 1e6:,.1f} MB; kept {len(kept)}")
@@ -165,6 +167,29 @@ def cache(options: argparse.Namespace) -> int:
             state = "  ok" if not problems else "".join(f"\n  {problem}" for problem in problems)
         print(f"{artifact.kind:<12} {artifact.key[:12]}  {artifact.bytes / 1e6:>10,.1f} MB  {artifact.path}{state}")
     return 1 if wrong else 0
+
+
+def _cache_remote(options: argparse.Namespace) -> int:
+    from tasks import store_admin
+
+    remote = store_admin.remote_store()
+    if options.action == "prune":
+        removed, kept = store_admin.prune(remote, options.older_than)
+        print(
+            "\n".join(f"removed {remote.url}/{name}" for name in removed) or "nothing to remove",
+            f"kept {len(kept)}",
+            sep="\n",
+        )
+        return 0
+    wrong = 0
+    for name, shared, problems in store_admin.artifacts(remote):
+        if shared and options.action == "verify":
+            problems = store_admin.verify(remote, shared)
+        wrong += len(problems)
+        told = "".join(f"\n  {problem}" for problem in problems) or ("  ok" if options.action == "verify" else "")
+        kind, _, key = name.rpartition("-")
+        print(f"{kind:<12} {key[:12]}  {shared.bytes / 1e6 if shared else 0:>10,.1f} MB  {remote.url}/{name}{told}")
+    return 1 if wrong and options.action == "verify" else 0
 
 
 def report(options: argparse.Namespace) -> int:
@@ -253,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add(cache, "the artifact store")
     command.add_argument("action", choices=("list", "verify", "prune"))
+    command.add_argument("--remote", action="store_true", help="the shared one, at TAME_STORE")
     command.add_argument(
         "--older-than", metavar="DAYS", type=float, help="prune: also what was not used for so long (0: all)"
     )

@@ -47,9 +47,10 @@ def lease(remote: Remote, name: str) -> Iterator[None]:
             _release(remote, f"{place}/lease.{number}", owner["id"])
 
 
-def held(remote: Remote, name: str) -> bool:
-    """Whether there is a lease of the artifact `name`, of a machine that lives or not."""
-    return bool(_numbers(remote, f"{remote.root}/{name}"))
+def leases(remote: Remote, name: str) -> list[bytes | None]:
+    """The leases of the artifact `name` as they are now; those that differ a little later are of machines that live."""
+    place = f"{remote.root}/{name}"
+    return [read(remote, f"{place}/lease.{number}") for number in _numbers(remote, place)]
 
 
 def ttl() -> float:

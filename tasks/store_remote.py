@@ -246,12 +246,12 @@ def fetch(remote: Remote, shared: Shared, folder: Path) -> None:
         try:
             patiently(remote, lambda: remote.fs.get_file(path, str(target)))
         except FileNotFoundError:
-            raise DamagedError(f"{_url(remote, path)} is missing") from None
+            raise DamagedError(f"{url_of(remote, path)} is missing") from None
         if (actual := _sha256(target)) != shared.files[name]:
             target.unlink()
-            raise DamagedError(f"{_url(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
+            raise DamagedError(f"{url_of(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
 
-    _each(one, shared.files)
+    each(one, shared.files)
 
 
 def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
@@ -270,12 +270,12 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
         put(remote, folder / name, f"{upload}/{name}")
 
     try:
-        _each(one, shared.files)
+        each(one, shared.files)
     except OSError as error:
         raise TameError(f"TAME_STORE {remote.url}: {_line(error)}; make room there") from error
     there = sizes(remote, upload)
     if missing := [n for n, size in shared.sizes.items() if there.get(f"{shared.name}/{shared.upload}/{n}") != size]:
-        raise AwayError(f"{_url(remote, upload)}/{missing[0]} did not arrive whole; run again")
+        raise AwayError(f"{url_of(remote, upload)}/{missing[0]} did not arrive whole; run again")
     while not create(remote, f"{place}/manifest.json", shared.model_dump_json(indent=1).encode()):
         if (first := manifest(remote, shared.name)) is not None:
             delete(remote, upload)
@@ -303,29 +303,12 @@ def discard(remote: Remote, name: str) -> None:
         delete(remote, f"{place}/{upload}")
 
 
-def names(remote: Remote) -> list[str]:
-    """KIND-KEY of everything in the store, whether complete or not."""
-    found = {name.split("/")[0] for name in sizes(remote, remote.root) if "/" in name}
-    return sorted(name for name in found if not name.startswith("."))
+def url_of(remote: Remote, path: str) -> str:
+    """A path in the store, for people."""
+    return remote.url + path.removeprefix(remote.root)
 
 
-def verify(remote: Remote, shared: Shared) -> list[str]:
-    """Read every file of a shared artifact and compare digests: what is wrong, a line each, naming the file."""
-
-    def one(name: str) -> str:
-        path = f"{remote.root}/{shared.name}/{shared.upload}/{name}"
-        try:
-            actual = patiently(remote, lambda: _digest(remote.fs.open(path, "rb")))
-        except FileNotFoundError:
-            return f"{_url(remote, path)} is missing"
-        if actual != shared.files[name]:
-            return f"{_url(remote, path)} has sha256 {actual[:12]}…, but {shared.files[name][:12]}… was written"
-        return ""
-
-    return [wrong for wrong in _each(one, shared.files) if wrong]
-
-
-def _each(one: Callable[[str], T], files: dict[str, str]) -> list[T]:
+def each(one: Callable[[str], T], files: dict[str, str]) -> list[T]:
     """Call `one` for every file, some at a time; the first error ends it, and is raised when those under way have ended."""
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
@@ -365,18 +348,6 @@ def _passes(error: Exception) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(opened: Any) -> str:
-    digest = hashlib.sha256()
-    with opened as file:
-        while block := file.read(2**23):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _url(remote: Remote, path: str) -> str:
-    return remote.url + path.removeprefix(remote.root)
 
 
 def _line(error: BaseException) -> str:
