@@ -10,24 +10,21 @@ if TYPE_CHECKING:
 FLOWS = ["release", "watch", "sweep"]
 HEARTBEAT = 30
 """Seconds between the heartbeats of a run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY of its worker); Prefect takes no less."""
-DEAD_AFTER = 120
-"""Seconds without a heartbeat after which a run counts as dead. A server that is away for longer looks the same to the
-automation when it is back: then each running run is started again, from its artifacts."""
-BEGINS_WITHIN = 600
-"""Seconds that a worker has from taking a run to its first heartbeat."""
+DEAD_AFTER = 180
+"""Seconds without a heartbeat, also before the first, after which a run counts as dead. A server that was away for
+longer sees the same: it starts each running run again, which goes on from its artifacts."""
 ATTEMPTS = 4
 """Times that a run is started in all, if its machine or its process dies each time."""
 NOTIFY = "tame-notify"
 """The name of the blocks that notifications go to: Slack, Teams, mail, webhook, …; none, no notification."""
 
 HEARTBEATS = "prefect.flow-run.heartbeat"
-ENDS = [
-    f"prefect.flow-run.{name}"
-    for name in (
-        *("Completed", "Rejected", "Cached", "Unchanged", "Failed", "TimedOut", "Crashed", "Cancelled"),
-        *("Paused", "Suspended", "Scheduled", "AwaitingRetry"),  # nothing runs then
-    )
-]
+TAKEN = "prefect.flow-run.Pending"
+"""A worker has taken the run, and its process starts."""
+# The ends that no other automation reacts to. On SQLite, Prefect 3.8 sometimes fails to count an expected event
+# ("database is locked"); then it hands the event to no automation, or to some of them twice, and holds back what
+# follows it. An end that was not counted is harmless: what has ended cannot be marked as crashed.
+ENDS = [f"prefect.flow-run.{name}" for name in ("Completed", "Cached", "Unchanged", "Cancelled")]
 
 
 def create_automations(dead_after: int = DEAD_AFTER) -> None:
@@ -60,11 +57,6 @@ def _restarts(dead_after: int) -> list["AutomationCore"]:
         state=StateType.CRASHED,
         message=f"No heartbeat for {dead_after} seconds: its worker died, or was cut from the network",
     )
-    never_began = ChangeFlowRunState(
-        name=None,
-        state=StateType.CRASHED,
-        message=f"A worker took it, and it did not begin within {BEGINS_WITHIN} seconds",
-    )
     again = ChangeFlowRunState(
         name="AwaitingRetry",
         state=StateType.SCHEDULED,
@@ -82,13 +74,8 @@ def _restarts(dead_after: int) -> list["AutomationCore"]:
     return [
         _automation(
             "a run without heartbeats has crashed",
-            _silence(HEARTBEATS, dead_after, {HEARTBEATS, *ENDS}),
+            _silence({TAKEN, HEARTBEATS}, dead_after, {HEARTBEATS, *ENDS}),
             [dead],
-        ),
-        _automation(
-            "a run that does not begin has crashed",
-            _silence("prefect.flow-run.Pending", BEGINS_WITHIN, {HEARTBEATS, *ENDS}),
-            [never_began],
         ),
         _automation(
             "a crashed run is started again",
@@ -123,7 +110,7 @@ def _notifications(client: "SyncPrefectClient") -> list["AutomationCore"]:
     for block in blocks:
         if "notify" in block["block_schema"]["capabilities"]:
             subject = "tame: {{ flow_run.name }} {{ flow_run.state.name | lower }}"
-            body = "{{ flow_run.state.message }}\n{{ flow_run | ui_url }}"
+            body = "{{ flow_run.state.message }}\n{{ (flow_run | ui_url) or '' }}"
             actions.append(SendNotification(block_document_id=block["id"], subject=subject, body=body))
         elif block["block_type"]["slug"] == "webhook":
             payload = (
@@ -164,12 +151,12 @@ def _event(expect: set[str], labels: dict[str, Any], within: timedelta = timedel
     )
 
 
-def _silence(after: str, seconds: int, expect: set[str]) -> Any:
-    """`after` happened to a run, and then none of `expect` for `seconds`."""
+def _silence(after: set[str], seconds: int, expect: set[str]) -> Any:
+    """One of `after` happened to a run, and then none of `expect` for `seconds`."""
     from prefect.events.schemas.automations import EventTrigger, Posture
 
     return EventTrigger(
-        after={after},
+        after=after,
         expect=expect,
         match={"prefect.resource.id": "prefect.flow-run.*"},
         match_related=_ours(),
