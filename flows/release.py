@@ -9,6 +9,7 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
+from tasks import attempt as attempts
 from tasks import result as results
 from tasks import store, summary, track
 from tasks.card import release_files
@@ -35,6 +36,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         recipe: What to do.
         out: Folder for result.json and report.html; empty: TAME_HOME/runs/NAME.
     """
+    attempt = attempts.begin()
     folder = results.folder_of(recipe, out)
     result = results.begin(recipe, flow_run.get_id())
     run = track.begin(recipe, {"prefect_run": str(flow_run.get_id())})
@@ -45,16 +47,18 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         baseline = baseline_task(snapshot, recipe.evaluate).result()
         result = result.with_baseline(baseline, snapshot)
     except Exception as error:
-        return _finish(result.ended_by(error), folder, run)
+        return _finish(result.ended_by(error), folder, run, attempt)
     for variant in recipe.variants:
+        attempts.check(attempt)
         result = result.with_variant(_measure(result.variant(variant.label), variant, snapshot, baseline, recipe))
         if result.variant(variant.label).cached != ["quantize", "evaluate"]:  # or there is nothing new to see
             run = track.track_task(variant.label, result, run, None, final=False)
     result = result.model_copy(update={"mlflow_run": run})
     for label, target in plan.targets.items():
         if result.variant(label).status == "passed":
+            attempts.check(attempt)
             result = result.with_variant(_publish(result, label, target, plan.targets, recipe))
-    return _finish(result, folder, run)
+    return _finish(result, folder, run, attempt)
 
 
 def _measure(
@@ -89,7 +93,8 @@ def _publish(result: Result, label: str, target: str, targets: dict[str, str], r
         return results.failed(variant, error)
 
 
-def _finish(result: Result, folder: Path, run: str | None) -> State[Result]:
+def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) -> State[Result]:
+    attempts.check(attempt)
     result = result.model_copy(update={"mlflow_run": run})
     try:
         results.write(result, folder)
