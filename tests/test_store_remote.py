@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from configs.errors import BadInputError
-from tasks import store, store_lease, store_remote
+from configs.errors import BadInputError, TameError
+from tasks import store, store_admin, store_lease, store_remote
 
 SPAWN = multiprocessing.get_context("spawn")
 TTL = 3.0
@@ -142,17 +143,18 @@ def test_what_is_not_shared_stays(shared: store_remote.Remote, machine: Callable
     assert objects(shared) == []
 
 
-def test_three_machines_want_one_artifact_one_builds(shared: store_remote.Remote, tmp_path: Path) -> None:
+def test_two_machines_want_one_artifact_one_builds(shared: store_remote.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    processes = [start(tmp_path / name, name, log, seconds=1) for name in "abc"]
+    processes = [start(tmp_path / name, name, log, seconds=0.5) for name in "ab"]
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert len(log.read_text()) == 2
-    contents = {(tmp_path / name / "artifacts").glob("kind-*/files/sub/0.txt").__next__().read_text() for name in "abc"}
+    contents = {(tmp_path / name / "artifacts").glob("kind-*/files/sub/0.txt").__next__().read_text() for name in "ab"}
     assert contents == {f"{log.read_text().strip()} 0"}
 
 
+@only_s3
 def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: store_remote.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first = start(tmp_path / "a", "a", log, seconds=60)
@@ -163,21 +165,22 @@ def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: store_re
     for process in others:
         process.join()
         assert process.exitcode == 0
-    assert TTL - 1 < time.monotonic() - killed < 4 * TTL + 5
+    assert time.monotonic() - killed > TTL - 1, "nobody is succeeded while he may live"
     assert len(log.read_text()) == 4, "the killed one, and one more"
     assert [name for name in objects(shared) if "lease" in name] == []
 
 
+@only_s3
 def test_killed_while_uploading_nothing_looks_complete_and_the_next_machine_sweeps(
     shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    first = start(tmp_path / "a", "a", log, files=400)
+    first = start(tmp_path / "a", "a", log, files=200)
     until(lambda: [name for name in objects(shared) if name.endswith(".txt")])
     first.kill()
     first.join()
     left = objects(shared)
-    assert 1 <= len([name for name in left if name.endswith(".txt")]) < 400
+    assert 1 <= len([name for name in left if name.endswith(".txt")]) < 200
     assert "manifest.json" not in left
     machine("b")
     made, hit = store.build("kind", {"a": 1}, writes("b", log, files=3))
@@ -189,6 +192,7 @@ def test_killed_while_uploading_nothing_looks_complete_and_the_next_machine_swee
     assert log.read_text() == "a\nb\n"
 
 
+@pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_who_was_stopped_for_long_takes_what_another_has_made_meanwhile(
     shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -221,7 +225,7 @@ def test_a_damaged_shared_artifact_is_named_and_made_again(
     machine("one")
     store.build("kind", {"a": 1}, writes("same", log))
     [file] = [name for name in objects(shared) if name.endswith("1.txt")]
-    [name] = store_remote.names(shared)
+    [name] = [name for name, _, _ in store_admin.artifacts(shared)]
     file, manifest = f"{shared.root}/{name}/{file}", f"{shared.root}/{name}/manifest.json"
     if damage == "changed":
         shared.fs.pipe_file(file, b"same X")
@@ -304,7 +308,8 @@ def test_storage_may_be_away_for_some_seconds(
     threads[0].join()
     assert time.monotonic() - started > 1.5
     assert log.read_text() == "one\n"
-    assert store_remote.verify(shared, store_remote.manifest(shared, f"kind-{artifact.key}")) == []  # type: ignore[arg-type]
+    assert [problems for _, _, problems in store_admin.artifacts(shared)] == [[]]
+    assert artifact.files
 
 
 @only_s3
@@ -338,9 +343,10 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
     assert log.read_text() == "one\n"
 
 
+@pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_a_lease_lives_longer_than_its_time_while_its_holder_does(shared: store_remote.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    slow = start(tmp_path / "a", "a", log, seconds=2 * TTL)
+    slow = start(tmp_path / "a", "a", log, seconds=1.5 * TTL)
     until(log.exists)
     other = start(tmp_path / "b", "b", log)
     for process in (slow, other):
@@ -352,7 +358,7 @@ def test_a_lease_lives_longer_than_its_time_while_its_holder_does(shared: store_
 def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: store_remote.Remote) -> None:
     path = f"{shared.root}/kind-1/lease.1"
     with store_lease.lease(shared, "kind-1"):
-        assert store_lease.held(shared, "kind-1")
+        assert len(store_lease.leases(shared, "kind-1")) == 1
         shared.fs.pipe_file(path, b"another's")
         time.sleep(2 * TTL / store_lease.BEATS)
         assert shared.fs.cat_file(path) == b"another's"
@@ -397,3 +403,59 @@ def test_a_store_that_can_be_used_is_left_as_it_was(shared: store_remote.Remote,
     store.check()
     assert objects(shared) == []
     assert len(list((tame_home / "stores").iterdir())) == 1
+
+
+def test_the_shared_store_is_listed_verified_and_pruned(
+    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAME_LEASE_SECONDS", "0.5")
+    machine("one")
+    keys = [store.build("kind", {"a": a}, writes(str(a), tmp_path / "log"))[0].key for a in (1, 2)]
+    good, bad = (f"kind-{key}" for key in keys)
+    [file] = [name for name in store_remote.sizes(shared, f"{shared.root}/{bad}") if name.endswith("1.txt")]
+    shared.fs.pipe_file(f"{shared.root}/{file}", b"X")
+    store_remote.create(shared, f"{shared.root}/kind-left/lease.1", b"of a machine that is dead")
+    store_remote.put(shared, tmp_path / "log", f"{shared.root}/kind-left/upload/half")
+    found = {name: (manifest, problems) for name, manifest, problems in store_admin.artifacts(shared)}
+    assert found.keys() == {good, bad, "kind-left"}
+    assert "is not complete" in found["kind-left"][1][0]
+    assert found[good][0] is not None
+    assert store_admin.verify(shared, found[good][0]) == []
+    assert found[bad][0] is not None
+    [wrong] = store_admin.verify(shared, found[bad][0])
+    assert f"{shared.url}/{file}" in wrong
+    with store_lease.lease(shared, "kind-made-now"):
+        removed, kept = store_admin.prune(shared, None)
+    assert (sorted(removed), sorted(kept)) == (sorted([bad, "kind-left"]), sorted([good, "kind-made-now"]))
+    assert {name.split("/")[0] for name in store_remote.sizes(shared, shared.root)} == {good}
+    assert store_admin.prune(shared, 0)[0] == [good]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_shared_store_that_is_full_says_so_and_what_was_made_is_kept(
+    small_disk: Path, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAME_STORE", str(small_disk))
+    log = tmp_path / "log"
+
+    def make(folder: Path) -> store.Made:
+        (folder / "large").write_bytes(bytes(300_000))
+        return writes("one", log)(folder)
+
+    machine("one")
+    with pytest.raises(TameError, match=f"TAME_STORE {small_disk}: .*No space left.*make room there"):
+        store.build("kind", {"a": 1}, make)
+    assert not list(small_disk.glob("*/manifest.json"))
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    assert store.build("kind", {"a": 1}, make)[1] is False
+    assert log.read_text() == "one\n"
