@@ -168,8 +168,8 @@ def _build_together(
         try:
             parts[kind], there = store.build(kind, inputs, make)
         except Exception as error:
-            if error not in failures:
-                raise
+            if error not in failures:  # a store that is full or away: what else is complete is kept
+                failures.append(error)
         else:
             if there:
                 enter(rest[1:], folders)
