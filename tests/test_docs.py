@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import tame
-from configs.schema import Recipe
+from configs.schema import Recipe, Sweep, Watch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +43,12 @@ def test_commands_parse(name: str, command: str) -> None:
 @pytest.mark.parametrize(("name", "block"), [b for b in blocks("yaml") if "source" in b[1]])
 def test_recipes_are_valid(name: str, block: str) -> None:
     Recipe.model_validate(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize(("name", "block"), [b for b in blocks("yaml") if b[1].startswith(("# watch/", "# sweep/"))])
+def test_parameters_of_watch_and_sweep_are_valid(name: str, block: str) -> None:
+    kind = Watch if block.startswith("# watch") else Sweep
+    kind.model_validate(yaml.safe_load(block)["spec"])
 
 
 def test_make_targets_exist() -> None:
