@@ -16,7 +16,7 @@ log = logging.getLogger("tame")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all well, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected."""
     options = _parser().parse_args(arguments)
-    _set_up(options.debug)
+    _set_up(options.debug, "INFO" if options.command is worker else "CRITICAL")
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         code = command(options)
@@ -148,6 +148,21 @@ def up(options: argparse.Namespace) -> int:
     return start(host=options.host)
 
 
+def worker(options: argparse.Namespace) -> int:
+    """Runs for one device of this machine, or flows that only wait."""
+    from infra.worker import become_worker
+
+    become_worker(options.gpu, options.control, options.pool)
+
+
+def provision(options: argparse.Namespace) -> int:
+    """What a Prefect server needs to release models."""
+    from infra.provision import provision as make
+
+    print("\n".join(make()) or "everything is there")
+    return 0
+
+
 def cache(options: argparse.Namespace) -> int:
     """The artifact store."""
     from tasks import store
@@ -276,6 +291,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add(up, "Prefect, MLflow, the deployments and a worker on this machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on")
 
+    command = add(worker, "work for the Prefect server of PREFECT_API_URL, on the CPU unless a GPU is named")
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", metavar="N", type=_index, help="on this GPU, as nvidia-smi counts them")
+    kind.add_argument("--control", action="store_true", help="only flows that wait for others: watch, sweep")
+    command.add_argument("--pool", default="tame", help="the work pool to take runs from")
+
+    add(provision, "make the work pool, queues, automations and deployments on the server of PREFECT_API_URL")
+
     command = add(cache, "the artifact store")
     command.add_argument("action", choices=("list", "verify", "prune"))
     command.add_argument("--remote", action="store_true", help="the shared one, at TAME_STORE")
@@ -294,6 +317,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 is the first")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
@@ -309,12 +338,12 @@ def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
         raise BadInputError(explain(error, model)) from None
 
 
-def _set_up(debug: bool) -> None:
+def _set_up(debug: bool, prefect: str) -> None:
     """Quiet libraries and tame's own log on stderr; set before any of them is imported, and never against the user's own."""
     for name, value in {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "tame",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG" if debug else "CRITICAL",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG" if debug else prefect,
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

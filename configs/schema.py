@@ -1,7 +1,8 @@
 """The recipe: everything that can be asked of tame. The form in the Prefect UI is made from these classes.
 
 Values are taken strictly (`"2048"` is not a number, `1` is not `true`), unknown keys are refused, and every number has
-its bounds here, so that nothing further down needs to check them again.
+its bounds here, so that nothing further down needs to check them again. Defaults are values, not factories: the form shows
+only those, and would send empty fields for the others.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ class Variant(Spec):
         description="What 4-bit layers compute in. Empty: the model's own dtype. (transformers' default, float32, is slow.)",
     )
     skip_modules: list[Text] = Field(
-        default_factory=list,
+        default=[],
         description="Modules to leave unquantized besides those that transformers leaves.",
         examples=[["model.layers.0"]],
         max_length=1000,
@@ -108,11 +109,7 @@ class Samples(Spec):
     """Prompts answered greedily by the baseline and by each variant, shown side by side."""
 
     prompts: list[Text] = Field(
-        default_factory=lambda: [
-            "The capital of France is",
-            "Explain in two sentences why the sky is blue.",
-            "def fibonacci(n):",
-        ],
+        default=["The capital of France is", "Explain in two sentences why the sky is blue.", "def fibonacci(n):"],
         max_length=50,
         description="Prompts, as they are: no chat template is added.",
     )
@@ -123,7 +120,7 @@ class Evaluate(Spec):
     """What is measured, on the baseline and on every variant."""
 
     text: TextSource = Field(
-        default_factory=lambda: TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1"),
+        default=TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1"),
         description="The text for perplexity and divergence.",
     )
     window: int = Field(2048, ge=2, le=1_048_576, description="Tokens in a window; windows do not overlap.")
@@ -137,7 +134,7 @@ class Evaluate(Spec):
         description="Windows in a batch, fewer where memory does not allow; recorded, as int8 depends on it.",
     )
     tasks: list[Text] = Field(
-        default_factory=list,
+        default=[],
         max_length=200,
         description="Task names of lm-evaluation-harness.",
         examples=[["piqa", "arc_easy"]],
@@ -147,10 +144,8 @@ class Evaluate(Spec):
     task_fewshot: int | None = Field(
         None, ge=0, le=100, description="Examples in the prompt; empty: the task's own default."
     )
-    speed: Speed | None = Field(default_factory=Speed, description="How speed is measured; null leaves it out.")
-    samples: Samples | None = Field(
-        default_factory=Samples, description="Answers shown side by side; null leaves them out."
-    )
+    speed: Speed | None = Field(default=Speed(), description="How speed is measured; null leaves it out.")
+    samples: Samples | None = Field(default=Samples(), description="Answers shown side by side; null leaves them out.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the bootstrap and of everything else that draws.")
 
     @model_validator(mode="after")
@@ -225,10 +220,10 @@ class Recipe(Spec):
     name: Name = Field(description="Names the run in Prefect and MLflow.", examples=["qwen3-1.7b"])
     source: Source
     variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of it.")
-    evaluate: Evaluate = Field(default_factory=Evaluate, description="What to measure.")
-    gate: Gate = Field(default_factory=Gate, description="What a variant must keep to be published.")
-    publish: Publish = Field(default_factory=Publish, description="Where it goes.")
-    track: Track = Field(default_factory=Track, description="Where the numbers are logged.")
+    evaluate: Evaluate = Field(default=Evaluate(), description="What to measure.")
+    gate: Gate = Field(default=Gate(), description="What a variant must keep to be published.")
+    publish: Publish = Field(default=Publish(), description="Where it goes.")
+    track: Track = Field(default=Track(), description="Where the numbers are logged.")
 
     @model_validator(mode="after")
     def _variants_differ(self) -> Self:
@@ -268,10 +263,10 @@ class Template(Spec):
         False, description="Run Python code that the models' repos contain. Leave off unless you have read that code."
     )
     variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of each model.")
-    evaluate: Evaluate = Field(default_factory=Evaluate, description="What to measure.")
-    gate: Gate = Field(default_factory=Gate, description="What a variant must keep to be published.")
-    publish: Publish = Field(default_factory=Publish, description="Where it goes.")
-    track: Track = Field(default_factory=Track, description="Where the numbers are logged.")
+    evaluate: Evaluate = Field(default=Evaluate(), description="What to measure.")
+    gate: Gate = Field(default=Gate(), description="What a variant must keep to be published.")
+    publish: Publish = Field(default=Publish(), description="Where it goes.")
+    track: Track = Field(default=Track(), description="Where the numbers are logged.")
 
     def recipe(self, model: str, revision: str | None = None, variant: Variant | None = None) -> Recipe:
         """The recipe for `model`, pinned to `revision` if one is given, of all variants or of one alone."""

@@ -1,5 +1,7 @@
-"""Everything on this machine: Prefect's server, MLflow, a deployment of each shipped recipe, and a worker that runs them."""
+"""Everything on this machine: Prefect's server, MLflow, the deployments, and workers that run them."""
 
+import errno
+import fcntl
 import logging
 import os
 import re
@@ -10,82 +12,189 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING
+from uuid import uuid4
 
-from configs.errors import TameError
+from configs.errors import BadInputError, TameError
+from tasks import place
+from tasks.device import gpus
+from tasks.store import home
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 log = logging.getLogger("tame.up")
 
 HEALTHY_WITHIN = 120.0  # seconds
-CONFIGS = Path(__file__).parent.parent / "configs"
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def up(host: str) -> int:
     """Start everything, wait until each is healthy, print the URLs, and serve until Ctrl-C.
 
+    PREFECT_API_URL and MLFLOW_TRACKING_URI name servers that are used instead of starting one.
+
     Raises:
-        TameError: a server did not become healthy; its log's place is named.
+        BadInputError: `host` is no address of this machine.
+        TameError: it runs already, or something did not become healthy; its log's place is named.
     """
-    from tasks.store import home
-
-    logs = home() / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    prefect_port, mlflow_port = _free_port(host, 4200), _free_port(host, 5000)
-    prefect, mlflow = f"http://{host}:{prefect_port}", f"http://{host}:{mlflow_port}"
-    processes: list[subprocess.Popen[bytes]] = []
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
-        python = [sys.executable, "-m"]
-        environment = {
-            **os.environ,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_UI_API_URL": f"{prefect}/api",
-        }
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            from tasks.track import database_uri
-
-            artifacts = home() / "mlartifacts"
-            command = [*python, "mlflow", "server", "--backend-store-uri", database_uri(), "--host", host]
-            # Not proxied: a run without this server, straight into the same database, must find and write the same files.
-            command += ["--port", str(mlflow_port), "--no-serve-artifacts", "--default-artifact-root", str(artifacts)]
-            command += ["--workers", "1"]
-            processes.append(_start(command, environment, logs / "mlflow.log"))
-        else:
-            mlflow = os.environ["MLFLOW_TRACKING_URI"]
-        command = [*python, "prefect", "server", "start", "--host", host, "--port", str(prefect_port)]
-        processes.append(_start(command, environment, logs / "prefect.log"))
-        _wait(f"{prefect}/api/health", processes[-1], logs / "prefect.log")
-        if len(processes) == 2:
-            _wait(f"{mlflow}/health", processes[0], logs / "mlflow.log")
-        environment |= {"PREFECT_API_URL": f"{prefect}/api", "MLFLOW_TRACKING_URI": mlflow}
-        worker = _start([*python, "infra.serve"], environment, logs / "worker.log")
-        processes.append(worker)
-        _wait_deployed(f"{prefect}/api", worker, logs / "worker.log")
-        print(f"Prefect  {prefect}/deployments   (a recipe, then Run: the form is the recipe)")
-        print(f"MLflow   {re.sub(r'//[^/@]*@', '//', mlflow)}")
-        print(f"logs     {logs}\nCtrl-C stops all.", flush=True)
-        while all(process.poll() is None for process in processes):
-            time.sleep(0.5)
-        raise TameError(f"one of the servers ended by itself; see {logs}")
-    except KeyboardInterrupt:
-        print("stopping …", file=sys.stderr)
-        return 0
-    finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    for number in ENDINGS:
+        signal.signal(number, signal.default_int_handler)
+    with _alone() as (lock, token):
+        try:
+            started = _start_all(host, token)
+            pages = f"Prefect  {_prefect()}/deployments\nMLflow   {_mlflow()}"
+            lock.write(pages.replace("\n", "  "))
+            lock.flush()
+            print(pages)
+            print("\nStart a release: open Prefect, choose release/demo or release/any, then Run > Custom run.")
+            print(
+                f"Logs: {home() / 'logs'}. Ctrl-C stops all of it; what was queued waits for the next tame up.",
+                flush=True,
+            )
+            while not (ended := [name for name, process in started.items() if process.poll() is not None]):
+                time.sleep(0.5)
+            raise TameError(f"{ended[0]} ended by itself; see {home() / 'logs' / ended[0]}.log")
+        except KeyboardInterrupt:
+            print("stopping …", file=sys.stderr, flush=True)
+            return 0
+        finally:
+            for number in ENDINGS:
+                signal.signal(number, signal.SIG_IGN)
 
 
-def _start(command: list[str], environment: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
-    with output.open("ab") as file:
-        return subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+@contextmanager
+def _alone() -> Iterator[tuple[IO[str], str]]:
+    """This TAME_HOME for this process alone, and a token for what it starts, which ends when it does.
+
+    The guard inherits the lock: nobody else starts before the last process of this one has ended.
+    """
+    path = home() / "up.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise TameError(f"tame up runs already in {home()}: {lock.read().strip() or 'it is starting'}") from None
+        lock.truncate(0)
+        token = uuid4().hex
+        guard = subprocess.Popen(
+            [sys.executable, "-m", "infra.guard", token],
+            stdin=subprocess.PIPE,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,
         )
+        try:
+            yield lock, token
+        finally:
+            guard.communicate()  # closes its standard input
+
+
+def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
+    started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(name: str, kind: str, *arguments: str) -> None:
+        # A session of its own: Ctrl-C reaches this process alone.
+        with (home() / "logs" / f"{name}.log").open("ab") as output:
+            started[name] = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env={**os.environ, "TAME_UP": f"{token} {kind}"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    (home() / "logs").mkdir(exist_ok=True)
+    near = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  (where to find what listens everywhere)
+    if near != "127.0.0.1":
+        log.warning("%s: whoever reaches it can start runs and see results; neither page asks for a password", host)
+    if not os.environ.get("PREFECT_API_URL"):
+        port = _free_port(host, 4200)
+        os.environ |= {"PREFECT_API_URL": f"http://{near}:{port}/api", "PREFECT_UI_API_URL": "/api"}
+        os.environ.setdefault("PREFECT_HOME", str(home() / "prefect"))
+        start("prefect", "server", "prefect", "server", "start", "--host", host, "--port", str(port))
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        port = _free_port(host, 5000)
+        # Not proxied: a run without this server, straight into the same database, must find and write the same files.
+        store = ["--backend-store-uri", _database(), "--no-serve-artifacts"]
+        store += ["--default-artifact-root", str(home() / "mlartifacts"), "--workers", "1"]
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        start("mlflow", "server", "mlflow", "server", "--host", host, "--port", str(port), *store)
+        os.environ["MLFLOW_TRACKING_URI"] = f"http://{near}:{port}"
+    start("provision", "worker", "tame", "provision")
+    _wait(started, lambda: started["provision"].poll() == 0)
+    del started["provision"]
+    since = datetime.now(UTC)
+    for index in range(len(gpus())):
+        start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
+    if not gpus():
+        start("worker-cpu", "worker", "tame", "worker")
+    start("worker-control", "worker", "tame", "worker", "--control")
+    from infra.provision import connect
+
+    with connect() as client:
+        _wait(started, lambda: _workers(client, since) >= len(gpus() or "1") + 1)
+    if "mlflow" in started:
+        _wait(started, lambda: _answers(f"{_mlflow()}/health"))
+    return started
+
+
+def _database() -> str:
+    """MLflow's database, made by a process that does not stay: it imports all of MLflow."""
+    made = subprocess.run(
+        [sys.executable, "-c", "from tasks.track import database_uri; print(database_uri())"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        raise TameError(f"{home() / 'mlflow.db'} cannot be made: {(made.stderr.strip().splitlines() or ['?'])[-1]}")
+    return made.stdout.split()[-1]
+
+
+def _wait(started: dict[str, "subprocess.Popen[bytes]"], condition: Callable[[], bool]) -> None:
+    """Wait until `condition`, unless one of `started` ends before."""
+    end = time.monotonic() + HEALTHY_WITHIN
+    while not condition():
+        for name, process in started.items():
+            if process.poll():
+                raise TameError(f"{name} did not start; see {home() / 'logs' / name}.log")
+        if time.monotonic() > end:
+            raise TameError(
+                f"{', '.join(started)} were not all healthy in {HEALTHY_WITHIN:.0f} s; see {home() / 'logs'}"
+            )
+        time.sleep(0.2)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  (our own address)
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _workers(client: "SyncPrefectClient", since: datetime) -> int:
+    """How many workers of this machine have asked for runs since then."""
+    names = socket.gethostname() + " "
+    workers = client.read_workers_for_work_pool(place.POOL)
+    return sum(
+        one.name.startswith(names) and one.last_heartbeat_time is not None and one.last_heartbeat_time > since
+        for one in workers
+    )
+
+
+def _prefect() -> str:
+    return os.environ["PREFECT_API_URL"].removesuffix("/api")
+
+
+def _mlflow() -> str:
+    return re.sub(r"//[^/@]*@", "//", os.environ["MLFLOW_TRACKING_URI"])
 
 
 def _free_port(host: str, wanted: int) -> int:
@@ -94,34 +203,13 @@ def _free_port(host: str, wanted: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
-            except OSError:
+            except PermissionError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise BadInputError(f"--host {host}: {error.strerror}; give an address of this machine") from None
                 continue
         if port != wanted:
             log.warning("port %d is taken; using %d", wanted, port)
         return port
     raise TameError(f"no free port from {wanted} to {wanted + 49} on {host}")
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    end = time.monotonic() + HEALTHY_WITHIN
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  (our own loopback address)
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    raise TameError(f"{url} does not answer; see {output}")
-
-
-def _wait_deployed(api: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    import json
-
-    end = time.monotonic() + HEALTHY_WITHIN
-    request = urllib.request.Request(f"{api}/deployments/count", b"{}", {"Content-Type": "application/json"})  # noqa: S310
-    while time.monotonic() < end and process.poll() is None:
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            if json.load(answer) >= len(list(CONFIGS.glob("*.yaml"))):
-                return
-        time.sleep(0.5)
-    raise TameError(f"the deployments were not registered; see {output}")

@@ -4,15 +4,22 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from uuid import UUID
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, TameError
 
 DECIDING = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
+LIMIT = "TAME_DEVICE_LIMIT"
+"""Names the global concurrency limit on Prefect's server that stands for this worker's device."""
+LEASE = 60.0
+"""Seconds after which Prefect takes back the device of a process that died with it."""
 
 
 class Gpu(BaseModel):
@@ -22,6 +29,8 @@ class Gpu(BaseModel):
 
     name: str
     memory_bytes: int
+    uuid: str | None = Field(None, exclude=True)
+    """GPU-…, as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
 
 
 @functools.cache
@@ -39,10 +48,12 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for index in range(count.value):
         device, size, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        uuid = ctypes.create_string_buffer(16)
         cuda.cuDeviceGet(ctypes.byref(device), index)
         cuda.cuDeviceGetName(name, len(name), device)
         cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
-        found.append(Gpu(name=name.value.decode(errors="replace"), memory_bytes=size.value))
+        known = None if cuda.cuDeviceGetUuid(uuid, device) else f"GPU-{UUID(bytes=uuid.raw)}"
+        found.append(Gpu(name=name.value.decode(errors="replace"), memory_bytes=size.value, uuid=known))
     return tuple(found)
 
 
@@ -71,6 +82,31 @@ def name_of(device: str) -> str:
     if device.startswith("cuda"):
         return gpus()[int(device.partition(":")[2] or 0)].name
     return f"{_cpu()}, {cores()} cores"
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Have this worker's device alone, across all processes and machines; without a worker there is nothing to wait for.
+
+    Prefect's server says who has it. Once it is held, a server that is away does not end the work.
+
+    Raises:
+        TameError: the limit does not exist, or the server cannot be asked.
+    """
+    limit = os.environ.get(LIMIT)
+    if not limit:
+        yield
+        return
+    from prefect.concurrency.sync import concurrency
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                concurrency(limit, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False)
+            )
+        except Exception as error:  # whatever Prefect throws; what is done while it is held is not in here
+            raise TameError(f"{LIMIT} {limit}: {' '.join(str(error).split())}; start it with tame worker") from error
+        yield
 
 
 def cores() -> int:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Variant
 from tasks import store
-from tasks.device import pick
+from tasks.device import held, pick
 from tasks.download import Snapshot
 from tasks.isolate import isolated
 from tasks.progress import Progress, show
@@ -90,21 +90,23 @@ def quantize(
     def make(folder: Path) -> store.Made:
         source = Path(snapshot.path)
         check_source(source)
-        started = time.monotonic()
-        made = isolated(
-            f"quantize {variant.label}",
-            work,
-            source,
-            folder,
-            variant,
-            device=chosen,
-            workers=workers,
-            names=list(snapshot.files),
-            trust_remote_code=snapshot.trust_remote_code,
-            progress=progress,
-        )
+        with held():
+            started = time.monotonic()
+            made = isolated(
+                f"quantize {variant.label}",
+                work,
+                source,
+                folder,
+                variant,
+                device=chosen,
+                workers=workers,
+                names=list(snapshot.files),
+                trust_remote_code=snapshot.trust_remote_code,
+                progress=progress,
+            )
+            seconds = time.monotonic() - started
         digests = made.pop("digests")
-        return store.Made(meta={**made, "seconds": time.monotonic() - started}, digests=digests)
+        return store.Made(meta={**made, "seconds": seconds}, digests=digests)
 
     inputs = quantize_inputs(snapshot, variant, chosen)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)

@@ -1,0 +1,133 @@
+"""What a Prefect server needs to release models: the work pool and its queues, automations, and the deployments of prefect.yaml.
+
+Run again, it makes what is missing and changes what prefect.yaml has changed. Schedules are made with their deployment, and
+belong to whoever runs the server from then on: one that was paused or edited in the pages stays as it is.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from configs.errors import BadInputError, TameError
+from tasks import place
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.flows import Flow
+
+FILE = Path(__file__).parent.parent / "prefect.yaml"
+HEALTHY_WITHIN = 120.0  # seconds
+
+
+def provision() -> list[str]:
+    """Make all of it, and return what was made or changed, a line each.
+
+    Raises:
+        BadInputError: there is no prefect.yaml, or no PREFECT_API_URL.
+        TameError: the server does not answer, or refuses a deployment.
+    """
+    from infra.automations import create_automations
+
+    if not FILE.exists():
+        raise BadInputError(f"{FILE}: not there; tame is provisioned from a checkout of its repository")
+    deployments = yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"]
+    with connect() as client:
+        done = [*_work_pool(client), *(line for spec in deployments for line in _deployment(client, spec))]
+    create_automations()
+    return done
+
+
+@contextmanager
+def connect() -> "Iterator[SyncPrefectClient]":
+    """A client of the server that PREFECT_API_URL names, once it answers.
+
+    Raises:
+        BadInputError: none is named.
+        TameError: it does not answer.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:  # a profile may name it, too
+        raise BadInputError("PREFECT_API_URL is not set; give the address of Prefect's server, or use tame up")
+    with get_client(sync_client=True) as client:
+        end = time.monotonic() + HEALTHY_WITHIN
+        while error := client.api_healthcheck():
+            if time.monotonic() > end:
+                raise TameError(f"{client.api_url} does not answer: {' '.join(str(error).split())}")
+            time.sleep(0.3)
+        yield client
+
+
+def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    try:
+        client.read_work_pool(place.POOL)  # one of another type, such as Kubernetes, will do as well
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        try:
+            client.create_work_pool(WorkPoolCreate(name=place.POOL, type="process", base_job_template=template))
+            yield f"work pool {place.POOL}"
+        except ObjectAlreadyExists:
+            pass  # somebody else provisions at the same time
+    known = {queue.name for queue in client.read_work_queues(work_pool_name=place.POOL)}
+    for name in place.QUEUES:
+        if name not in known:
+            try:
+                client.create_work_queue(name, work_pool_name=place.POOL)
+                yield f"queue {name}"
+            except ObjectAlreadyExists:
+                pass
+
+
+def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[str]:
+    from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+    from prefect.client.schemas.schedules import construct_schedule
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.flows import load_flow_from_entrypoint
+    from prefect.utilities.callables import parameter_schema
+
+    flow: Flow[..., Any] = load_flow_from_entrypoint(spec["entrypoint"])
+    asked: dict[str, Any] = {
+        "entrypoint": spec["entrypoint"],
+        "description": spec["description"],
+        "tags": spec.get("tags", []),
+        "parameters": spec.get("parameters", {}),
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+        "enforce_parameter_schema": True,
+        "work_pool_name": spec["work_pool"]["name"],
+        "work_queue_name": spec["work_pool"]["work_queue_name"],
+        "pull_steps": [],
+    }
+    content = json.dumps(asked, sort_keys=True)
+    asked["version"] = f"{version('tame')}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    name = f"{flow.name}/{spec['name']}"
+    try:
+        known = client.read_deployment_by_name(name)
+        if known.version != asked["version"]:
+            client.update_deployment(known.id, DeploymentUpdate(**asked))
+            yield f"deployment {name}, changed"
+    except ObjectNotFound:
+        schedules = [
+            DeploymentScheduleCreate(
+                schedule=construct_schedule(cron=one["cron"], timezone=one["timezone"]),
+                active=one["active"],
+                slug=one["slug"],
+            )
+            for one in spec.get("schedules", [])
+        ]
+        flow_id = client.create_flow_from_name(flow.name)
+        client.create_deployment(flow_id, name=spec["name"], schedules=schedules, **asked)
+        yield f"deployment {name}"
+    except PrefectHTTPStatusError as error:
+        raise TameError(f"{name}: Prefect refuses it ({' '.join(str(error).split())})") from None

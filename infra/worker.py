@@ -1,0 +1,53 @@
+"""A worker: Prefect's own, with one device that nobody else works on at the same time, and the queues that fit it."""
+
+import os
+import socket
+import sys
+from typing import NoReturn
+
+from configs.errors import BadInputError, TameError
+from tasks import place
+from tasks.device import LIMIT, gpus
+
+WAITING_AT_ONCE = 20  # flows that only wait
+
+
+def become_worker(gpu: int | None, control: bool, pool: str) -> NoReturn:
+    """Take a device, make its limit on the server, and become `prefect worker start`; does not return.
+
+    Raises:
+        BadInputError: there is no such GPU, or no PREFECT_API_URL.
+        TameError: the server does not answer, or has no such work pool.
+    """
+    from infra.automations import HEARTBEAT
+    from infra.provision import connect
+
+    host = socket.gethostname()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if control:
+        name, queues, limit = f"{host} control", [place.CONTROL], None
+    elif gpu is None:
+        name, queues, limit = f"{host} cpu", place.queues_of(None), f"cpu:{host}"
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] and gpu < len(visible) else str(gpu)
+        if not (found := gpus()):
+            raise BadInputError(f"--gpu {gpu}: there is no such GPU, or this torch has no CUDA; nvidia-smi lists them")
+        name, queues = f"{host} gpu {gpu}", place.queues_of(found[0].memory_bytes)
+        limit = f"gpu:{host}:{found[0].uuid or gpu}"
+    with connect() as client:
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            client.read_work_pool(pool)
+        except ObjectNotFound:
+            raise TameError(f"{client.api_url} has no work pool {pool!r}; `tame provision` makes it") from None
+        if limit:
+            client.upsert_global_concurrency_limit_by_name(limit, 1)
+            os.environ[LIMIT] = limit
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
+    command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
+    for queue in queues:
+        command += ["--work-queue", queue]
+    os.execv(sys.executable, command)  # noqa: S606
