@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Evaluate
 from tasks import store
-from tasks.device import name_of, pick, versions
+from tasks.device import held, name_of, pick, versions
 from tasks.download import Snapshot
 from tasks.evaluate import compare
 from tasks.evaluate.definitions import find_tasks, inputs_of, work_of
@@ -131,7 +131,8 @@ def _parts(work: Work, digest: str, scores: dict[str, Any], progress: Progress) 
         wanted.append(("samples", {**common, **spec.samples.model_dump()}))
 
     def run(folders: dict[str, str]) -> None:
-        isolated(f"evaluate {work.label}", measure, work.model_copy(update={"folders": folders}), progress=progress)
+        with held():
+            isolated(f"evaluate {work.label}", measure, work.model_copy(update={"folders": folders}), progress=progress)
 
     return _build_together(wanted, run)
 
