@@ -173,9 +173,9 @@ def _model(run: "FlowRun") -> str:
 
 
 def _is_planned(run: "FlowRun") -> bool:
-    """Whether a schedule made the run for a time that is still to come."""
+    """Whether the run is for a time that is still to come, by a schedule or by somebody."""
     ahead = run.expected_start_time and run.expected_start_time > datetime.now(UTC)
-    return bool(run.auto_scheduled and run.state and run.state.is_scheduled() and ahead)
+    return bool(run.state_name == "Scheduled" and ahead)
 
 
 def _stand_in(client: "SyncPrefectClient", parent: UUID, key: str, recipe: Recipe) -> UUID:

@@ -106,7 +106,9 @@ def decide(seen: Seen, tried: list["FlowRun"], busy: "FlowRun | None", spec: Wat
             return row("unchanged", "its release was cancelled, and is started again when the model changes", last)
         if len(tried) >= spec.attempts:
             return row(
-                "given up", f"its release failed {len(tried)} times, and is started again when it changes: {said}", last
+                "given up",
+                f"its release failed {len(tried)} times; retry it in Prefect, or change the model: {said}",
+                last,
             )
     if running := last if last and not launch.ended(last) else busy:
         return row("waits", f"a release of it is {(running.state_name or 'running').lower()}", running)
