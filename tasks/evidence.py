@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WHICH = ("doc_id", "doc_hash", "filter")
-"""What tells the items of a task apart; an item's other keys are its scores."""
+ITEM = ("doc_id", "doc_hash", "filter")
+"""What tells the items of a task apart."""
+WHICH = (*ITEM, "answer")
+"""An item's other keys are its scores."""
 
 
 class Flips(NamedTuple):
@@ -14,6 +16,18 @@ class Flips(NamedTuple):
     task: str
     lost: list[int]
     won: list[int]
+
+
+class Layer(NamedTuple):
+    """A weight that was quantized: where it is, and its relative error."""
+
+    module: str
+    depth: int
+    """The first number in its name; 0 where there is none."""
+    kind: str
+    """Its name without what all names begin with, such as self_attn.q_proj; numbers, such as experts', are `*`."""
+    error: float
+    parameters: int
 
 
 def windows(folder: str | None) -> dict[str, list[float]]:
@@ -42,6 +56,29 @@ def flips(baseline: str | None, variant: str | None) -> list[Flips]:
     return changed
 
 
+def examples(folder: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Some answers that changed between right and wrong, by task: {doc_id, question, right, baseline, variant} each."""
+    path = Path(folder) / "flips.json" if folder else None
+    found: dict[str, list[dict[str, Any]]] = json.loads(path.read_bytes()) if path and path.is_file() else {}
+    return found
+
+
+def layers(folder: str | None) -> list[Layer]:
+    """The relative error of each weight that a variant has quantized, in the model's order."""
+    path = Path(folder) / "layers.json" if folder else None
+    found = json.loads(path.read_bytes()) if path and path.is_file() else []
+    names = [["*" if part.isdigit() else part for part in row["module"].split(".")] for row in found]
+    shared = next((i for i, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1), 0)
+    return [
+        Layer(row["module"], _depth(row["module"]), ".".join(name[shared:]), row["error"], row["parameters"])
+        for row, name in zip(found, names, strict=True)
+    ]
+
+
+def _depth(module: str) -> int:
+    return next((int(part) for part in module.split(".") if part.isdigit()), 0)
+
+
 def _items(path: Path) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {" ".join(str(row[key]) for key in WHICH): row for row in rows}
+    return {" ".join(str(row[key]) for key in ITEM): row for row in rows}

@@ -114,6 +114,69 @@ def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
     assert results[0]["tasks"]["own_choice"]["floor"] == {"items": ITEMS, "flips": 0}  # float32: padding moves nothing
 
 
+def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: Path) -> None:
+    from tasks import evidence
+    from tasks.evaluate.compare import EXAMPLES, _tasks
+
+    root, _ = ran
+    results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
+    _tasks({}, [], root / "1", results[1], root / "0", results[0], 0, tmp_path)
+    asked = [json.loads(line) for line in (own_tasks / "data.jsonl").read_text().splitlines()]
+    (root / "evidence").mkdir(exist_ok=True)
+    (root / "evidence" / "tasks").symlink_to(root / "0")
+    (changed, *_) = evidence.flips(str(root / "evidence"), str(tmp_path))
+    shown = evidence.examples(str(tmp_path))["own_choice"]
+    assert [item["doc_id"] for item in shown] == [*changed.lost[:EXAMPLES], *changed.won[:EXAMPLES]]
+    for item in shown:
+        document = asked[item["doc_id"]]
+        choices = [document["first"], document["second"]]
+        assert item["question"] == document["question"]
+        assert item["right"] == choices[document["label"]]
+        assert (item["baseline"] == item["right"]) == (item["doc_id"] in changed.lost)
+        assert (item["variant"] == item["right"]) == (item["doc_id"] in changed.won)
+        assert {item["baseline"], item["variant"]} <= set(choices)
+    rows = [json.loads(line) for line in (root / "1" / "own_written.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["answer"], str) and len(row["answer"]) <= 160 for row in rows)
+    assert not (root / "1" / "own_choice.questions.jsonl").exists()  # they are the baseline's
+
+
+@pytest.mark.parametrize(
+    ("item", "answer", "question"),
+    [
+        (  # a gap to fill: the choices are in the prompts
+            {"arguments": [("He saw Ann", " run."), ("He saw Bob", " run.")], "filtered_resps": [(-2.0, False), (-1.0, True)]},
+            1,
+            {"doc_id": 7, "question": "", "choices": ["He saw Ann run.", "He saw Bob run."]},
+        ),
+        (  # by the likelihood of a character
+            {
+                "arguments": [("Q", " a"), ("Q", " a much longer answer")], "filtered_resps": [(-2.0, False), (-3.0, True)],
+                "metrics": ["acc_norm"],
+            },
+            1,
+            {"doc_id": 7, "question": "Q", "choices": ["a", "a much longer answer"]},
+        ),
+        (  # one continuation, right if it is what the model would say
+            {"arguments": [("The sky is", " blue")], "filtered_resps": [(-2.0, True)], "target": " blue"},
+            None,
+            {"doc_id": 7, "question": "The sky is", "expected": " blue"},
+        ),
+        (  # a text without a prompt, and filters that make lists of answers
+            {"arguments": [("a text",)], "filtered_resps": [["x", "y"]], "target": "x", "metrics": ["exact_match"]},
+            None,
+            {"doc_id": 7, "question": "a text", "expected": "x"},
+        ),
+    ],
+    ids=["gap", "norm", "continuation", "rolling"],
+)  # fmt: skip
+def test_items_of_other_kinds(item, answer, question) -> None:
+    from tasks.evaluate.harness import _answer, _question
+
+    item = {"doc_id": 7, "metrics": ["acc"], **item}
+    assert _answer(item) == answer
+    assert _question(item) == question
+
+
 def test_the_key_covers_definition_data_and_limits(own_tasks: Path, tmp_path: Path, tame_home: Path) -> None:
     import shutil
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks import evidence
+
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
 
@@ -98,6 +100,9 @@ def test_a_release_and_what_its_reruns_cost(place: Place, tiny_llama: Path) -> N
         assert {"kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio_low", "bits_per_weight"} <= variant[
             "metrics"
         ].keys()
+        layers = evidence.layers(variant["evidence"])
+        assert {(layer.depth, layer.kind) for layer in layers} >= {(0, "self_attn.q_proj"), (1, "mlp.down_proj")}
+        assert variant["metrics"]["weight_error_max"] == max(layer.error for layer in layers)
         assert variant["artifact"]["bytes"] > 0
         assert "baseline" in output
         folder = Path(variant["published"])

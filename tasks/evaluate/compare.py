@@ -9,10 +9,12 @@ import numpy as np
 
 from configs.errors import TameError
 from tasks.evaluate.statistics import interval, mcnemar
+from tasks.evidence import WHICH
 
-STAGE = 2
+STAGE = 3
 RESULT = "evaluation.json"
 FEW_WINDOWS = 10
+EXAMPLES = 10  # of the answers of a task that changed, kept with their question in each direction
 Metrics = dict[str, float]
 Folders = dict[str, Path]
 
@@ -23,12 +25,14 @@ def assemble(
     """Turn the parts of an evaluation into one result with its evidence.
 
     Args:
-        parts: Folder of each part: scores, tasks, speed, samples.
+        parts: Folder of each part: scores, tasks, speed, samples, layers.
         baseline: The same of the baseline; None if this is the baseline.
         prompts: Of the samples.
         protocol: What is known of the text and the device.
         seed: Of the bootstrap.
-        folder: Gets windows.npz, windows.json, tasks/NAME.jsonl and evaluation.json {metrics, protocol, notes, samples}.
+        folder: Gets windows.npz, windows.json, tasks/NAME.jsonl, flips.json (examples of answers that changed, by task:
+            doc_id, question, right, baseline, variant), layers.json ({module, error, parameters} each) and
+            evaluation.json {metrics, protocol, notes, samples}.
 
     Raises:
         TameError: the baseline answered other items of a task.
@@ -63,6 +67,10 @@ def assemble(
     if "speed" in results:
         metrics |= results["speed"]["metrics"]
         shown["speed"] = results["speed"]["protocol"]
+    if layers := results.get("layers", {}).get("layers"):
+        errors = [layer["error"] for layer in layers]
+        metrics |= {"weight_error_mean": float(np.mean(errors)), "weight_error_max": max(errors)}
+        (folder / "layers.json").write_text(json.dumps(layers))
     samples = _samples(prompts, results, theirs)
     content = {"metrics": metrics, "protocol": shown, "notes": notes, "samples": samples}
     (folder / RESULT).write_text(json.dumps(content, indent=1))
@@ -135,6 +143,7 @@ def _tasks(
     folder: Path,
 ) -> dict[str, Any]:
     (folder / "tasks").mkdir()
+    examples = {}
     for name, task in [*result["tasks"].items(), *((name, {"metrics": m}) for name, m in result["groups"].items())]:
         metrics |= {f"task/{name}/{metric}": value for metric, value in task["metrics"].items()}
     for name, task in result["tasks"].items():
@@ -145,7 +154,15 @@ def _tasks(
             if floor := task.get("floor"):
                 metrics[f"task/{name}/floor_flips"] = floor["flips"] / floor["items"]
             continue
-        _pair(metrics, notes, name, ours, _items(baseline / f"{name}.jsonl"), theirs["tasks"][name].get("floor"), seed)
+        before = _items(baseline / f"{name}.jsonl")
+        lost, won = _pair(metrics, notes, name, ours, before, theirs["tasks"][name].get("floor"), seed)
+        questions = {row["doc_id"]: row for row in _rows(baseline / f"{name}.questions.jsonl")}
+        examples[name] = [
+            _example(questions[ours[key]["doc_id"]], before[key]["answer"], ours[key]["answer"], right)
+            for keys, right in ((lost, "baseline"), (won, "variant"))
+            for key in keys[:EXAMPLES]
+        ]
+    (folder / "flips.json").write_text(json.dumps(examples))
     return {
         **result["protocol"],
         "versions": {name: task["version"] for name, task in result["tasks"].items()},
@@ -161,14 +178,17 @@ def _pair(
     theirs: dict[str, Any],
     floor: dict[str, int] | None,
     seed: int,
-) -> None:
-    """Item by item: flips, McNemar's p and the difference, of every metric that is right or wrong for an item."""
+) -> tuple[list[str], list[str]]:
+    """Item by item: flips, McNemar's p and the difference, of every metric that is right or wrong for an item.
+
+    Returns the keys of the items that the first such metric has right of the baseline alone, and of the variant alone.
+    """
     if ours.keys() != theirs.keys():
         raise TameError(
             f"task {name}: the baseline answered other items; its data changed in between, evaluate it again"
         )
-    names = [metric for metric in next(iter(ours.values()), {}) if metric not in ("doc_id", "doc_hash", "filter")]
-    first = True
+    names = [metric for metric in next(iter(ours.values()), {}) if metric not in WHICH]
+    changed: tuple[list[str], list[str]] | None = None
     # A task may judge each answer by several filters; lm-eval gives a sample for each, and they are not other items.
     filters = list(dict.fromkeys(row["filter"] for row in ours.values()))
     for metric, only in ((metric, only) for metric in names for only in filters):
@@ -181,19 +201,37 @@ def _pair(
         lost, won = int((difference < 0).sum()), int((difference > 0).sum())
         _put(metrics, f"task/{name}/{metric}_difference", difference, seed)
         metrics[f"task/{name}/{metric}_p"] = mcnemar(lost, won)
-        if first:
-            first = False
+        if changed is None:
+            changed = (
+                [keys[i] for i in np.flatnonzero(difference < 0)],
+                [keys[i] for i in np.flatnonzero(difference > 0)],
+            )
             metrics[f"task/{name}/flips"] = float(lost + won)
             if floor and (lost + won) / len(pairs) <= floor["flips"] / floor["items"]:
                 notes.append(
                     f"task {name}: {lost + won} of {len(pairs)} items flip, not more than when the baseline itself runs in "
                     f"another batch shape ({floor['flips']} of {floor['items']}): no difference was found"
                 )
+    return changed or ([], [])
+
+
+def _example(question: dict[str, Any], before: int | str | None, after: int | str | None, right: str) -> dict[str, Any]:
+    """An answer that changed, in words. Of several choices, the right one is that of whichever has it `right`."""
+    choices = question.get("choices", [])
+    given = {
+        name: choices[answer] if isinstance(answer, int) else answer
+        for name, answer in (("baseline", before), ("variant", after))
+    }
+    which = {"doc_id": question["doc_id"], "question": question["question"]}
+    return {**which, "right": question.get("expected", given[right]), **given}
 
 
 def _items(path: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {f"{row['doc_id']}/{row['doc_hash']}/{row['filter']}": row for row in rows}
+    return {f"{row['doc_id']}/{row['doc_hash']}/{row['filter']}": row for row in _rows(path)}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _samples(prompts: list[str], results: dict[str, Any], theirs: dict[str, Any]) -> list[dict[str, Any]]:

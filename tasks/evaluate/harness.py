@@ -12,7 +12,9 @@ from tasks.evaluate.definitions import TaskWork
 from tasks.evaluate.load import Loaded, body_of, head_of, line, out_of_memory, quiet
 from tasks.progress import Progress, silent
 
+STAGE = 2  # raise it when what is kept of an item changes
 RESULT = "result.json"
+QUESTION, CHOICE = 600, 160  # characters that are kept of an item
 FLOOR_ITEMS = 200  # of each task, run again in another batch shape
 
 
@@ -21,8 +23,9 @@ def run_tasks(
 ) -> None:
     """Run every task, and keep each item's result.
 
-    Writes NAME.jsonl for each task ({doc_id, doc_hash, metric: value, …} an item) and, last, result.json: for each task
-    its metrics, their number of items, its version, and, with `floor`, how many of its first 200 items flip when the same
+    Writes NAME.jsonl for each task ({doc_id, doc_hash, filter, answer, metric: value, …} an item), for a baseline
+    (`floor`) NAME.questions.jsonl ({doc_id, question, choices or expected} an item), and, last, result.json: for each task its
+    metrics, their number of items, its version, and, with `floor`, how many of its first 200 items flip when the same
     model runs them in another batch shape.
 
     Raises:
@@ -39,7 +42,10 @@ def run_tasks(
     summary: dict[str, dict[str, Any]] = {}
     for name, items in results["samples"].items():
         rows = [_row(item) for item in items]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _write_lines(folder / f"{name}.jsonl", rows)
+        if floor:
+            questions = {item["doc_id"]: _question(item) for item in items}
+            _write_lines(folder / f"{name}.questions.jsonl", list(questions.values()))
         metrics = {key.removesuffix(",none"): value for key, value in results["results"][name].items()}
         summary[name] = {
             "items": len({row["doc_id"] for row in rows}),
@@ -162,9 +168,47 @@ def _adapter(loaded: Loaded, batch_size: int) -> Any:
 
 
 def _row(item: dict[str, Any]) -> dict[str, Any]:
-    """What of an item's result is kept: which it was, and how it did."""
+    """What of an item's result is kept: which it was, what was answered, and how that did."""
     scores = {name: float(item[name]) for name in item["metrics"] if isinstance(item.get(name), Real)}
-    return {"doc_id": item["doc_id"], "doc_hash": item["doc_hash"], "filter": item["filter"], **scores}
+    which = {name: item[name] for name in ("doc_id", "doc_hash", "filter")}
+    return {**which, "answer": _answer(item), **scores}
+
+
+def _answer(item: dict[str, Any]) -> int | str | None:
+    """What was answered: the number of a choice, or a text; None for tasks of another kind."""
+    if not _asks_to_choose(item):
+        return item["filtered_resps"][0][:CHOICE] if isinstance(item["filtered_resps"][0], str) else None
+    chances = [float(chance) for chance, _ in item["filtered_resps"]]
+    if item["metrics"][0] == "acc_norm":
+        chances = [chances[i] / max(1, len(text.removeprefix(" "))) for i, (_, text) in enumerate(item["arguments"])]
+    return chances.index(max(chances))
+
+
+def _asks_to_choose(item: dict[str, Any]) -> bool:
+    """Whether an item is a multiple choice, judged by the likeliest of its answers."""
+    pairs = all(isinstance(given, tuple) and len(given) == 2 for given in item["filtered_resps"])
+    likeliest = item["metrics"][0] in ("acc", "acc_norm") and "acc_mutual_info" not in item["metrics"]
+    return pairs and likeliest and len(item["filtered_resps"]) > 1
+
+
+def _question(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as a person reads it: the end of its prompt, and its choices or the text that was expected.
+
+    Where the choices are in the prompt (a gap to fill), each is the end of its prompt and what follows.
+    """
+    prompts = [str(arguments[0]).strip() for arguments in item["arguments"]]
+    shown: dict[str, Any] = {"doc_id": item["doc_id"], "question": prompts[0][-QUESTION:]}
+    if not _asks_to_choose(item):
+        return {**shown, "expected": str(item["target"])[:CHOICE]}
+    texts = [str(text) for _, text in item["arguments"]]
+    if len(set(prompts)) > 1:
+        shown["question"] = ""
+        texts = [(prompt + text)[-CHOICE:] for prompt, text in zip(prompts, texts, strict=True)]
+    return {**shown, "choices": [text.strip()[:CHOICE] for text in texts]}
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, samples: Any) -> dict[str, dict[str, int]]:

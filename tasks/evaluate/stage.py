@@ -13,7 +13,7 @@ from configs.schema import Evaluate
 from tasks import store
 from tasks.device import held, name_of, pick, versions
 from tasks.download import Snapshot
-from tasks.evaluate import compare
+from tasks.evaluate import compare, harness, layers
 from tasks.evaluate.definitions import find_tasks, inputs_of, work_of
 from tasks.evaluate.text import LoadedText, load_text
 from tasks.evaluate.worker import Work, measure
@@ -38,7 +38,7 @@ class Evaluation(BaseModel):
     samples: list[dict[str, Any]]
     """{prompt, baseline, answer, diverges_at} for each prompt; diverges_at is a character offset or None."""
     path: str
-    """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, evaluation.json."""
+    """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, flips.json, layers.json, evaluation.json."""
     digest: str
     cached: bool
 
@@ -87,7 +87,7 @@ def evaluate_variant(
         baseline=scores.path,
         baseline_model=snapshot.path,
     )
-    parts, cached = _parts(work, model_digest, inputs, progress)
+    parts, cached = _parts(work, model_digest, inputs, progress, snapshot.digest)
     return _assembled("evaluation", label, parts, theirs, spec, baseline.protocol, cached)
 
 
@@ -107,8 +107,13 @@ def _baseline_parts(snapshot: Snapshot, spec: Evaluate, device: str, progress: P
     return _parts(work, snapshot.digest, inputs, progress)
 
 
-def _parts(work: Work, digest: str, scores: dict[str, Any], progress: Progress) -> tuple[Parts, bool]:
-    """The parts that the spec asks for, each an artifact of its own, so that changing one measures no other again."""
+def _parts(
+    work: Work, digest: str, scores: dict[str, Any], progress: Progress, source: str | None = None
+) -> tuple[Parts, bool]:
+    """The parts that the spec asks for, each an artifact of its own, so that changing one measures no other again.
+
+    `digest` is the model's; `source` that of the baseline's checkpoint, for a variant.
+    """
     spec = work.spec
     common = {
         "model": digest,
@@ -123,12 +128,14 @@ def _parts(work: Work, digest: str, scores: dict[str, Any], progress: Progress) 
     if spec.tasks:
         found = find_tasks(spec.tasks, spec.task_path)
         floor = {"floor": work.baseline is None}
-        wanted.append(("tasks", {**common, **inputs_of(spec, found), **floor}))
+        wanted.append(("tasks", {**common, **inputs_of(spec, found), **floor, "rows": harness.STAGE}))
         work = work.model_copy(update={"tasks": work_of(spec.tasks, found)})
     if spec.speed:
         wanted.append(("speed", {**common, **spec.speed.model_dump()}))
     if spec.samples and spec.samples.prompts:
         wanted.append(("samples", {**common, **spec.samples.model_dump()}))
+    if source and work.baseline_model and layers.comparable(Path(work.baseline_model), Path(work.model)):
+        wanted.append(("layers", {**common, "source": source, "layers": layers.STAGE}))
 
     def run(folders: dict[str, str]) -> None:
         with held():

@@ -31,7 +31,7 @@ class Work(BaseModel):
     baseline_model: str | None
     tasks: TaskWork | None = None
     folders: dict[str, str] = {}
-    """Of the parts that are wanted: scores, tasks, speed, samples."""
+    """Of the parts that are wanted: scores, tasks, speed, samples, layers."""
 
 
 def measure(work: Work, *, progress: Progress = silent) -> None:
@@ -59,15 +59,27 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
 
 
 def _measure(work: Work, progress: Progress) -> None:
+    def told(what: str, done: int, total: int) -> None:
+        progress(f"{work.label}: {what}", done, total)
+
+    folders = {name: Path(folder) for name, folder in work.folders.items()}
+    if folders.keys() - {"layers"}:
+        _measure_model(work, folders, told)
+    if "layers" in folders:
+        from tasks.evaluate.layers import layer_errors
+        from tasks.quantize.quiet import import_libraries
+
+        import_libraries()
+        source, made = Path(str(work.baseline_model)), Path(work.model)
+        layer_errors(source, made, work.device, folders["layers"], work.trust_remote_code, told)
+
+
+def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None:
     from tasks.evaluate.load import dequantize, load, repacked, reuse_memory
     from tasks.evaluate.scores import score_baseline, score_variant
     from tasks.evaluate.speed import answer_samples, measure_speed
     from tasks.evaluate.wide import widen
 
-    def told(what: str, done: int, total: int) -> None:
-        progress(f"{work.label}: {what}", done, total)
-
-    folders = {name: Path(folder) for name, folder in work.folders.items()}
     path, spec = Path(work.model), work.spec
     loaded = load(path, work.device, work.trust_remote_code)
     if "speed" in folders and spec.speed:
