@@ -152,7 +152,7 @@ def worker(options: argparse.Namespace) -> int:
     """Runs for one device of this machine, or flows that only wait."""
     from infra.worker import become_worker
 
-    become_worker(options.gpu, options.control, options.pool)
+    become_worker(options.gpu, options.control, options.pool, options.once)
 
 
 def provision(options: argparse.Namespace) -> int:
@@ -296,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--gpu", metavar="N", type=_index, help="on this GPU, as nvidia-smi counts them")
     kind.add_argument("--control", action="store_true", help="only flows that wait for others: watch, sweep")
     command.add_argument("--pool", default="tame", help="the work pool to take runs from")
+    command.add_argument("--once", action="store_true", help="end after one run, or at once if none waits")
 
     add(provision, "make the work pool, queues, automations and deployments on the server of PREFECT_API_URL")
 

@@ -12,8 +12,10 @@ from tasks.device import LIMIT, gpus
 WAITING_AT_ONCE = 20  # flows that only wait
 
 
-def become_worker(gpu: int | None, control: bool, pool: str) -> NoReturn:
+def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False) -> NoReturn:
     """Take a device, make its limit on the server, and become `prefect worker start`; does not return.
+
+    With `once` it ends after one run, or at once if none waits: what a batch system starts.
 
     Raises:
         BadInputError: there is no such GPU, or no PREFECT_API_URL.
@@ -48,6 +50,7 @@ def become_worker(gpu: int | None, control: bool, pool: str) -> NoReturn:
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
     command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
+    command += ["--run-once"] * once
     for queue in queues:
         command += ["--work-queue", queue]
     os.execv(sys.executable, command)  # noqa: S606
