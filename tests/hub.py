@@ -39,7 +39,9 @@ class Fault:
 class Hub:
     """The server and what it holds. `requests` lists every request as `METHOD /path?query`, in order."""
 
-    def __init__(self, folder: Path | None = None, port: int = 0, part_size: int = 8 << 20) -> None:
+    def __init__(
+        self, folder: Path | None = None, port: int = 0, part_size: int = 8 << 20, host: str = "127.0.0.1"
+    ) -> None:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="tame-hub-")
         self.objects = Path(folder or self._temporary.name) / ".objects"  # type: ignore[union-attr]
         self.objects.mkdir(parents=True, exist_ok=True)
@@ -51,9 +53,9 @@ class Hub:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         handler = type("Handler", (FilePages,), {"hub": self, "routes": ROUTES})
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server = ThreadingHTTPServer((host, port), handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{host}:{self.server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
