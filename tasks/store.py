@@ -419,7 +419,8 @@ def _fetched(remote: Remote, place: Path) -> Artifact | None:
     stamps = {name: (files / name).stat().st_mtime_ns for name in there.files}
     _write(folder, Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
     seconds = time.monotonic() - started
-    log.info("fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
+    level = logging.INFO if there.bytes > 1e6 else logging.DEBUG
+    log.log(level, "fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
     return _take(folder, place)
 
 

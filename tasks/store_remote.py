@@ -104,6 +104,7 @@ def _connect(url: str) -> Remote:
     except ImportError:
         raise BadInputError(f"TAME_STORE {url}: its driver is missing; pip install '{DRIVERS[scheme]}'") from None
     fs.retries = 1
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback at every attempt
     root = str(Path(rest).expanduser().absolute()) if scheme == "file" else rest.rstrip("/")
     return Remote(url.rstrip("/"), fs, root, scheme == "file")
 
