@@ -57,7 +57,10 @@ def flips(baseline: str | None, variant: str | None) -> list[Flips]:
 
 
 def examples(folder: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Some answers that changed between right and wrong, by task: {doc_id, question, right, baseline, variant} each."""
+    """Some answers that changed between right and wrong, by task.
+
+    {doc_id, lost, question, right, baseline, variant} each; `lost` says that the baseline was right, else the variant is.
+    """
     path = Path(folder) / "flips.json" if folder else None
     found: dict[str, list[dict[str, Any]]] = json.loads(path.read_bytes()) if path and path.is_file() else {}
     return found

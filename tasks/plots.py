@@ -7,6 +7,7 @@ nothing to draw.
 import io
 import math
 import re
+from collections import Counter
 from math import isfinite
 from typing import Any
 
@@ -35,6 +36,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 5.2
 """Inches: at 72 points an inch the text stays readable on a phone's 350 pixels."""
 LONGEST = 18
+LINES = 8
+"""Kinds of layers in a plot: a colour and a dash each, twice the colours."""
 
 
 def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
@@ -136,6 +139,51 @@ def windows(result: Result) -> Plot | None:
     return _svg(canvas, "windows"), f"KL divergence by window of the text, {len(found[0][1])} windows. {said}."
 
 
+def layers(row: ResultVariant) -> Plot | None:
+    """The relative error of a variant's weights over depth, a line a kind of layer; experts of a depth as their mean."""
+    found = evidence.layers(row.evidence)
+    sizes: Counter[str] = Counter()
+    kinds: dict[str, dict[int, list[float]]] = {}
+    for layer in found:
+        sizes[layer.kind] += layer.parameters
+        kinds.setdefault(layer.kind, {}).setdefault(layer.depth, []).append(layer.error)
+    shown = [kind for kind in kinds if kind in dict(sizes.most_common(LINES))]
+    if not shown:
+        return None
+    canvas, axes = _axes(2.9 + 0.22 * (len(shown) // 4))
+    said = []
+    for i, (kind, name) in enumerate(zip(shown, _distinct(shown), strict=True)):
+        points = sorted((depth, sum(errors) / len(errors)) for depth, errors in kinds[kind].items())
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=max(1, len(points) // 6),
+            color=SERIES[i % len(SERIES)],
+            linestyle="-" if i < len(SERIES) else "--",
+            linewidth=1.3,
+            markersize=5,
+            label=_short(name),
+        )
+        low, high = (figure("weight_error", f(error for _, error in points)) for f in (min, max))
+        worst = max(points, key=lambda point: point[1])[0]
+        said.append(f"{name} {low} to {high}, most at depth {worst}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.set_xlabel("Depth", fontsize=12)
+    axes.legend(frameon=False, fontsize=11, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    rest = f" The {len(shown)} largest of {len(kinds)} kinds." if len(kinds) > len(shown) else ""
+    file = re.sub(r"[^\w.-]", "-", row.name)
+    return _svg(canvas, f"layers-{file}"), f"Error of the weights of {row.name} by depth: {'; '.join(said)}.{rest}"
+
+
+def files(report: str) -> dict[str, str]:
+    """The plots of a report as SVG files of their own, by name: in its colours, light and dark."""
+    page = re.search(r"<style>(.*?)\* \{", report, re.DOTALL)
+    style = f"<style>{page[1]}svg {{ background: var(--paper); color: var(--ink); }}</style>" if page else ""
+    found = re.findall(r'(<svg data-name="([^"]*)" [^>]*>)(.*?</svg>)', report, re.DOTALL)
+    return {f"{name}.svg": f"{opening}{style}{rest}\n" for opening, name, rest in found}
+
+
 def over_time(series: dict[str, list[tuple[int, float]]], ticks: list[str], name: str) -> Plot | None:
     """The metric `name` by release, a line a variant; points are (index of the release in `ticks`, value)."""
     series = {variant: points for variant, points in series.items() if points}
@@ -211,11 +259,21 @@ def _svg(canvas: Any, name: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*" ?', r"<svg \1", svg)
     for stand_in, ink in INKS.items():
         svg = svg.replace(stand_in, ink)
-    return re.sub(r"\n\s*", "\n", svg).replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    named = f'<svg data-name="{name}" aria-hidden="true" focusable="false" '
+    return re.sub(r"\n\s*", "\n", svg).replace("<svg ", named, 1)
 
 
 def _drawable(measured: list[Measured], name: str) -> list[Measured]:
     return [row for row in measured if isfinite(row.metrics.get(name, math.nan))]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The last parts of dotted names, as few as tell them apart."""
+    for count in range(1, 20):
+        short = [".".join(name.split(".")[-count:]) for name in names]
+        if len(set(short)) == len(names):
+            return short
+    return names
 
 
 def _short(name: str) -> str:

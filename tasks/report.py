@@ -18,7 +18,10 @@ from tasks.runs import COLUMNS
 ANSWER = 2000
 """Characters of an answer that are shown; more of it says little and could fill the page."""
 
-
+WORST = 10
+"""Layers that the table of the most damaged ones has for each variant."""
+EXAMPLES = 5
+"""Answers that changed that are shown for each variant and task, in words."""
 COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
 
 
@@ -29,7 +32,7 @@ def render(result: Result) -> str:
     baseline = result.baseline.metrics if result.baseline else {}
     increase = gate.get("max_perplexity_increase")
     limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
-    quality, cost = _drawn(result, limit)
+    quality, cost, layers = _drawn(result, limit)
     return _page(
         "report.html",
         result=result,
@@ -39,8 +42,11 @@ def render(result: Result) -> str:
         quality=quality,
         machine=_machine(result),
         cost=[(summary.label(name), plot) for name, plot in zip(COST, cost, strict=True)],
+        layers=[(row.name, plot) for row, plot in zip(result.variants, layers, strict=True)],
+        worst=_worst(result),
         answers=_answers(result),
         flips=_flips(result),
+        examples=_examples(result),
         left=_left(result),
         protocol=_protocol(measured),
         notes=dict.fromkeys(note for row in measured for note in row.notes),
@@ -50,13 +56,17 @@ def render(result: Result) -> str:
     )
 
 
-def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any]]:
-    """The plots of quality and of cost, drawn once for equal numbers: drawing takes longer than all else of a cached run."""
+def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], list[Any]]:
+    """The plots of quality, of cost, and of each variant's layers.
+
+    They are drawn once for equal numbers: drawing takes longer than all else of a cached run.
+    """
 
     def draw() -> list[Any]:
         maximum = (result.recipe.get("gate") or {}).get("max_mean_kl")
         quality = [plots.size_against(result, "kl_mean", maximum), plots.size_against(result, "perplexity", limit)]
-        return [*quality, plots.windows(result), *(plots.bars(result, name) for name in COST)]
+        cost = [plots.bars(result, name) for name in COST]
+        return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
 
     def make(folder: Path) -> store.Made:
         (folder / "plots.json").write_text(json.dumps(draw()))
@@ -66,7 +76,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any]]:
         (row.name, summary.verdict(row), sorted(row.metrics.items()), row.evidence) for row in summary.rows(result)
     ]
     inputs = {
-        "stage": 1,
+        "stage": 2,
         "matplotlib": version("matplotlib"),
         "gate": repr(result.recipe.get("gate")),
         "shown": repr(shown),
@@ -76,7 +86,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any]]:
         drawn = json.loads((Path(artifact.path) / "plots.json").read_bytes())
     except TameError:  # a store that is full is no reason to show nothing
         drawn = draw()
-    return drawn[:3], drawn[3:]
+    return drawn[:3], drawn[3 : 3 + len(COST)], drawn[3 + len(COST) :]
 
 
 def history(model: str | None = None) -> str:
@@ -165,6 +175,31 @@ def _flips(result: Result) -> list[tuple[str, evidence.Flips]]:
     baseline = result.baseline.evidence if result.baseline else None
     return [
         (variant.name, flips) for variant in result.variants for flips in evidence.flips(baseline, variant.evidence)
+    ]
+
+
+def _examples(result: Result) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Some of those answers in words, by variant and task: as many that became wrong as became right, where there are."""
+    return [
+        (variant.name, task, shown)
+        for variant in result.variants
+        for task, found in evidence.examples(variant.evidence).items()
+        if (shown := _some(found))
+    ]
+
+
+def _some(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lost, won = ([item for item in found if item["lost"] is which] for which in (True, False))
+    half = max(EXAMPLES - len(won), EXAMPLES // 2 + 1)
+    return [*lost[:half], *won[: EXAMPLES - len(lost[:half])]]
+
+
+def _worst(result: Result) -> list[tuple[str, list[evidence.Layer]]]:
+    """The layers that quantizing changed most, worst first, for each variant that was compared with its source."""
+    return [
+        (variant.name, sorted(found, key=lambda layer: -layer.error)[:WORST])
+        for variant in result.variants
+        if (found := evidence.layers(variant.evidence))
     ]
 
 

@@ -11,7 +11,7 @@ import re
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from tasks import evidence, registry, summary
+from tasks import evidence, plots, registry, summary
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 
 MAX_STEPS = 500
@@ -118,6 +118,8 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
         client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         if report:
             client.log_text(run_id, report, "report.html")
+            for name, plot in plots.files(report).items():
+                client.log_text(run_id, plot, f"plots/{name}")
         failed = any(variant.status == "failed" for variant in result.variants)
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED", ended)
     return run_id
@@ -159,6 +161,7 @@ def _write_measured(client: Any, result: Result, measured: Measured, run: Any, b
     )
     _batch(client, run_id, measured.metrics, params(result, measured), _tags(result, measured), began, model, dataset)
     _log_windows(client, run_id, measured, began)
+    _log_layers(client, run_id, measured, began)
     if isinstance(measured, ResultVariant) and model is not None and registry.verdict(measured) == "passed":
         registry.register(client, result, measured, model, run_id)
     status = "FAILED" if isinstance(measured, ResultVariant) and measured.status == "failed" else "FINISHED"
@@ -246,6 +249,21 @@ def _log_windows(client: Any, run_id: str, measured: Measured, timestamp: int) -
     for name, values in evidence.windows(measured.evidence).items():
         every = -(-len(values) // MAX_STEPS)
         entries += [Metric(f"window/{name}", values[i], timestamp, i) for i in range(0, len(values), every)]
+    for start in range(0, len(entries), 1000):
+        client.log_batch(run_id, entries[start : start + 1000])
+
+
+def _log_layers(client: Any, run_id: str, measured: Measured, timestamp: int) -> None:
+    """The error of the weights as a curve over depth for each kind of layer, `layer_error/self_attn.q_proj`."""
+    from mlflow.entities import Metric
+
+    kinds: dict[tuple[str, int], list[float]] = {}
+    for layer in evidence.layers(measured.evidence):
+        kinds.setdefault((layer.kind, layer.depth), []).append(layer.error)
+    entries = [
+        Metric(metric_key(f"layer_error/{kind}"), sum(errors) / len(errors), timestamp, depth)
+        for (kind, depth), errors in kinds.items()
+    ]
     for start in range(0, len(entries), 1000):
         client.log_batch(run_id, entries[start : start + 1000])
 

@@ -28,6 +28,8 @@ LABELS = {
     "floor_kl_mean": "Noise floor of the KL divergence (nats)",
     "top1_agreement": "Top-1 agreement",
     "floor_top1_agreement": "Noise floor of the agreement",
+    "weight_error_mean": "Error of the weights, mean over layers",
+    "weight_error_max": "Error of the weights, worst layer",
     "load_seconds": "Load time",
     "peak_memory_bytes": "Peak memory",
     "peak_host_memory_bytes": "Peak host memory",
@@ -67,8 +69,10 @@ def figure(name: str, value: float | None) -> str:
     if metric.endswith("_difference"):
         share = metric.startswith(SHARES)
         return f"{100 * value:+.2f} points".replace("-", "−") if share else f"{value:+.4g}".replace("-", "−")
-    if metric in ("quantized_share", "top1_agreement", "flips") or (
-        name.startswith("task/") and metric.startswith(SHARES)
+    if (
+        metric.startswith("weight_error")
+        or metric in ("quantized_share", "top1_agreement", "flips")
+        or (name.startswith("task/") and metric.startswith(SHARES))
     ):
         return f"{100 * value:.2f} %"
     if metric == "bits_per_weight":

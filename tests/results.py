@@ -137,6 +137,31 @@ def evidence(folder: Path, scale: float) -> Path:
     wrong = range(int(40 * scale))  # the baseline has all right
     items = [{"doc_id": i, "doc_hash": f"h{i}", "filter": "none", "acc": float(i not in wrong)} for i in range(20)]
     (folder / "tasks" / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    if scale:
+        kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+        kinds += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        layers = [
+            {
+                "module": f"model.layers.{depth}.{kind}",
+                "error": scale**0.5 * (0.17 + 0.004 * i + 0.02 / (1 + depth + i)),
+                "parameters": 331776,
+            }
+            for depth in range(30)
+            for i, kind in enumerate(kinds)
+        ]
+        (folder / "layers.json").write_text(json.dumps(layers))
+        shown = [
+            {
+                "doc_id": i,
+                "lost": True,
+                "question": f"Question: How do you open jar number {i} <without> tools?\nAnswer:",
+                "right": "Turn the lid anticlockwise.",
+                "baseline": "Turn the lid anticlockwise.",
+                "variant": "Turn the jar anticlockwise, and hold the lid & the table.",
+            }
+            for i in list(wrong)[:10]
+        ]
+        (folder / "flips.json").write_text(json.dumps({"piqa": shown}))
     return folder
 
 

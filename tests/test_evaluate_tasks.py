@@ -132,7 +132,7 @@ def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: 
         choices = [document["first"], document["second"]]
         assert item["question"] == document["question"]
         assert item["right"] == choices[document["label"]]
-        assert (item["baseline"] == item["right"]) == (item["doc_id"] in changed.lost)
+        assert (item["baseline"] == item["right"]) == item["lost"] == (item["doc_id"] in changed.lost)
         assert (item["variant"] == item["right"]) == (item["doc_id"] in changed.won)
         assert {item["baseline"], item["variant"]} <= set(choices)
     rows = [json.loads(line) for line in (root / "1" / "own_written.jsonl").read_text().splitlines()]

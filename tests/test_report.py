@@ -1,12 +1,14 @@
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from configs.schema import Recipe
-from tasks import evidence, report, summary
+from tasks import evidence, plots, report, summary
 from tasks.result import Result, ResultVariant
 from tests.results import make
 
@@ -87,6 +89,7 @@ def test_verdict_comes_first_and_nothing_is_left_out(html: str) -> None:
         "Rejected: kl_mean 0.2741 > 0.1",
         "Numbers",
         "What it cost in quality",
+        "Which layers it hurt",
         "Speed and memory",
         "Answers side by side",
     ]
@@ -114,11 +117,45 @@ def test_one_file_without_requests_or_scripts(html: str) -> None:
 
 
 def test_plots_follow_the_page_s_colours_and_have_words(html: str) -> None:
-    assert html.count("<svg ") == html.count('role="img" aria-label=') == 7
+    assert html.count("<svg ") == html.count('role="img" aria-label=') == 9
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert re.findall(r"#[0-9a-fA-F]{6}\b", drawn) == []
     words = re.findall(r'aria-label="([^"]*)"', html)
     assert any("nf4-dq 111.9 MB, 0.2616" in words for words in words)
+    assert any("nf4-dq by depth: q_proj 8.73 % to 9.72 %, most at depth 0; k_proj" in words for words in words)
+
+
+def test_plots_are_files_of_their_own(html: str) -> None:
+    files = plots.files(html)
+    assert {"size-kl_mean.svg", "windows.svg", "layers-nf4-dq.svg", "bars-load_seconds.svg"} <= files.keys()
+    assert len(files) == 9
+    for svg in files.values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        used, known = re.findall(r"var\((--[\w]+)\)", svg), re.findall(r"(--[\w]+):", svg)
+        assert set(used) <= set(known)
+        assert not re.search(r"https?://(?!www\.w3\.org/)", svg)
+    assert plots.files("<!doctype html>") == {}
+
+
+def test_the_most_changed_layers_come_first(result: Result, html: str) -> None:
+    named = re.findall(r"<code>(model\.layers[^<]*)</code> ([\d.]+ %)", html)
+    assert len(named) == 2 * 10
+    found = sorted(evidence.layers(result.variants[1].evidence), key=lambda layer: -layer.error)
+    assert named[1::2] == [(layer.module, f"{100 * layer.error:.2f} %") for layer in found[:10]]
+
+
+def test_many_kinds_of_layers_are_drawn_as_the_largest(result: Result, tmp_path: Path) -> None:
+    rows = [
+        {"module": f"model.layers.{depth}.kind_{i}", "error": 0.1, "parameters": 100 + i}
+        for depth in range(2)
+        for i in range(11)
+    ]
+    (tmp_path / "layers.json").write_text(json.dumps(rows))
+    drawn = plots.layers(result.variants[0].model_copy(update={"evidence": str(tmp_path)}))
+    assert drawn is not None
+    assert "The 8 largest of 11 kinds." in drawn[1]
+    assert ("kind_10 " in drawn[1], "kind_2 " in drawn[1]) == (True, False)
 
 
 def test_what_models_and_names_say_is_text(result: Result) -> None:
@@ -144,9 +181,16 @@ def test_answers_that_changed_are_named(result: Result) -> None:
     assert nf4 == [("piqa", list(range(10)), [])]
     back = evidence.flips(result.variants[1].evidence, result.baseline and result.baseline.evidence)
     assert back == [("piqa", [], list(range(10)))]
-    cells = Page(report.render(result)).cells
+    page = Page(report.render(result))
+    cells, text = page.cells, " ".join(" ".join(page.text).split())
+    answers = "baseline right Turn the lid anticlockwise. nf4-dq wrong Turn the jar anticlockwise"
+    assert f"How do you open jar number 4 <without> tools? Answer: {answers}" in text
+    assert "jar number 5" not in text
     assert "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in cells
     assert evidence.flips(None, result.variants[1].evidence) == []
+    shown = [*({"lost": True, "doc_id": i} for i in range(10)), *({"lost": False, "doc_id": 10 + i} for i in range(10))]
+    assert [item["doc_id"] for item in report._some(shown)] == [0, 1, 2, 10, 11]
+    assert [item["doc_id"] for item in report._some(shown[9:])] == [9, 10, 11, 12, 13]
 
 
 def test_the_recipe_to_make_it_again_is_pinned(html: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
-from tasks import registry, report, summary, track
+from tasks import evidence, registry, report, summary, track
 from tasks.result import NOT_REACHED, Result
 from tests.results import RECIPE, make
 from tests.test_report import Page
@@ -82,9 +82,12 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     run_id = begin(prefect_run=result.prefect_run or "")
     assert track.log(result, run_id, None, final=True) == run_id
     found = runs("variant") | runs("baseline")
+    place = result.variants[0].evidence
     for measured in summary.rows(result):
         logged = {
-            name: value for name, value in found[measured.name].data.metrics.items() if not name.startswith("window/")
+            name: value
+            for name, value in found[measured.name].data.metrics.items()
+            if not name.startswith(("window/", "layer_error/"))
         }
         assert logged == measured.metrics
         assert found[measured.name].data.tags["mlflow.parentRunId"] == run_id
@@ -101,6 +104,9 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     assert [found[name].info.status for name in ("baseline", "int8", "nf4-dq", "fp4")] == ["FINISHED"] * 3 + ["FAILED"]
     curve = client().get_metric_history(found["int8"].info.run_id, "window/kl")
     assert [point.step for point in curve] == list(range(8))
+    by_depth = client().get_metric_history(found["int8"].info.run_id, "layer_error/self_attn.q_proj")
+    layers = {layer.depth: layer.error for layer in evidence.layers(place) if layer.kind == "self_attn.q_proj"}
+    assert {point.step: point.value for point in by_depth} == layers
     shown = client().search_runs(
         [found["int8"].info.experiment_id], "tags.kind != 'release'", order_by=["attributes.start_time DESC"]
     )
@@ -130,7 +136,7 @@ def test_models_are_references_with_linked_numbers(home: Path, result: Result) -
 
 def test_logging_again_changes_nothing(home: Path, result: Result, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    report.write_text("<!doctype html>")
+    report.write_text('<!doctype html><svg data-name="windows" aria-hidden="true"></svg>')
     run_id = begin()
     partly = [
         result.variants[0],
@@ -142,7 +148,8 @@ def test_logging_again_changes_nothing(home: Path, result: Result, tmp_path: Pat
     assert set(runs("variant")) == {"int8"}
     assert runs("release")[EXPERIMENT].info.status == "RUNNING"
     assert track.log(result, run_id, report, final=True) == run_id
-    assert [path.read_text() for path in (home / "mlartifacts").rglob("report.html")] == ["<!doctype html>"]
+    assert [path.read_text() for path in (home / "mlartifacts").rglob("report.html")] == [report.read_text()]
+    assert len(list((home / "mlartifacts").rglob("plots/windows.svg"))) == 1
     before = everything(home)
     assert track.log(result, run_id, report, final=True) == run_id
     assert everything(home) == before

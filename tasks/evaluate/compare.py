@@ -11,7 +11,7 @@ from configs.errors import TameError
 from tasks.evaluate.statistics import interval, mcnemar
 from tasks.evidence import WHICH
 
-STAGE = 3
+STAGE = 4
 RESULT = "evaluation.json"
 FEW_WINDOWS = 10
 EXAMPLES = 10  # of the answers of a task that changed, kept with their question in each direction
@@ -31,7 +31,7 @@ def assemble(
         protocol: What is known of the text and the device.
         seed: Of the bootstrap.
         folder: Gets windows.npz, windows.json, tasks/NAME.jsonl, flips.json (examples of answers that changed, by task:
-            doc_id, question, right, baseline, variant), layers.json ({module, error, parameters} each) and
+            doc_id, lost, question, right, baseline, variant), layers.json ({module, error, parameters} each) and
             evaluation.json {metrics, protocol, notes, samples}.
 
     Raises:
@@ -158,8 +158,8 @@ def _tasks(
         lost, won = _pair(metrics, notes, name, ours, before, theirs["tasks"][name].get("floor"), seed)
         questions = {row["doc_id"]: row for row in _rows(baseline / f"{name}.questions.jsonl")}
         examples[name] = [
-            _example(questions[ours[key]["doc_id"]], before[key]["answer"], ours[key]["answer"], right)
-            for keys, right in ((lost, "baseline"), (won, "variant"))
+            _example(questions[ours[key]["doc_id"]], before[key]["answer"], ours[key]["answer"], was_right)
+            for keys, was_right in ((lost, True), (won, False))
             for key in keys[:EXAMPLES]
         ]
     (folder / "flips.json").write_text(json.dumps(examples))
@@ -215,15 +215,15 @@ def _pair(
     return changed or ([], [])
 
 
-def _example(question: dict[str, Any], before: int | str | None, after: int | str | None, right: str) -> dict[str, Any]:
-    """An answer that changed, in words. Of several choices, the right one is that of whichever has it `right`."""
+def _example(question: dict[str, Any], before: int | str | None, after: int | str | None, lost: bool) -> dict[str, Any]:
+    """An answer that changed, in words. Of several choices, the right one is the baseline's if it was `lost`, else ours."""
     choices = question.get("choices", [])
     given = {
         name: choices[answer] if isinstance(answer, int) else answer
         for name, answer in (("baseline", before), ("variant", after))
     }
-    which = {"doc_id": question["doc_id"], "question": question["question"]}
-    return {**which, "right": question.get("expected", given[right]), **given}
+    right = question.get("expected", given["baseline" if lost else "variant"])
+    return {"doc_id": question["doc_id"], "lost": lost, "question": question["question"], "right": right, **given}
 
 
 def _items(path: Path) -> dict[str, Any]:
