@@ -131,8 +131,7 @@ def check(remote: Remote) -> None:
         raise BadInputError(str(error)) from None
     if not first or second or not listed:
         raise BadInputError(
-            f"TAME_STORE {remote.url}: two machines could both create one object there; use S3, GCS, or a file system "
-            "with hard links"
+            f"TAME_STORE {remote.url}: two machines could both create one object there; use S3, GCS, or another mount"
         )
 
 
@@ -328,6 +327,11 @@ def _link(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:  # no hard links: SMB, FUSE; a reader may meet half a manifest, and comes again
+            file.write(content)
     finally:
         beside.unlink(missing_ok=True)
 
