@@ -28,6 +28,7 @@ log = logging.getLogger("tame.sweep")
 AT_ONCE = 8  # requests to the Hub
 POLL = 5.0  # seconds
 AWAY = 900.0  # seconds that Prefect's server may be away
+FAILED = {"failed", "crashed", "cancelled"}
 COLUMNS = ("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "decode_tokens_per_second")
 
 
@@ -61,8 +62,8 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
     """Look at every model before anything is started. What an earlier start of this sweep has started is taken over.
 
     Raises:
-        BadInputError: a model cannot be released, fits on no GPU, or two would be published to one place; all are named.
-        TameError: the Hub cannot be reached, or there is no deployment of releases.
+        TameError: a model cannot be seen or released, fits on no GPU, or two would be published to one place; all are named.
+            Or there is no deployment of releases.
     """
     from prefect.client.orchestration import get_client
 
@@ -95,7 +96,7 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
     failed = {model: error for model, error in planned.items() if isinstance(error, Exception)}
     if wrong := {**failed, **launch.destinations(list(pairs), template)[1]}:
         told = "; ".join(f"{model}: {' '.join(str(why).split())}" for model, why in wrong.items())
-        raise TameError(f"nothing was started, as this cannot be done: {told}")
+        raise TameError(f"nothing {'more ' if started else ''}was started, as this cannot be done: {told}")
     # One variant of every model first: workers that start on the same model wait for each other's baseline.
     return [
         pair
@@ -159,7 +160,7 @@ def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[
     create_markdown_artifact(page, f"{key}-leaderboard", line)
     write_file(store.home() / "runs" / spec.name / "leaderboard.md", page)
     statuses = {row.status for row in rows}
-    if statuses & {"failed", "crashed", "cancelled"}:
+    if statuses & FAILED:
         return Failed(message=line, data=rows)
     return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=line, data=rows)
 
@@ -177,13 +178,9 @@ def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -
     for pair in pairs:
         run = runs[pair.key]
         tags, metrics = numbers.get((str(run.id), pair.variant), ({}, {}))
-        state = str(run.state_name or "").lower()
-        status = tags.get("status", state) if run.state and run.state.is_completed() else state
-        why = (
-            ""
-            if run.state and run.state.is_completed()
-            else " ".join(str(run.state.message if run.state else "").split())
-        )
+        status, why = tags.get("status", str(run.state_name).lower()), ""
+        if run.state and not run.state.is_completed():
+            status, why = run.state.type.value.lower(), " ".join((run.state.message or "").split())
         link = tags.get("published") or launch.page(run)
         row = Row(model=pair.model, variant=pair.variant, status=status, why=why, metrics=metrics, link=link)
         of_model = rows.setdefault(pair.model, [])
@@ -201,7 +198,9 @@ def headline(spec: Sweep, rows: list[Row]) -> str:
     released = [row for row in rows if row.status != "baseline"]
     counts = Counter(row.status for row in released)
     failed = [
-        f"{row.model} {row.variant} {row.status}" + (f" ({row.why})" if row.why else "") for row in released if row.why
+        f"{row.model} {row.variant} {row.status}" + (f" ({row.why})" if row.why else "")
+        for row in released
+        if row.status in FAILED
     ]
     told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     return "; ".join([f"{len(released)} runs of {spec.name}: {told}", *failed])

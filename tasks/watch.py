@@ -156,7 +156,7 @@ def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
         if is_pattern(model):
             local = model.startswith((".", "/", "~"))
             found = _match_folders(model, spec, now) if local else _match_repos(model, spec.recipe)
-            yield from found
+            yield from found or [Seen(model=model, error="nothing matches it")]
             return
         path = local_path(model)
         yield _see_repo(model, spec.recipe.revision) if path is None else _see_path(path.absolute(), spec, now)
@@ -207,7 +207,7 @@ def _match_folders(pattern: str, spec: Watch, now: datetime) -> list[Seen]:
 
 def _apart(seen: dict[str, Seen], spec: Watch) -> list[Seen]:
     """`seen` without what the watch itself publishes, which a pattern may match, too; two that go to one place are refused."""
-    goes, refused = launch.destinations(list(seen), spec.recipe)
+    goes, refused = launch.destinations([model for model, one in seen.items() if not one.error], spec.recipe)
     return [
         one.model_copy(update={"error": refused.get(model, one.error)})
         for model, one in seen.items()

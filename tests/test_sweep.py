@@ -118,6 +118,7 @@ def test_a_sweep_is_a_run_for_each_pair_and_a_leaderboard(
     assert state.is_failed()
     assert "1 cancelled, 1 failed, 1 published, 1 rejected" in state.message
     assert f"{bad} int8 failed (Failed: no space left)" in state.message
+    assert f"{bad} nf4 cancelled" in state.message
     rows = state.result(raise_on_failure=False)
     assert [(row.model, row.variant, row.status) for row in rows] == [
         (good, "baseline", "baseline"), (good, "int8", "published"), (good, "nf4", "rejected"),

@@ -167,7 +167,8 @@ def test_one_model_that_cannot_be_seen_stops_no_other(
     (checkpoint.parent / "pickled" / "config.json").write_text(LOOK)
     (checkpoint.parent / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     hub.add_model(pickled, checkpoint.parent / "pickled")
-    state, rows = look(spec(gone, pickled, good, str(checkpoint / "nowhere")))
+    state, rows = look(spec(gone, pickled, good, str(checkpoint / "nowhere"), f"{owner}/x*", "nobody/x*"))
+    assert rows[f"{owner}/x*"].why == rows["nobody/x*"].why == "nothing matches it"
     assert {row.action for row in rows.values()} == {"error", "refused", "started"}
     assert rows[good].action == "started"
     assert "pickled weights" in rows[pickled].why
