@@ -347,6 +347,7 @@ def _set_up(debug: bool, prefect: str) -> None:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG" if debug else prefect,
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "false",  # datasets would ask s3.amazonaws.com whenever it opens a local file
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "TQDM_DISABLE": "1",  # tame has its own bars
