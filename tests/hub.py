@@ -40,7 +40,12 @@ class Hub:
     """The server and what it holds. `requests` lists every request as `METHOD /path?query`, in order."""
 
     def __init__(
-        self, folder: Path | None = None, port: int = 0, part_size: int = 8 << 20, host: str = "127.0.0.1"
+        self,
+        folder: Path | None = None,
+        port: int = 0,
+        part_size: int = 8 << 20,
+        host: str = "127.0.0.1",
+        cdn: str = "localhost",
     ) -> None:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="tame-hub-")
         self.objects = Path(folder or self._temporary.name) / ".objects"  # type: ignore[union-attr]
@@ -53,9 +58,10 @@ class Hub:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         handler = type("Handler", (FilePages,), {"hub": self, "routes": ROUTES})
-        self.server = ThreadingHTTPServer((host, port), handler)
+        self.server = ThreadingHTTPServer((host if host == "127.0.0.1" else "", port), handler)
         self.server.daemon_threads = True
         self.url = f"http://{host}:{self.server.server_port}"
+        self.cdn = f"http://{cdn}:{self.server.server_port}"  # another host, as the real one has for large files
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -174,8 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         """Send a file, or the part of it that was asked for; 302 sends the client to the page of large files."""
         if status == 302:
             # Another host name than the API's, as on the real Hub: the client stops there and reads the headers.
-            other = self.hub.url.replace("127.0.0.1", "localhost")
-            headers["Location"] = f"{other}/cdn/{base64.urlsafe_b64encode(str(file.place).encode()).decode()}"
+            headers["Location"] = f"{self.hub.cdn}/cdn/{base64.urlsafe_b64encode(str(file.place).encode()).decode()}"
             raise Answer(302, None, **headers)
         first, last = 0, file.size - 1
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
