@@ -1,6 +1,7 @@
 """Machines that share a store: one TAME_HOME a machine, one bucket behind the real S3 protocol, or one folder."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -194,8 +195,9 @@ def test_killed_while_uploading_nothing_looks_complete_and_the_next_machine_swee
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_who_was_stopped_for_long_takes_what_another_has_made_meanwhile(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TAME_LEASE_SECONDS", "1.5")
     log = tmp_path / "log"
     slow = start(tmp_path / "slow", "slow", log, files=3, seconds=0.5)
     until(log.exists)
@@ -344,15 +346,38 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
 
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
-def test_a_lease_lives_longer_than_its_time_while_its_holder_does(shared: store_remote.Remote, tmp_path: Path) -> None:
+def test_a_lease_lives_longer_than_its_time_while_its_holder_does(
+    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
-    slow = start(tmp_path / "a", "a", log, seconds=1.5 * TTL)
+    slow = start(tmp_path / "slow", "slow", log, seconds=2 * TTL)
     until(log.exists)
-    other = start(tmp_path / "b", "b", log)
-    for process in (slow, other):
-        process.join()
-        assert process.exitcode == 0
-    assert log.read_text() == "a\n"
+    machine("other")
+    assert store.build("kind", {"a": 1}, writes("other", log))[1] is True
+    slow.join()
+    assert log.read_text() == "slow\n"
+
+
+@only_s3
+def test_storage_that_was_away_is_no_sign_that_a_builder_is_dead(
+    s3: Any, shared: store_remote.Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAME_LEASE_SECONDS", "2")
+    store_remote.create(shared, f"{shared.root}/kind-1/lease.1", b"of a builder that storage does not hear either")
+    taken = []
+
+    def wait() -> None:
+        with store_lease.lease(shared, "kind-1"):
+            taken.append(time.monotonic())
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.5)
+    with stopped(s3):
+        time.sleep(2.5)
+    back = time.monotonic()
+    waiting.join()
+    assert taken[0] - back > 2
 
 
 def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: store_remote.Remote) -> None:
@@ -429,6 +454,22 @@ def test_the_shared_store_is_listed_verified_and_pruned(
     assert (sorted(removed), sorted(kept)) == (sorted([bad, "kind-left"]), sorted([good, "kind-made-now"]))
     assert {name.split("/")[0] for name in store_remote.sizes(shared, shared.root)} == {good}
     assert store_admin.prune(shared, 0)[0] == [good]
+
+
+@pytest.mark.parametrize("shared", ["file"], indirect=True)
+def test_a_mount_without_hard_links_will_do(
+    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    machine("one")
+    store.check()
+    store.build("kind", {"a": 1}, writes("one", tmp_path / "log"))
+    machine("two")
+    assert store.build("kind", {"a": 1}, writes("two", tmp_path / "log"))[1] is True
+    assert len(objects(shared)) == 3
 
 
 @pytest.fixture
