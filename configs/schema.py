@@ -2,12 +2,13 @@
 
 Values are taken strictly (`"2048"` is not a number, `1` is not `true`), unknown keys are refused, and every number has
 its bounds here, so that nothing further down needs to check them again. Defaults are values, not factories: the form shows
-only those, and would send empty fields for the others.
+only those, and would send empty fields for the others. What no single field can say stands in a validator, and, as far as
+JSON schema can say it, in `RULES`: by them the form and Prefect's server refuse a recipe before a worker sees it.
 """
 
 import hashlib
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -18,10 +19,33 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r
 DTYPES = Literal["float32", "float16", "bfloat16"]
 
 
+BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "pattern")
+
+
+def _for_the_form(schema: dict[str, Any], model: "type[Spec]") -> None:
+    """Put bounds and rules where Prefect's form looks: it drops all of a field's bounds but those inside `allOf`."""
+    for field in schema.get("properties", {}).values():
+        if bounds := {key: field[key] for key in BOUNDS if key in field}:
+            field["allOf"] = [bounds]
+    if model.RULES:
+        schema["allOf"] = model.RULES
+
+
 class Spec(BaseModel):
     """Strict, frozen, and closed to keys it does not know."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    RULES: ClassVar[list[dict[str, Any]]] = []
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_for_the_form
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """JSON schema: a field is there, and is something else than what is usual."""
+    return {"not": {"properties": values}}
+
+
+EMPTY = {"type": "null"}
 
 
 class Source(Spec):
@@ -43,6 +67,12 @@ class Source(Spec):
 class Variant(Spec):
     """One way of quantizing."""
 
+    RULES = [
+        {
+            "if": {"properties": {"method": {"const": "int8"}}},
+            "then": {"properties": {"double_quant": {"const": False}, "compute_dtype": EMPTY}},
+        }
+    ]
     method: Literal["int8", "nf4", "fp4"] = Field(description="bitsandbytes format.", examples=["nf4"])
     double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
     compute_dtype: DTYPES | None = Field(
@@ -73,6 +103,14 @@ class Variant(Spec):
 class TextSource(Spec):
     """The text that perplexity and divergence are measured on: a data set, files, or a built-in. Exactly one of them."""
 
+    RULES = [
+        {"if": _given(files=EMPTY), "then": {"properties": {"dataset": EMPTY, "builtin": EMPTY}}},
+        {"if": _given(builtin=EMPTY), "then": {"properties": {"dataset": EMPTY}}},
+        {
+            "if": {"properties": {"files": EMPTY, "builtin": EMPTY}},
+            "then": {"properties": {"dataset": {"type": "string"}}, "required": ["dataset"]},
+        },
+    ]
     dataset: Text | None = Field(None, description="A data set on the Hub.", examples=["Salesforce/wikitext"])
     config: Text | None = Field(None, description="The data set's configuration.", examples=["wikitext-2-raw-v1"])
     split: Text = Field("test", description="The data set's split.")
@@ -119,6 +157,7 @@ class Samples(Spec):
 class Evaluate(Spec):
     """What is measured, on the baseline and on every variant."""
 
+    RULES = [{"properties": {"tasks": {"uniqueItems": True}}}]
     text: TextSource = Field(
         default=TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1"),
         description="The text for perplexity and divergence.",
@@ -168,10 +207,13 @@ class Gate(Spec):
         None, description="As a fraction of the baseline's perplexity: 0.05 allows 5 % more.", examples=[0.05]
     )
     max_mean_kl: Limit | None = Field(
-        None, description="KL divergence from the baseline, nats a token.", examples=[0.1]
+        None, title="Max Mean KL", description="KL divergence from the baseline, nats a token.", examples=[0.1]
     )
     min_top1_agreement: Fraction | None = Field(
-        None, description="Share of positions where the most likely token is the baseline's.", examples=[0.9]
+        None,
+        title="Min Top-1 Agreement",
+        description="Share of positions where the most likely token is the baseline's.",
+        examples=[0.9],
     )
     max_task_drop: Fraction | None = Field(
         None, description="Accuracy lost on any task, absolute: 0.02 allows two points.", examples=[0.02]
@@ -181,6 +223,16 @@ class Gate(Spec):
 class Publish(Spec):
     """Where variants that pass go."""
 
+    RULES = [
+        {
+            "if": {"not": {"properties": {"to": {"enum": ["folder", "nowhere"]}}}},
+            "then": {
+                "properties": {
+                    "repo": {"pattern": r"^([A-Za-z0-9_{}-][A-Za-z0-9_.{}-]*/)?[A-Za-z0-9_{}-][A-Za-z0-9_.{}-]*$"}
+                }
+            },
+        }
+    ]
     to: Literal["hub", "folder", "nowhere"] = Field("nowhere", description="The Hub, a local folder, or nowhere.")
     repo: Text = Field(
         "{model}-{variant}",
@@ -214,9 +266,29 @@ class Track(Spec):
     experiment: Text | None = Field(None, description="MLflow experiment; empty: the recipe's name.")
 
 
+TOGETHER: list[dict[str, Any]] = [
+    {"properties": {"variants": {"uniqueItems": True}}},
+    {
+        "if": _given(gate={"properties": {"max_task_drop": EMPTY}}),
+        "then": {
+            "properties": {"evaluate": {"properties": {"tasks": {"minItems": 1}}, "required": ["tasks"]}},
+            "required": ["evaluate"],
+        },
+    },
+    {
+        "if": {
+            "properties": {"variants": {"minItems": 2}},
+            **_given(publish={"properties": {"to": {"const": "nowhere"}}}),
+        },
+        "then": {"properties": {"publish": {"properties": {"repo": {"pattern": r"\{variant\}"}}}}},
+    },
+]
+
+
 class Recipe(Spec):
     """One model, its variants, how they are measured, judged and published."""
 
+    RULES = TOGETHER
     name: Name = Field(description="Names the run in Prefect and MLflow.", examples=["qwen3-1.7b"])
     source: Source
     variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of it.")
@@ -258,6 +330,7 @@ DEVICE = (
 class Template(Spec):
     """A recipe without its model: what watch and sweep do with each of theirs."""
 
+    RULES = TOGETHER
     revision: Text = Field("main", description="Branch or tag of a Hub repo.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the models' repos contain. Leave off unless you have read that code."
