@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -33,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"default_block_size": 16 * 2**20, "max_concurrency": 4, "config_kwargs": {"retries": {"max_attempts": 0}}},
 }
 AT_ONCE = 4  # files on their way
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 """Errors of the drivers that waiting does not mend."""
 
@@ -123,9 +125,7 @@ def check(remote: Remote) -> None:
         second = create(remote, f"{folder}/probe", b"second")
         listed = sizes(remote, folder)
         delete(remote, folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadInputError(f"TAME_STORE {remote.url}: {_line(error)}; make the bucket, or correct its name") from None
-    except (AwayError, BadInputError):
+    except AwayError:
         raise
     except TameError as error:
         raise BadInputError(str(error)) from None
@@ -146,10 +146,10 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
     while True:
         try:
             return what()
-        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, TameError):
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
             if not _passes(error):
                 raise TameError(
@@ -173,7 +173,11 @@ def patience() -> float:
 
 
 def create(remote: Remote, path: str, content: bytes) -> bool:
-    """Write a small object unless there is one, all of it or nothing, and say whether it is this one that is there."""
+    """Write a small object unless there is one, all of it or nothing, and say whether it is this one that is there.
+
+    Raises:
+        TameError: there is no such bucket or folder. As `patiently`.
+    """
 
     def once() -> bool:
         try:
@@ -181,6 +185,10 @@ def create(remote: Remote, path: str, content: bytes) -> bool:
                 _link(Path(path), content)
             else:
                 remote.fs.pipe_file(path, content, mode="create")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise TameError(
+                f"TAME_STORE {remote.url}: {_line(error)}; make the bucket or mount the folder, or correct its name"
+            ) from None
         except Exception as error:
             if not _exists(error):
                 raise
@@ -223,9 +231,8 @@ def manifest(remote: Remote, name: str) -> Shared | None:
         shared = Shared.model_validate_json(content)
     except ValidationError:
         raise DamagedError(f"{remote.url}/{name}/manifest.json is not a manifest") from None
-    plain = all(
-        not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts for file in shared.files
-    )
+    parts = [PurePosixPath(file).parts for file in (*shared.files, shared.upload)]
+    plain = all(part and part[0] != "/" and ".." not in part for part in parts)
     if shared.name != name or not plain or shared.files.keys() != shared.sizes.keys():
         raise DamagedError(f"{remote.url}/{name}/manifest.json does not describe that artifact")
     return shared
@@ -272,7 +279,8 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
     try:
         each(one, shared.files)
     except OSError as error:
-        raise TameError(f"TAME_STORE {remote.url}: {_line(error)}; make room there") from error
+        what = "make room there" if error.errno in FULL else "see that it is there"
+        raise TameError(f"TAME_STORE {remote.url}: {_line(error)}; {what}") from error
     there = sizes(remote, upload)
     if missing := [n for n, size in shared.sizes.items() if there.get(f"{shared.name}/{shared.upload}/{n}") != size]:
         raise AwayError(f"{url_of(remote, upload)}/{missing[0]} did not arrive whole; run again")
@@ -356,4 +364,5 @@ def _sha256(path: Path) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # an endpoint may hold credentials
+    return f"{type(error).__name__}: {text[:200]}"

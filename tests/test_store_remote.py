@@ -472,6 +472,17 @@ def test_a_mount_without_hard_links_will_do(
     assert len(objects(shared)) == 3
 
 
+@pytest.mark.parametrize("shared", ["file"], indirect=True)
+def test_a_mount_that_has_gone_is_not_made_anew(
+    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+) -> None:
+    Path(shared.root).rmdir()
+    machine("one")
+    with pytest.raises(TameError, match=f"TAME_STORE {shared.url}: .*mount the folder"):
+        store.build("kind", {"a": 1}, writes("one", tmp_path / "log"))
+    assert not Path(shared.root).exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
