@@ -13,8 +13,11 @@ import logging
 import os
 import re
 import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,6 +37,8 @@ HEARTBEAT = 60.0
 DEAD_AFTER = 300.0
 """Seconds without one after which a run on another host counts as killed."""
 SYSTEM_METRICS_EVERY = 10.0
+ANSWER_WITHIN = 5.0
+"""Seconds that a server has for saying that it is there: one that hangs would else cost each call most of a minute."""
 
 _alive: dict[str, threading.Event] = {}
 
@@ -138,7 +143,12 @@ def run_url(run_id: str | None) -> str | None:
 
 
 def connect() -> Any:
-    """An MLflow client of `database_uri()`, quiet, and giving up in well under a minute on a server that is away."""
+    """An MLflow client of `database_uri()`, quiet, and giving up in well under a minute on a server that is away.
+
+    Raises:
+        TameError: a server that gives no answer, or nobody listens there.
+    """
+    _check_answers()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -153,6 +163,25 @@ def connect() -> Any:
     if not given:  # MLflow sets it, and would so turn the embedded database into a choice of the user's
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     return mlflow.MlflowClient()
+
+
+def _check_answers() -> None:
+    """Ask a server whether it is there, once more if nobody listens: it may be starting again. Any answer will do."""
+    if not (address := place()).startswith(("http://", "https://")):
+        return
+    for last in (False, True):
+        try:
+            with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=ANSWER_WITHIN):  # noqa: S310
+                return
+        except urllib.error.HTTPError:
+            return
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError) and not isinstance(reason, TimeoutError):
+                return  # whether its certificate will do is for MLflow's settings to say
+            if last or not isinstance(reason, ConnectionError):
+                raise TameError(f"no answer: {reason}") from error
+        time.sleep(1)
 
 
 def _prepare() -> None:
@@ -277,15 +306,22 @@ def _stay_alive(client: Any, run_id: str) -> None:
     """Give signs of life and log the machine's load, in the background, until `_rest`."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    def monitored() -> SystemMetricsMonitor:
+        monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_EVERY, resume_logging=True)
+        monitor.start()
+        return monitor
+
     _rest(run_id)
     resting = _alive[run_id] = threading.Event()
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_EVERY, resume_logging=True)
-    monitor.start()
+    monitor = monitored()
 
     def beat() -> None:
+        nonlocal monitor
         while not resting.wait(HEARTBEAT):
             try:
                 client.set_tag(run_id, "tame.heartbeat", f"{time.time():.0f}")
+                if not monitor._process.is_alive():  # MLflow's monitor ends when the server was away for a moment
+                    monitor = monitored()
             except Exception as error:  # the next beat tries again
                 logger.debug("no heartbeat: %s", _line(error))
         monitor.finish()

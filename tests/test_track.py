@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,38 @@ def test_a_spool_waits_for_its_own_server_and_rubbish_stops_nothing(
     assert begin() is not None
     assert spooled.exists()
     assert "a.json cannot be logged" in caplog.text
+
+
+def test_a_server_that_hangs_is_asked_nothing_but_whether_it_is_there(
+    home: Path, result: Result, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def listen() -> None:
+            kept = []
+            while True:
+                try:
+                    connection, _ = silent.accept()
+                except OSError:
+                    return
+                kept.append(connection)
+                asked.append(connection.recv(1000).splitlines()[0])
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}/sub")
+        monkeypatch.setattr(track, "ANSWER_WITHIN", 0.1)
+        assert begin() is None
+        assert track.log(result, None, None, final=False) is None
+        assert track.log(result, None, None, final=True) is None
+        assert track.run_url("a run") is None
+        silent.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    assert asked == [b"GET /sub/health HTTP/1.1"] * 4
+    assert len(list((home / "spool").glob("*.json"))) == 1
+    assert len(caplog.messages) == 3
+    assert all("timed out" in message for message in caplog.messages)
 
 
 def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_next(tame_home: Path) -> None:

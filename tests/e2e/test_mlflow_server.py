@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tasks.result import NOT_REACHED, Result
 from tests.results import RECIPE, make
 
 pytestmark = pytest.mark.e2e
+LOAD = "system/cpu_utilization_percentage"
 
 
 def free_port() -> int:
@@ -123,3 +125,27 @@ def test_a_server_stopped_in_the_middle_misses_nothing_once_it_is_back(
     assert {artifact.path for artifact in client.list_artifacts(run_id)} >= {"report.html", "result.json"}
     path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="result.json", dst_path=str(tmp_path))
     assert Result.model_validate(json.loads(Path(path).read_text())) == whole
+
+
+def test_the_machine_s_load_is_logged_again_when_the_server_is_back(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps() -> int:
+        return len(track.connect().get_metric_history(run_id, LOAD))
+
+    def until(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+    monkeypatch.setattr(track, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(track, "SYSTEM_METRICS_EVERY", 0.3)
+    run_id = track.begin(Recipe.model_validate(RECIPE), {})
+    assert run_id is not None
+    until(lambda: steps() > 0)
+    server.stop()
+    until(lambda: "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()})
+    server.start()
+    before = steps()
+    until(lambda: steps() > before)
