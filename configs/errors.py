@@ -11,3 +11,8 @@ class BadInputError(TameError):
     """The recipe, the arguments or the source are wrong, and nothing was touched. Exit code 2."""
 
     exit_code = 2
+
+
+def line(error: BaseException) -> str:
+    """What an exception of somebody else's says, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]

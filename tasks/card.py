@@ -198,8 +198,7 @@ def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
     device = str(protocol.get("device") or "cpu")
     if device == "cpu":
         return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
-    gpus = hardware.get("gpus") or []
-    return str(gpus[0]["name"]) if gpus and device.startswith("cuda") else device
+    return device
 
 
 def _left(variant: ResultVariant) -> list[str]:

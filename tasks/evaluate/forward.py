@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import TameError
-from tasks.evaluate.load import Head, Loaded, body_of, line, out_of_memory
+from configs.errors import TameError, line
+from tasks.evaluate.load import Head, Loaded, body_of, out_of_memory
 from tasks.progress import Progress
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 from configs.schema import Evaluate
 from tasks.evaluate.definitions import TaskWork
-from tasks.evaluate.load import Loaded, body_of, head_of, line, out_of_memory, quiet
+from tasks.evaluate.load import Loaded, body_of, head_of, out_of_memory, quiet
 from tasks.progress import Progress, silent
 
 STAGE = 2  # raise it when what is kept of an item changes

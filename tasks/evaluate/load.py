@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -339,8 +339,3 @@ def out_of_memory(error: BaseException) -> bool:
 def vocabulary(tokenizer: Any) -> str:
     """Canonical JSON of the tokenizer's vocabulary: two that are equal turn a text into the same ids."""
     return json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-
-
-def line(error: BaseException) -> str:
-    """An exception's message in one line."""
-    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 from configs.schema import TextSource
 from tasks import store
 
@@ -97,14 +97,14 @@ def _count(text: str, folder: Path) -> int:
             return len(tokenizer.encode(text).ids)
         except Exception as error:
             raise BadInputError(
-                f"{folder / 'tokenizer.json'}: not a tokenizer ({_line(error)}); download it again"
+                f"{folder / 'tokenizer.json'}: not a tokenizer ({line(error)}); download it again"
             ) from None
     from transformers import AutoTokenizer
 
     try:
         return len(AutoTokenizer.from_pretrained(str(folder))(text)["input_ids"])
     except Exception as error:
-        raise BadInputError(f"{folder}: no tokenizer that loads ({_line(error)}); add its tokenizer files") from None
+        raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
 
 
 def _read(path: Path) -> str:
@@ -142,10 +142,10 @@ def _rows(spec: TextSource, commit: str) -> str:
     try:
         rows = datasets.load_dataset(spec.dataset, spec.config, split=spec.split, revision=commit)
     except (ValueError, FileNotFoundError) as error:  # an unknown configuration or split, or files that are not there
-        raise BadInputError(f"{where}: {_line(error)}") from None
+        raise BadInputError(f"{where}: {line(error)}") from None
     except Exception as error:
         raise TameError(
-            f"{where}: {type(error).__name__}: {_line(error)}; try again when the Hub can be reached"
+            f"{where}: {type(error).__name__}: {line(error)}; try again when the Hub can be reached"
         ) from None
     if spec.column not in rows.column_names:
         raise BadInputError(f"{where}: no column {spec.column!r}; it has {', '.join(rows.column_names)}")
@@ -180,9 +180,5 @@ def dataset_commit(dataset: str, revision: str) -> str:
         if known.is_file():
             return known.read_text().strip()
         raise TameError(
-            f"data set {dataset}: the Hub cannot be reached ({_line(error)}), and it is not cached"
+            f"data set {dataset}: the Hub cannot be reached ({line(error)}), and it is not cached"
         ) from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

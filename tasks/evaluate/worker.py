@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import TameError
+from configs.errors import TameError, line
 from configs.schema import Evaluate
 from tasks.evaluate.definitions import TaskWork
 from tasks.progress import Progress, silent
@@ -43,7 +43,7 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
         BadInputError: a model, text or task that cannot be measured.
         TameError: whatever else goes wrong, in one line.
     """
-    from tasks.evaluate.load import line, out_of_memory
+    from tasks.evaluate.load import out_of_memory
 
     try:
         _measure(work, progress)
