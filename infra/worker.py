@@ -48,7 +48,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
             client.upsert_global_concurrency_limit_by_name(limit, 1)
             os.environ[LIMIT] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", name]
+    command = [sys.executable, "-m", "infra.process", "--pool", pool, "--name", name]
     command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
     command += ["--run-once"] * once
     for queue in queues:
