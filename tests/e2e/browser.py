@@ -46,7 +46,7 @@ class Browser:
         self.until(lambda: port.exists() and port.read_text().count("\n") >= 1, 60)
         with urllib.request.urlopen(f"http://127.0.0.1:{port.read_text().splitlines()[0]}/json/list") as answer:
             tab = next(target for target in json.load(answer) if target["type"] == "page")
-        self.socket = connect(tab["webSocketDebuggerUrl"], max_size=None)
+        self.socket = connect(tab["webSocketDebuggerUrl"], max_size=None, ping_interval=None)
         self.numbers = itertools.count(1)
         self.requests: list[str] = []
         for domain in ("Page", "Network", "Runtime"):
