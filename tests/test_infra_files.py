@@ -127,10 +127,8 @@ def tame_commands() -> list[list[str]]:
     for unit in UNITS:
         (start,) = re.findall(r"^ExecStart=/opt/tame/.venv/bin/(.+)$", unit.read_text().replace("\\\n", ""), re.M)
         found.append(shlex.split(start.replace("%i", "0")))
-    for script in (INFRA / "slurm").glob("*.sbatch"):
-        found += [
-            shlex.split(line) for line in re.findall(r"\b(tame .+)$", script.read_text(), re.M) if "#" not in line
-        ]
+    script = (INFRA / "slurm/worker.sbatch").read_text().replace("${CUDA_VISIBLE_DEVICES:+--gpu 0}", "--gpu 0")
+    found += [shlex.split(line) for line in re.findall(r"^exec (.+)$", script, re.M)]
     return [command for command in found if command[0] == "tame"]
 
 
