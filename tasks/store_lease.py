@@ -23,6 +23,9 @@ log = logging.getLogger("tame.store")
 
 TTL = 90.0  # seconds without a sign of life
 BEATS = 6  # signs of life in that time
+PROCESS = uuid.uuid4().hex
+_dead: dict[str, float] = {}
+"""Other processes that showed no sign of life, and when that was seen: an evaluation holds a lease for each of its parts."""
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def lease(remote: Remote, name: str) -> Iterator[None]:
     Raises:
         TameError, AwayError: as the store.
     """
-    owner = {"owner": f"{socket.gethostname()}:{os.getpid()}", "id": uuid.uuid4().hex}
+    owner = {"owner": f"{socket.gethostname()}:{os.getpid()}", "process": PROCESS, "id": uuid.uuid4().hex}
     place = f"{remote.root}/{name}"
     number = _acquire(remote, place, owner)
     ended = threading.Event()
@@ -59,7 +62,7 @@ def ttl() -> float:
 
 
 def _acquire(remote: Remote, place: str, owner: dict[str, str]) -> int:
-    seen, since, looked, told = (0, b""), 0.0, 0.0, ""
+    seen, since, looked, told = (0, b""), 0.0, -ttl(), ""
     while True:
         last = max(_numbers(remote, place), default=0)
         content = read(remote, f"{place}/lease.{last}") if last else b""
@@ -70,15 +73,19 @@ def _acquire(remote: Remote, place: str, owner: dict[str, str]) -> int:
         looked = now
         if (last, content) != seen or blind:
             seen, since = (last, content), now
-        if not last or now - since > ttl():
-            if last:
-                log.warning("%s: no sign of life from %s for %.0f s; building it here", place, told, now - since)
+        holder, process = _holder(content)
+        known = now - _dead.get(process, -ttl()) < ttl()
+        if not last or known or now - since > ttl():
+            if last and not known:
+                log.warning("%s: no sign of life from %s for %.0f s; building it here", place, holder, now - since)
+                if process:
+                    _dead[process] = now
             if create(remote, f"{place}/lease.{last + 1}", _content(owner, 0)):
                 for number in range(1, last + 1):
                     delete(remote, f"{place}/lease.{number}")
                 return last + 1
             continue
-        if (holder := _holder(content)) != told:
+        if holder != told:
             log.info("%s is making %s; waiting for it", holder, place.rpartition("/")[2])
             told = holder
         time.sleep(min(2.0, ttl() / BEATS))
@@ -114,8 +121,10 @@ def _content(owner: dict[str, str], beats: int) -> bytes:
     return json.dumps({**owner, "beats": beats}).encode()
 
 
-def _holder(content: bytes) -> str:
+def _holder(content: bytes) -> tuple[str, str]:
+    """Who holds a lease, for people, and its process."""
     try:
-        return str(json.loads(content)["owner"])
+        told = json.loads(content)
+        return str(told["owner"]), str(told["process"])
     except (ValueError, KeyError, TypeError):
-        return "another machine"
+        return "another machine", ""

@@ -156,6 +156,7 @@ def test_two_machines_want_one_artifact_one_builds(shared: store_remote.Remote, 
 
 
 @only_s3
+@pytest.mark.e2e
 def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: store_remote.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first = start(tmp_path / "a", "a", log, seconds=60)
@@ -378,6 +379,20 @@ def test_storage_that_was_away_is_no_sign_that_a_builder_is_dead(
     back = time.monotonic()
     waiting.join()
     assert taken[0] - back > 2
+
+
+@pytest.mark.parametrize("shared", ["file"], indirect=True)
+def test_who_is_dead_is_waited_for_once(
+    shared: store_remote.Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TAME_LEASE_SECONDS", "1.5")
+    for name in ("kind-1", "kind-2", "kind-3"):  # as an evaluation holds one for each part
+        dead = json.dumps({"owner": "host:1", "process": "dead", "id": name, "beats": 7}).encode()
+        store_remote.create(shared, f"{shared.root}/{name}/lease.1", dead)
+    with store_lease.lease(shared, "kind-1"), store_lease.lease(shared, "kind-2"), store_lease.lease(shared, "kind-3"):
+        assert {name.split("/")[1] for name in store_remote.sizes(shared, shared.root)} == {"lease.2"}
+    assert caplog.text.count("no sign of life from host:1") == 1
+    assert objects(shared) == []
 
 
 def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: store_remote.Remote) -> None:
