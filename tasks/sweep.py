@@ -161,7 +161,7 @@ def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[
     write_file(store.home() / "runs" / spec.name / "leaderboard.md", page)
     statuses = {row.status for row in rows}
     if statuses & FAILED:
-        return Failed(message=line, data=rows)
+        return Failed(message=line)  # a worker would raise what it holds
     return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=line, data=rows)
 
 

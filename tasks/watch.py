@@ -129,7 +129,7 @@ def finish(rows: list[Row], key: str) -> State[list[Row]]:
         [row.model_dump() for row in rows], re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-"), line[:2000]
     )
     if unseen:
-        return Failed(message=line, data=rows)
+        return Failed(message=line)  # a worker would raise what it holds
     return Completed(name="Completed" if started else "Unchanged", message=line, data=rows)
 
 

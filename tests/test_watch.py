@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.schema import Watch
 from flows.watch import watch
-from tasks.watch import Row
+from tasks.watch import Row, look_at
 from tests.hub import Hub
 from tests.models import LOOK, weights
 
@@ -33,9 +33,12 @@ def spec(*models: str, **values: Any) -> Watch:
     return Watch.model_validate({"models": list(models), "recipe": recipe, "settle_seconds": 0, **values})
 
 
-def look(spec: Watch) -> tuple[State[Any], dict[str, Row]]:
-    state = watch(spec, return_state=True)
-    return state, {row.model: row for row in state.result(raise_on_failure=False)}
+def look(spec: Watch) -> dict[str, Row]:
+    return {row.model: row for row in look_at(spec)}
+
+
+def fire(spec: Watch) -> State[Any]:
+    return watch(spec, return_state=True)
 
 
 def runs(prefect: SyncPrefectClient, model: str) -> list[FlowRun]:
@@ -51,34 +54,31 @@ def end(prefect: SyncPrefectClient, run: FlowRun, state: State[Any]) -> None:
 def test_a_commit_is_released_once(prefect: SyncPrefectClient, hub: Hub, owner: str, checkpoint: Path) -> None:
     model = f"{owner}/base"
     first = hub.add_model(model, checkpoint).at("main")
-    state, rows = look(spec(model))
-    assert state.name == "Completed"
-    assert rows[model].action == "started"
+    assert fire(spec(model)).name == "Completed"
     [run] = runs(prefect, model)
     recipe = run.parameters["recipe"]
     assert recipe["source"] == {"model": model, "revision": first, "trust_remote_code": False}
     assert run.state.is_scheduled()
     assert run.work_queue_name == "default"  # no GPU was ever seen here
 
-    assert look(spec(model))[1][model].action == "waits"
+    assert look(spec(model))[model].action == "waits"
     hub.write(model, "model.safetensors", weights(1))
-    assert look(spec(model))[1][model].action == "waits"  # never two at a time
+    assert look(spec(model))[model].action == "waits"  # never two at a time
     assert len(runs(prefect, model)) == 1
 
     end(prefect, run, Completed(message="Published: nf4"))
-    _, rows = look(spec(model))
+    rows = look(spec(model))
     assert rows[model].action == "started"
     _, newer = runs(prefect, model)
     assert newer.parameters["recipe"]["source"]["revision"] == hub.model(model).at("main") != first
 
     end(prefect, newer, Completed(name="Rejected", message="Rejected: kl_mean 0.131 > 0.1 for nf4"))
     for _ in range(2):
-        state, rows = look(spec(model))
-        assert state.name == "Unchanged"
-        assert "kl_mean 0.131" in rows[model].why
+        assert fire(spec(model)).name == "Unchanged"
+        assert "kl_mean 0.131" in look(spec(model))[model].why
     assert len(runs(prefect, model)) == 2
     # Another recipe is another release of the same commit.
-    assert look(spec(model, recipe={"gate": {"max_mean_kl": 0.2}}))[1][model].action == "started"
+    assert look(spec(model, recipe={"gate": {"max_mean_kl": 0.2}}))[model].action == "started"
 
 
 def test_two_commits_within_a_minute_are_one_release(
@@ -86,9 +86,9 @@ def test_two_commits_within_a_minute_are_one_release(
 ) -> None:
     model = f"{owner}/base"
     repo = hub.add_model(model, checkpoint)
-    assert look(spec(model, settle_seconds=60))[1][model].action == "settles"
+    assert look(spec(model, settle_seconds=60))[model].action == "settles"
     last = hub.write(model, "config.json", LOOK.replace("64", "128").encode())
-    assert look(spec(model, settle_seconds=60))[1][model].action == "settles"
+    assert look(spec(model, settle_seconds=60))[model].action == "settles"
     assert runs(prefect, model) == []
     repo.dates[last] = repo.dates[last].replace(year=2025)
     look(spec(model, settle_seconds=60))
@@ -129,19 +129,19 @@ def test_failures_are_tried_again_a_few_times(
     asked = spec(model, attempts=2)
     look(asked)
     end(prefect, runs(prefect, model)[-1], Crashed())
-    assert look(asked)[1][model].action == "waits"  # the automation may start it again
+    assert look(asked)[model].action == "waits"  # the automation may start it again
     end(prefect, runs(prefect, model)[-1], Failed(message="Failed: no space left"))
-    assert look(asked)[1][model].why.startswith("attempt 2")
+    assert look(asked)[model].why.startswith("attempt 2")
     end(prefect, runs(prefect, model)[-1], Failed(message="Failed: no space left"))
-    _, rows = look(asked)
+    rows = look(asked)
     assert rows[model].action == "given up"
     assert "failed 2 times" in rows[model].why
     assert "no space left" in rows[model].why
     assert len(runs(prefect, model)) == 2
     hub.write(model, "README.md", b"---\nlicense: mit\n---\n")
-    assert look(asked)[1][model].action == "started"
+    assert look(asked)[model].action == "started"
     end(prefect, runs(prefect, model)[-1], Cancelled())
-    assert look(asked)[1][model].action == "unchanged"
+    assert look(asked)[model].action == "unchanged"
 
 
 def test_a_release_started_by_somebody_else_is_waited_for(
@@ -153,9 +153,9 @@ def test_a_release_started_by_somebody_else_is_waited_for(
     recipe = {"name": "by-hand", "source": {"model": model}, "variants": [{"method": "int8"}]}
     by_hand = prefect.create_flow_run_from_deployment(deployment.id, parameters={"recipe": recipe})
     end(prefect, by_hand, Running())
-    assert look(spec(model))[1][model].action == "waits"
+    assert look(spec(model))[model].action == "waits"
     end(prefect, by_hand, Completed())
-    assert look(spec(model))[1][model].action == "started"
+    assert look(spec(model))[model].action == "started"
 
 
 def test_one_model_that_cannot_be_seen_stops_no_other(
@@ -167,18 +167,19 @@ def test_one_model_that_cannot_be_seen_stops_no_other(
     (checkpoint.parent / "pickled" / "config.json").write_text(LOOK)
     (checkpoint.parent / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     hub.add_model(pickled, checkpoint.parent / "pickled")
-    state, rows = look(spec(gone, pickled, good, str(checkpoint / "nowhere"), f"{owner}/x*", "nobody/x*"))
+    rows = look(spec(gone, pickled, good, str(checkpoint / "nowhere"), f"{owner}/x*", "nobody/x*"))
     assert rows[f"{owner}/x*"].why == rows["nobody/x*"].why == "nothing matches it"
     assert {row.action for row in rows.values()} == {"error", "refused", "started"}
     assert rows[good].action == "started"
     assert "pickled weights" in rows[pickled].why
+    state = fire(spec(gone, good))
     assert state.is_failed()
     assert gone in state.message
     assert "does not exist" in state.message
     hub.fail("/api/models", 503, times=100)
-    state, rows = look(spec(good))
+    state = fire(spec(good))
     assert state.is_failed()
-    assert "answers 503" in rows[good].why
+    assert "answers 503" in state.message
     assert len(runs(prefect, good)) == 1
 
 
@@ -193,15 +194,14 @@ def test_a_namespace_by_pattern_but_not_what_was_made_of_it(
         f"{owner}/tune-*", f"{owner}/tune-1", recipe={"publish": {"to": "hub", "repo": owner + "/{model}-{variant}"}}
     )
     before = len(hub.requests)
-    _, rows = look(asked)
+    rows = look(asked)
     assert rows.keys() == {f"{owner}/tune-{number}" for number in range(12)}
     assert {row.action for row in rows.values()} == {"started"}
     for model in rows:
         [run] = runs(prefect, model)
         end(prefect, run, Completed())
     before = len(hub.requests)
-    state, _ = look(asked)
-    assert state.name == "Unchanged"
+    assert fire(asked).name == "Unchanged"
     assert len(hub.requests) - before == 3  # two pages, and the model that is named
 
 
@@ -210,15 +210,15 @@ def test_folders_are_told_by_their_content(
 ) -> None:
     model = str(checkpoint)
     pattern = str(checkpoint.parent / "mod*")
-    assert look(spec(pattern, settle_seconds=3600))[1][model].action == "settles"
+    assert look(spec(pattern, settle_seconds=3600))[model].action == "settles"
     look(spec(model, pattern))
     [run] = runs(prefect, model)
     assert run.parameters["recipe"]["source"]["model"] == model
     end(prefect, run, Completed())
     os.utime(checkpoint / "config.json", (1, 1))
-    assert look(spec(model))[1][model].action == "unchanged"
+    assert look(spec(model))[model].action == "unchanged"
     (checkpoint / "config.json").write_text(LOOK.replace("64", "128"))
-    assert look(spec(model))[1][model].action == "started"
+    assert look(spec(model))[model].action == "started"
 
 
 def test_two_models_that_would_be_published_to_one_place(
@@ -227,10 +227,9 @@ def test_two_models_that_would_be_published_to_one_place(
     a, b = f"a{uuid4().hex[:8]}/same", f"b{uuid4().hex[:8]}/same"
     for model in (a, b):
         hub.add_model(model, checkpoint)
-    state, rows = look(spec(a, b, recipe={"publish": {"to": "hub", "repo": "me/{model}-{variant}"}}))
+    state = fire(spec(a, b, recipe={"publish": {"to": "hub", "repo": "me/{model}-{variant}"}}))
     assert state.is_failed()
-    assert {row.action for row in rows.values()} == {"error"}
-    assert "would be published to me/same-nf4" in rows[a].why
+    assert f"both {a} and {b} would be published to me/same-nf4" in state.message
     assert runs(prefect, a) == runs(prefect, b) == []
 
 
