@@ -71,6 +71,17 @@ def test_errors_are_those_of_the_models(kind: str, variant: dict[str, Any], tmp_
     assert all(0.001 < error < 0.2 for error in found.values())
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", [{"method": "int8"}, {"method": "nf4", "double_quant": True}], ids=str)
+def test_a_gpu_finds_the_same_errors(variant: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    made = quantized(tiny_llama, tmp_path / "made", Variant.model_validate(variant))
+    (tmp_path / "gpu").mkdir()
+    layer_errors(tiny_llama, made, "cuda:0", tmp_path / "gpu")
+    found = json.loads((tmp_path / "gpu" / "result.json").read_text())["layers"]
+    plain = errors(tiny_llama, made, tmp_path / "cpu")
+    assert {layer["module"]: layer["error"] for layer in found} == pytest.approx(plain, rel=1e-4)
+
+
 def test_shards_of_either_side_and_float32_sources(tmp_path: Path) -> None:
     from tasks.quantize.work import work
 
