@@ -11,6 +11,7 @@ from tasks.store_remote import (
     DamagedError,
     Remote,
     Shared,
+    check,
     connect,
     delete,
     discard,
