@@ -69,14 +69,14 @@ class Compose:
             if wanted["condition"] == "service_healthy":
                 self.wait_healthy(other)
             else:
-                assert self.running[other].wait(timeout=120) == 0, self.log(other)
+                assert self.running[other].wait(timeout=600) == 0, self.log(other)
         self.running[service] = getattr(self, f"_{service}", lambda: self.run(service, described["command"]))()
 
     def wait_healthy(self, service: str) -> None:
         check = self.file["services"][service]["healthcheck"]["test"]
         assert check[0] == "CMD"
-        end = time.monotonic() + 120
-        while self.run(service, check[1:], to="checks").wait(timeout=60) != 0:
+        end = time.monotonic() + 600
+        while self.run(service, check[1:], to="checks").wait(timeout=300) != 0:
             assert time.monotonic() < end, self.log(service)
             assert self.running[service].poll() is None, self.log(service)
             time.sleep(1)
@@ -166,10 +166,10 @@ def test_a_release_from_provision_to_published_numbers(compose: Compose, tiny_ll
         },
     }
     ask = ["prefect", "deployment", "run", "release/any", "--params", json.dumps({"recipe": recipe})]
-    asked = compose.run("provision", [*ask, "--watch", "--watch-timeout", "300"], to="asked")
-    assert asked.wait(timeout=400) == 0, compose.log("asked") + compose.log("worker")
+    asked = compose.run("provision", [*ask, "--watch", "--watch-timeout", "600"], to="asked")
+    assert asked.wait(timeout=700) == 0, compose.log("asked") + compose.log("worker")
     look = "import s3fs; fs = s3fs.S3FileSystem(); print(*fs.find('tame'), *fs.find('mlflow'), sep='\\n')"
-    assert compose.run("buckets", ["python", "-c", look], to="listing").wait(timeout=60) == 0
+    assert compose.run("buckets", ["python", "-c", look], to="listing").wait(timeout=300) == 0
     listing = compose.log("listing")
     assert re.search(r"^tame/artifacts/.*quantized", listing, re.M), listing
     assert re.search(r"^mlflow/.*/report.html$", listing, re.M), listing
