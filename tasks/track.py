@@ -37,7 +37,7 @@ HEARTBEAT = 60.0
 DEAD_AFTER = 300.0
 """Seconds without one after which a run on another host counts as killed."""
 SYSTEM_METRICS_EVERY = 10.0
-ANSWER_WITHIN = 5.0
+ANSWER_WITHIN = 10.0
 """Seconds that a server has for saying that it is there: one that hangs would else cost each call most of a minute."""
 
 _alive: dict[str, threading.Event] = {}
