@@ -16,7 +16,7 @@ log = logging.getLogger("tame")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all well, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected."""
     options = _parser().parse_args(arguments)
-    _set_up(options.debug, "INFO" if options.command is worker else "CRITICAL")
+    _set_up(options.debug, "INFO" if options.command in (up, worker) else "CRITICAL")
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         code = command(options)
