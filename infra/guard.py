@@ -12,7 +12,7 @@ import sys
 import psutil
 
 MARK = "TAME_UP"
-PATIENCE = {"worker": 15.0, "server": 10.0}  # seconds; workers first: they tell the server what they leave
+PATIENCE = {"worker": 15.0, "server": 5.0}  # seconds; workers first: they tell the server what they leave
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
