@@ -1,15 +1,17 @@
 """Many short releases, queued at once, on a few workers: is one lost, is one run twice, does the server keep answering?
 
-    python benchmarks/operate.py [--runs 500] [--workers 2] [--fresh 0] [--database postgresql+asyncpg://…] [--folder DIR]
+    python benchmarks/operate.py [--runs 500] [--workers 2] [--fresh 0] [--postgres] [--folder DIR]
 
 Each run is a release of a tiny model by `release/any` under a name of its own. Its artifacts are there already, but for
 those of the first `--fresh` runs, which have an evaluation window of their own and so are measured anew. What is left is
-what Prefect, MLflow and a process a run cost. Every run is asked for twice, by the same key.
+what Prefect, MLflow and a process a run cost. Every tenth run is asked for twice, by the same key. Ctrl-C ends it early, and
+tells what was seen until then. `--postgres` puts Prefect on a PostgreSQL cluster of its own (needs root), else on SQLite.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"runs": 500, "workers": 2, "fresh": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--database", help="of Prefect; by default SQLite in the folder")
+    parser.add_argument("--postgres", action="store_true")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="tame-operate-"))
@@ -40,8 +42,15 @@ def main() -> None:
         "TAME_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": api,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "OMP_NUM_THREADS": "1", "PREFECT_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    if args.database:
-        os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = args.database
+    postgres = None
+    if args.postgres:
+        from tests.e2e.machines import Postgres
+
+        postgres = Postgres(PORT + 1)
+        postgres.start()
+        postgres.create("prefect")
+        url = f"postgresql+asyncpg://postgres@127.0.0.1:{postgres.port}/prefect"
+        os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
     processes: list[subprocess.Popen[bytes]] = []
     try:
         processes.append(start(folder, "server", "prefect", "server", "start", "--port", str(PORT), "--no-ui"))
@@ -51,6 +60,9 @@ def main() -> None:
             process.terminate()
         for process in processes:
             process.wait()
+        if postgres:
+            postgres.stop()
+            shutil.rmtree(postgres.folder)
 
 
 def start(folder: Path, name: str, *command: str) -> "subprocess.Popen[bytes]":
@@ -101,7 +113,7 @@ def measure(args: argparse.Namespace, folder: Path, processes: list["subprocess.
         started = time.monotonic()
         asked = {ask(number).id for number in range(1, args.runs + 1)}
         print(f"queued: {args.runs} in {time.monotonic() - started:.1f} s")
-        assert asked == {ask(number).id for number in range(1, args.runs + 1)}
+        assert asked > {ask(number).id for number in range(1, args.runs + 1, 10)}
         before = bytes_of(folder)
         began, server = time.monotonic(), cpu(processes[0].pid)
         workers = [start(folder, f"worker{number}", "tame", "worker") for number in range(args.workers)]
@@ -128,7 +140,7 @@ def measure(args: argparse.Namespace, folder: Path, processes: list["subprocess.
         )
         used = f"{work / ended:.2f} s in its process, {own / ended:.2f} s in the worker, {served / ended:.2f} s in the server"
         print(f"CPU a run: {used}")
-        if not args.database:
+        if not args.postgres:
             print(f"Prefect's and MLflow's databases: {(bytes_of(folder) - before) / ended / 1e3:.0f} kB a run")
         sampler.tell()
         check(client, args.runs, asked)

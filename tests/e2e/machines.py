@@ -74,12 +74,12 @@ def ok(url: str) -> bool:
 
 
 class Postgres:
-    """A cluster of its own, run by the user `postgres`."""
+    """A cluster of its own, run by the user `postgres`, on 127.0.0.1."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = DATABASE) -> None:
         binaries = _postgres_binaries()
         assert binaries is not None
-        self.binaries = binaries
+        self.binaries, self.port = binaries, port
         self.folder = Path(tempfile.mkdtemp(prefix="tame-postgres-"))
         shutil.chown(self.folder, "postgres")
         self._as_postgres("initdb", "-D", self.folder / "data", "-A", "trust", "--no-sync", "-E", "UTF8")
@@ -89,7 +89,7 @@ class Postgres:
         subprocess.run(command, cwd="/", check=True, stdout=subprocess.DEVNULL)
 
     def start(self) -> None:
-        options = f"-p {DATABASE} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
         log = self.folder / "log"
         self._as_postgres("pg_ctl", "-D", self.folder / "data", "-l", log, "-o", options, "-w", "start")
 
@@ -97,7 +97,7 @@ class Postgres:
         self._as_postgres("pg_ctl", "-D", self.folder / "data", "-m", how, "-w", "stop")
 
     def create(self, name: str) -> None:
-        self._as_postgres("createdb", "-h", "127.0.0.1", "-p", str(DATABASE), name)
+        self._as_postgres("createdb", "-h", "127.0.0.1", "-p", str(self.port), name)
 
 
 class Machine:
@@ -105,6 +105,7 @@ class Machine:
 
     def __init__(self, name: str, number: int, folder: Path, environment: dict[str, str]) -> None:
         self.name, self.folder = name, folder
+        self.worker: subprocess.Popen[bytes] | None = None
         self.space, self.link = f"tame-test-{name}", f"tame-{name}"
         folder.mkdir()
         self.environment = {
@@ -142,7 +143,8 @@ class Machine:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
-        self.worker.wait()
+        if self.worker:
+            self.worker.wait()
 
     def cut(self) -> None:
         """Pull its network cable."""
@@ -154,6 +156,7 @@ class Machine:
 
     def end(self) -> None:
         self.kill()
+        ip("link", "del", self.link)  # not left to the namespace, which goes some time later
         ip("netns", "del", self.space)
 
 
