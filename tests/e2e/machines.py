@@ -104,7 +104,7 @@ class Machine:
     """A host with a worker, on the site's network."""
 
     def __init__(self, name: str, number: int, folder: Path, environment: dict[str, str]) -> None:
-        self.name, self.folder = name, folder
+        self.name, self.number, self.folder = name, number, folder
         self.worker: subprocess.Popen[bytes] | None = None
         self.space, self.link = f"tame-test-{name}", f"tame-{name}"
         folder.mkdir()
@@ -112,10 +112,13 @@ class Machine:
             **environment, "TAME_HOME": str(folder / "home"), "HOME": str(folder), "HF_HOME": str(folder / "hf"),
             "PREFECT_HOME": str(folder / "prefect"),
         }  # fmt: skip
+
+    def connect(self) -> None:
+        """Put it on the site's network."""
         ip("netns", "add", self.space)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.space)
         ip("link", "set", self.link, "master", BRIDGE, "up")
-        ip("-n", self.space, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
+        ip("-n", self.space, "addr", "add", f"{NETWORK}.{self.number}/24", "dev", "eth0")
         ip("-n", self.space, "link", "set", "eth0", "up")
         ip("-n", self.space, "link", "set", "lo", "up")
 
@@ -147,7 +150,7 @@ class Machine:
             self.worker.wait()
 
     def cut(self) -> None:
-        """Pull its network cable."""
+        """Pull its network cable out."""
         ip("link", "set", self.link, "down")
 
     def join(self) -> None:
@@ -156,8 +159,11 @@ class Machine:
 
     def end(self) -> None:
         self.kill()
-        ip("link", "del", self.link)  # not left to the namespace, which goes some time later
-        ip("netns", "del", self.space)
+        for left in (
+            ["link", "del", self.link],
+            ["netns", "del", self.space],
+        ):  # the link, which would go some time later
+            subprocess.run(["ip", *left], check=False)
 
 
 def ip(*arguments: str) -> None:
@@ -241,4 +247,5 @@ def site(folder: Path, machines: list[str]) -> Iterator[tuple[Site, list[Machine
         for number, name in enumerate(machines, 2):
             made.append(Machine(name, number, folder / name, it.environment))
             stack.callback(made[-1].end)
+            made[-1].connect()
         yield it, made
