@@ -80,10 +80,10 @@ def side_by_side(options: argparse.Namespace) -> None:
     )
     print(f"writes {writing / 1e9:.2f} GB/s (page cache); the floor is bytes read and written at that.\n")
     print(
-        "| method | who | whole process s | without imports s | of it sha256 s | host peak above imports MB | GPU peak MB "
+        "| method | who | whole process s | without imports s | host peak above imports MB | GPU peak MB "
         "| bytes | floor s |"
     )
-    print("| --- | --- | --: | --: | --: | --: | --: | --: | --: |")
+    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
     for method in options.methods.split(","):
         for _ in range(options.repeat):
             for who in options.who.split(","):
@@ -96,7 +96,7 @@ def side_by_side(options: argparse.Namespace) -> None:
                 found = json.loads(done.stdout.splitlines()[-1])
                 floor = read / reading + found["bytes"] / writing
                 print(
-                    f"| {method} | {who} | {wall:.1f} | {found['seconds']:.1f} | {found['sha256']:.1f} | "
+                    f"| {method} | {who} | {wall:.1f} | {found['seconds']:.2f} | "
                     f"{found['host'] / 1e6:,.0f} | {found['gpu'] / 1e6:,.0f} | {found['bytes']:,} | {floor:.1f} |",
                     flush=True,
                 )
@@ -113,7 +113,7 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
         from tasks.quantize.work import work
 
         import_libraries()
-        import tasks.quantize.stream
+        import tasks.quantize.stream  # noqa: F401
     else:
         import bitsandbytes  # noqa: F401
         import transformers  # noqa: F401
@@ -124,18 +124,7 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
         torch.zeros(1, device=options.device)
         torch.cuda.reset_peak_memory_stats()
     before, started = peak(), time.perf_counter()
-    hashing = 0.0
     if who == "tame":
-        real = tasks.quantize.stream._sha256
-
-        def timed(path: Path) -> str:
-            nonlocal hashing
-            begun = time.perf_counter()
-            digest = real(path)
-            hashing += time.perf_counter() - begun
-            return digest
-
-        tasks.quantize.stream._sha256 = timed
         work(source, out, variant_of(method), device=options.device, workers=options.workers)
     else:
         model = AutoModelForCausalLM.from_pretrained(
@@ -144,7 +133,6 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
         model.save_pretrained(out)
     found = {
         "seconds": time.perf_counter() - started,
-        "sha256": hashing,
         "host": peak() - before,
         "gpu": torch.cuda.max_memory_allocated() if cuda else 0,
         "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),

@@ -308,6 +308,24 @@ def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pyte
     assert not (out / ".journal").exists()
 
 
+@pytest.mark.parametrize("method", ["int8", "nf4", "fp4-dq"])
+def test_digests_are_those_of_the_files(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tensors to a file, and of a file that one tensor fills, which is hashed while it is written."""
+    import hashlib
+
+    from tasks.quantize.source import read_header
+
+    monkeypatch.setattr("tasks.quantize.stream.COPY", 10_000)
+    monkeypatch.setattr("tasks.quantize.stream.PIECE", 3_000)
+    source = tiny(tmp_path / "source", zoo("qwen3"))
+    out = tmp_path / "out"
+    digests = quantized(source, out, variant_of(method), max_shard_size=60_000)["digests"]
+    files = list(out.glob("*.safetensors"))
+    assert [list(read_header(file, file.name)) for file in files].count(["model.embed_tokens.weight"]) == 1
+    assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert len(files) > 2
+
+
 def test_what_another_variant_left_is_not_taken_up(tiny_llama: Path, tmp_path: Path) -> None:
     expected = quantized(tiny_llama, tmp_path / "clean", variant_of("nf4"))["digests"]
     out = tmp_path / "out"

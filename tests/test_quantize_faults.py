@@ -245,6 +245,14 @@ def test_weights_that_cannot_be_quantized_are_named(
         work(model, tmp_path / "out", Variant(method=method))
 
 
+def test_a_failure_keeps_nobody_waiting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding is in a file of its own, which is hashed while it is written."""
+    monkeypatch.setattr("tasks.quantize.stream.COPY", 10_000)
+    rewrite(model, model__embed_tokens__weight=put(float("nan"), row=400))
+    with pytest.raises(TameError, match=r"embed_tokens\.weight has nan at element 25605"):
+        work(model, tmp_path / "out", Variant(method="nf4"), max_shard_size=60_000)
+
+
 def test_a_row_of_zeros_is_no_fault(model: Path, tmp_path: Path) -> None:
     rewrite(model, **{Q: scaled(0)})
     assert work(model, tmp_path / "out", Variant(method="int8"))["digests"]

@@ -45,12 +45,17 @@ def step(columns: int) -> int:
 
 def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize whole rows: their codes, U8 [ceil(n / 2), 1], and scales, F32 [ceil(n / 64)]; on the block's device."""
-    import bitsandbytes
-
     if block.device.type == "cpu" and block.numel() % BLOCK == 0 and _agrees(variant.method, block.dtype):
         return _look_up(block, variant.method)
-    codes, state = bitsandbytes.functional.quantize_4bit(block, quant_type=variant.method)
-    return codes, state.absmax
+    return _bitsandbytes(block, variant.method)
+
+
+def _bitsandbytes(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel that `bitsandbytes.functional.quantize_4bit` calls, without the copy of the 16 codes that it also makes."""
+    import bitsandbytes  # noqa: F401  it registers the operator
+
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block, BLOCK, method, torch.uint8)
+    return codes, scales
 
 
 def finish(
@@ -60,7 +65,19 @@ def finish(
 
     `scales` are those of the whole weight, F32 [ceil(n / 64)].
     """
-    return _state(scales, shape, dtype, variant)
+    if variant.double_quant:
+        return _state(scales, shape, dtype, variant)
+    return {**_without_scales(shape, dtype, variant.method, scales.device), ".absmax": scales}
+
+
+@functools.lru_cache
+def _without_scales(
+    shape: tuple[int, int], dtype: torch.dtype, method: Any, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What is the same for all weights of one shape, on the host. On a fast GPU, making it takes longer than the weight."""
+    variant = Variant(method=method, double_quant=False)
+    state = _state(torch.zeros(-(-shape[0] * shape[1] // BLOCK), device=device), shape, dtype, variant)
+    return {name: tensor.cpu() for name, tensor in state.items() if name != ".absmax"}
 
 
 def _state(
@@ -151,8 +168,6 @@ def _table(method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @functools.cache
 def _agrees(method: str, dtype: torch.dtype) -> bool:
     """Whether the lookup gives bitsandbytes' own bytes here, tried on random weights and on ones at the bounds."""
-    import bitsandbytes
-
     _, bounds, _ = _table(method)
     near = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))])
     blocks = torch.randn(256, BLOCK, generator=torch.Generator().manual_seed(0))
@@ -161,9 +176,9 @@ def _agrees(method: str, dtype: torch.dtype) -> bool:
     blocks[:64, 1:] *= blocks[:64, :1]
     blocks[64] = 0
     sample = blocks.to(dtype)
-    codes, state = bitsandbytes.functional.quantize_4bit(sample, quant_type=method)
+    codes, scales = _bitsandbytes(sample, method)
     mine = _look_up(sample, method)
-    if torch.equal(codes, mine[0]) and torch.equal(state.absmax, mine[1]):
+    if torch.equal(codes, mine[0]) and torch.equal(scales, mine[1]):
         return True
     log.warning(
         "this bitsandbytes rounds %s differently than tame's CPU kernel; using its own, which is slower", method

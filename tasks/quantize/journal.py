@@ -11,9 +11,9 @@ NAME = ".journal"
 
 
 class Done(NamedTuple):
-    """A finished tensor: the CRC-32 of what was written for it, and texts that wait for the end of the file."""
+    """A finished tensor: the XXH3 checksum of what was written for it, and texts that wait for the end of the file."""
 
-    crc: int
+    checksum: int
     late: dict[str, str]
 
 
@@ -32,8 +32,8 @@ class Journal:
             if lines[:1] == [first]:
                 for line in lines[1:]:
                     with contextlib.suppress(ValueError):  # the last one may have been cut short
-                        name, crc, late = json.loads(line)
-                        self.done[name] = Done(crc, late)
+                        name, checksum, late = json.loads(line)
+                        self.done[name] = Done(checksum, late)
         self.path.write_text(
             "\n".join([first, *(json.dumps([name, *done]) for name, done in self.done.items())]) + "\n",
             encoding="utf-8",

@@ -212,7 +212,7 @@ def _jobs(
     folder: Path,
 ) -> tuple[list[Job], dict[str, torch.Tensor]]:
     """A job for each tensor of the source that is written, and all that is written."""
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
     from transformers.pytorch_utils import Conv1D
 
     outputs = method_of(variant).outputs
@@ -227,7 +227,10 @@ def _jobs(
             state[written] = part
             origin[id(part)] = (name, suffix)
     jobs: dict[str, Job] = {}
-    reverted = revert_weight_conversion(model, state)
+    if model._weight_conversions:
+        reverted = revert_weight_conversion(model, state)
+    else:  # it would only sort them, and compile a pattern for each name: as long as all else here
+        reverted = {name: state[name] for name in sorted(state, key=dot_natural_key)}
     for written, tensor in reverted.items():
         name, suffix = origin.get(id(tensor), (written, ""))
         if id(tensor) in origin:

@@ -63,13 +63,19 @@ class Shard:
 
     def close(self) -> None:
         """Write the header and what had to wait for it. The file is complete after this."""
-        header = self._header()
-        header = (self.data - 8).to_bytes(8, "little") + header[8:].ljust(self.data - 8)
-        tail = b"".join(late or b"" for late in self.late.values())
-        os.pwrite(self.file, header, 0)
+        tail = self.tail()
+        os.pwrite(self.file, self.header(), 0)
         os.pwrite(self.file, tail, self.end)
         os.ftruncate(self.file, self.end + len(tail))
         self.abandon()
+
+    def header(self) -> bytes:
+        """The file's first bytes, up to `data`; final once all `late` tensors are known."""
+        return (self.data - 8).to_bytes(8, "little") + self._header()[8:].ljust(self.data - 8)
+
+    def tail(self) -> bytes:
+        """The file's last bytes, from `end`: tensors that had to wait until their length was known."""
+        return b"".join(late or b"" for late in self.late.values())
 
     def abandon(self) -> None:
         """Let go of the file if it is still open."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from configs.errors import TameError
 from configs.schema import Variant
 from tasks.device import cores
 from tasks.progress import Progress
@@ -24,6 +25,7 @@ from tasks.quantize.output import Shard
 from tasks.quantize.worker import Sources, Worker
 
 COPY = 1 << 26  # bytes that one thread copies at a time: large embeddings are shared
+PIECE = 1 << 23  # bytes hashed at once: threads that hash should not ask for Python's lock often
 
 
 def stream(
@@ -41,8 +43,8 @@ def stream(
 
     `meanwhile` is called when all files are complete, while the last one is hashed.
 
-    A file is hashed as soon as it is complete, while others are made. Its first bytes are scales that need the last
-    weights, so it cannot be hashed any earlier.
+    A file is hashed as soon as it is complete, while others are made: its first bytes are scales that need the last
+    weights. One that a single tensor fills, such as a large embedding, is hashed right behind the threads that write it.
 
     Raises:
         TameError: NaN or infinite weights, weights lost in int8's float16, a GPU out of memory; it names file and tensor.
@@ -58,6 +60,7 @@ def stream(
     sofar = 0
     lock = threading.Lock()
     stopped = threading.Event()
+    written = {job.key: threading.Event() for job in jobs}
     digests: dict[str, Future[str]] = {}
     threads = torch.get_num_threads()
     sources = Sources(folder)
@@ -72,7 +75,11 @@ def stream(
                 waiting[shard.path] -= 1
                 if not waiting[shard.path]:
                     shard.close()
-                    digests[shard.path.name] = hashing.submit(_sha256, shard.path)
+                    if shard.path.name not in digests:
+                        digests[shard.path.name] = hashing.submit(
+                            _sha256, shard, [(shard.end, written[job.key])], stopped
+                        )
+        written[job.key].set()
 
     def work(number: int) -> None:
         worker = Worker(sources, shards, variant, devices[number % len(devices)], journal, threads)
@@ -86,12 +93,20 @@ def stream(
                 finish(job)
             except BaseException:
                 stopped.set()
+                for event in written.values():
+                    event.set()  # whoever hashes behind this waits no more
                 raise
 
     try:
         for shard in files:
             shard.open()
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(max(1, min(8, cores() // 2))) as hashing:
+            for shard in _alone(files):
+                (name,) = shard.tensors
+                pieces = sorted((job for job in jobs if name in job.parts.values()), key=lambda job: job.at)
+                ends = [shard.data + job.at for job in pieces[1:]] + [shard.end]
+                spans = [(end, written[job.key]) for end, job in zip(ends, pieces, strict=True)]
+                digests[shard.path.name] = hashing.submit(_sha256, shard, spans, stopped)
             running = [pool.submit(work, number) for number in range(workers)]
             wait(running, return_when=FIRST_EXCEPTION)
             for future in running:
@@ -105,20 +120,44 @@ def stream(
 
 
 def _order(jobs: list[Job], shards: dict[str, Shard], files: list[Shard], several: int) -> Iterator[Job]:
-    """First tensors that fill a file alone, as they take longest to hash; then `several` files at a time, each with the
-    largest tensors first: the kernel lets one thread write to a file at a time, and no thread should end alone.
+    """Tensors that fill a file alone first, a piece now and then, as they take longest to hash; beside them `several`
+    files at a time, each with the largest tensors first: the kernel lets one thread write to a file at a time, and no
+    thread should end alone.
     """
     of_file: dict[Path, list[Job]] = {shard.path: [] for shard in files}
     for job in sorted(jobs, key=lambda job: job.source.start - job.source.end):
         of_file[shards[job.parts[""]].path].append(job)
-    alone = [shard.path for shard in files if len(shard.tensors) == 1]
-    rest = [shard.path for shard in files if len(shard.tensors) > 1]
-    groups = [*([path] for path in alone), *(rest[i : i + several] for i in range(0, len(rest), several))]
-    for group in groups:
-        for row in zip_longest(*(of_file[path] for path in group)):
-            yield from (job for job in row if job is not None)
+    alone = [job for shard in _alone(files) for job in sorted(of_file.pop(shard.path), key=lambda job: job.at)]
+    queues = list(of_file.values())
+    mixed = (
+        job
+        for i in range(0, len(queues), several)
+        for row in zip_longest(*queues[i : i + several])
+        for job in row
+        if job is not None
+    )
+    for row in zip_longest(alone, *[mixed] * several):
+        yield from (job for job in row if job is not None)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _alone(files: list[Shard]) -> list[Shard]:
+    """Files that one tensor fills."""
+    return [shard for shard in files if len(shard.tensors) == 1 and not shard.late]
+
+
+def _sha256(shard: Shard, spans: list[tuple[int, threading.Event]], stopped: threading.Event) -> str:
+    """The digest of a file, of which each of `spans` is an end, and what is set when all before it is written."""
+    digest = hashlib.sha256(shard.header())
+    at, piece = shard.data, memoryview(bytearray(PIECE))
+    with shard.path.open("rb", buffering=0) as file:
+        file.seek(at)
+        for end, written in spans:
+            written.wait()
+            while at < end and not stopped.is_set():
+                count = file.readinto(piece[: end - at])
+                if not count:
+                    raise TameError(f"{shard.path}: ends at byte {at}; it was changed while it was written, run again")
+                digest.update(piece[:count])
+                at += count
+    digest.update(shard.tail())
+    return digest.hexdigest()

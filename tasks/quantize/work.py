@@ -12,6 +12,8 @@ from tasks.device import cores
 from tasks.progress import Progress, silent
 from tasks.quantize.source import carried_files, read_config, read_tensors
 
+PER_GPU = 4  # threads: with more, they wait for each other
+
 
 def work(
     source: Path,
@@ -76,8 +78,9 @@ def work(
             shutil.copyfile(source / name, out / name)
         check_written(out, layout.outputs, layout.quantized, trust_remote_code)
 
-    devices, threads = _devices(device), workers or _workers(device)
-    digests = stream(source, layout.jobs, files, variant, devices, threads, journal, rest, progress)
+    devices = _devices(device)
+    workers = workers or (cores() if device == "cpu" else min(cores(), PER_GPU * len(devices)))
+    digests = stream(source, layout.jobs, files, variant, devices, workers, journal, rest, progress)
     journal.remove()
     return {
         "digests": digests,
@@ -96,10 +99,6 @@ def _devices(device: str) -> list[str]:
     import torch
 
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-
-
-def _workers(device: str) -> int:
-    return cores() if device == "cpu" else min(cores(), 6)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
