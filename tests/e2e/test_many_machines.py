@@ -1,5 +1,7 @@
 """Machines that share a Prefect server on PostgreSQL and an S3 store alone: one is killed, one is cut off, nothing is lost."""
 
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -132,3 +134,54 @@ def test_a_machine_dies_and_another_is_cut_off(place: tuple[Site, list[Machine],
     print(f"artifacts: {dict(kinds)}")
     assert set(manifests.values()) == {1}, manifests  # written once each
     assert kinds["quantized"] == len(MODELS) * len(VARIANTS)
+
+
+def test_servers_that_go_away_for_a_while(place: tuple[Site, list[Machine], SyncPrefectClient]) -> None:
+    """Each of them once, in the middle of a run; every run ends well, on the machine where it began or after a restart."""
+    it, (alpha, beta, _), client = place
+    alpha.start()
+    beta.start()
+    deployment = client.read_deployment_by_name("release/any")
+
+    def release(window: int) -> FlowRun:
+        """A run that finds no evaluation of its own in the store; it works once this returns."""
+        recipe = {**RECIPE, "name": f"w{window}", "source": {"model": "org/one"}, "publish": {"to": "nowhere"}}
+        recipe |= {"variants": VARIANTS[1:2], "evaluate": {**RECIPE["evaluate"], "window": window}}
+        run = client.create_flow_run_from_deployment(deployment.id, parameters={"recipe": recipe})
+        until(lambda: client.read_flow_run(run.id).state_name == "Running", 300, "no worker takes it")
+        time.sleep(2)
+        return run
+
+    def prefect() -> None:
+        it.prefect.stop(signal.SIGKILL)
+        time.sleep(40)
+        it.prefect.start()
+
+    def postgres() -> None:
+        it.postgres.stop("immediate")
+        time.sleep(30)
+        it.postgres.start()
+
+    def storage() -> None:
+        assert it.s3.process is not None
+        os.killpg(it.s3.process.pid, signal.SIGSTOP)  # its objects are in its memory
+        time.sleep(60)
+        os.killpg(it.s3.process.pid, signal.SIGCONT)
+
+    def mlflow() -> None:
+        it.mlflow.stop(signal.SIGKILL)
+        time.sleep(60)
+        it.mlflow.start()
+
+    for window, away in enumerate((prefect, postgres, storage, mlflow), 65):
+        run = release(window)
+        started = time.monotonic()
+        away()
+        until(
+            lambda run=run: client.read_flow_run(run.id).state.is_completed(), 900, f"{away.__name__}: it does not end"
+        )
+        ended = client.read_flow_run(run.id)
+        begun = f"begun {ended.run_count} times: {[name for name, _ in history(client, ended)]}"
+        print(f"{away.__name__} was away: ended after {time.monotonic() - started:.0f} s, {begun}")
+        assert ended.state.name == "Completed", ended.state.message
+    assert [machine.worker and machine.worker.poll() for machine in (alpha, beta)] == [None, None]
