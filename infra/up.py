@@ -21,7 +21,7 @@ from uuid import uuid4
 from configs.errors import BadInputError, TameError
 from tasks import place
 from tasks.device import gpus
-from tasks.store import home
+from tasks.home import home
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

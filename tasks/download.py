@@ -20,6 +20,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks import hub, store, store_remote
 from tasks.device import versions
+from tasks.digests import sha256_file, sha256_files
 from tasks.isolate import isolated
 from tasks.progress import Progress, show
 from tasks.quantize.source import INDEX, WEIGHTS, check_source, read_header, refuse_quantized, weight_files
@@ -133,7 +134,7 @@ def download(source: Source, *, quantized: bool = False, progress: Progress = sh
         folder, cached = Path(str(found.path)), True
     else:
         folder, cached = _fetch(source, found, progress)
-    files = store.sha256_files(folder, sorted(found.files))
+    files = sha256_files(folder, sorted(found.files))
     if found.kind == "hub":
         _compare(source.model, folder, files, found.sha256)
         _check(folder, quantized)
@@ -296,7 +297,7 @@ def _fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool
 
     def make(folder: Path) -> store.Made:  # one machine downloads, the others fetch it from the shared store
         downloaded = from_hub()
-        files = store.sha256_files(downloaded, names)
+        files = sha256_files(downloaded, names)
         _compare(source.model, downloaded, files, found.sha256)
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -355,7 +356,7 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
 def _dequantized_inputs(gguf: Path) -> dict[str, Any]:
     known = versions()
     return {
-        "gguf": store.sha256_file(gguf),
+        "gguf": sha256_file(gguf),
         "stage": 1,
         "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
     }

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
-from tasks import hub, provenance, publish_hub, publish_local, publish_preflight, store
+from tasks import hub, provenance, publish_hub, publish_local, publish_preflight
+from tasks.digests import sha256_files
 from tasks.hub import UnreachableError, endpoint
 from tasks.progress import Progress, show
 from tasks.publish_hub import Release
@@ -125,7 +126,7 @@ def publish(
 
 def _unchanged(folder: Path, files: dict[str, str]) -> None:
     try:
-        found = store.sha256_files(folder, list(files))
+        found = sha256_files(folder, list(files))
     except OSError as error:
         raise TameError(f"{error.filename}: {error.strerror}; it was measured and cannot be read now") from None
     for name, digest in found.items():
@@ -203,7 +204,7 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
     repo = publish_preflight.full_name(repo, api)
     publish_preflight.may_write(api, repo)
     publish_preflight.free(api, repo, private, None)
-    files = store.sha256_files(folder, names)
+    files = sha256_files(folder, names)
     if provenance.NAME in files and (wrong := check(str(folder))):
         raise BadInputError(f"{folder}: {wrong[0]}; what is published has to be what its {provenance.NAME} tells of")
     extra = {} if provenance.NAME in files else plain_files(folder, files, repo)

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import BadInputError, TameError
 from tasks import card, provenance, signing, store
+from tasks.digests import sha256_now
 from tasks.hub import endpoint
 from tasks.progress import Progress
 from tasks.publish_repo import SIGNATURE, Repo, look
@@ -122,7 +123,6 @@ def _source_on_hub(source: str, commit: str | None, names: dict[str, str]) -> di
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_now(path)
     except OSError as error:
         raise TameError(f"{path}: {error.strerror}") from None

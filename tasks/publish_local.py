@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from configs.errors import TameError
 from tasks import provenance, store
+from tasks.digests import sha256_files
 from tasks.progress import Progress
 from tasks.publish_repo import SIGNATURE, Wanted, in_memory
 
@@ -65,7 +66,7 @@ def put(
 def digests(target: Path) -> dict[str, str]:
     """The sha256 of every file in `target`; none if it is not there."""
     names = [path.relative_to(target).as_posix() for path in sorted(target.rglob("*")) if not path.is_dir()]
-    return store.sha256_files(target, names)
+    return sha256_files(target, names)
 
 
 def _fill(partial: Path, wanted: dict[str, Wanted], progress: Progress) -> None:

@@ -44,7 +44,7 @@ def experiment(client: Any, name: str) -> str:
     from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import path_to_local_file_uri
 
-    from tasks.store import home
+    from tasks.home import home
 
     found = client.get_experiment_by_name(name)
     if found is None:

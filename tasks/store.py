@@ -14,10 +14,8 @@ import json
 import logging
 import os
 import shutil
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
 from tasks import store_remote
+from tasks.digests import sha256_file, sha256_files
+from tasks.home import home as home
 from tasks.isolate import KilledError
 from tasks.store_lease import lease
 from tasks.store_remote import AwayError, DamagedError, Remote, Shared
@@ -62,11 +62,6 @@ class Made(BaseModel):
 
     meta: dict[str, Any] = {}
     digests: dict[str, str] = {}
-
-
-def home() -> Path:
-    """TAME_HOME, by default ~/.cache/tame."""
-    return Path(os.environ.get("TAME_HOME") or "~/.cache/tame").expanduser().absolute()
 
 
 def key_of(inputs: dict[str, Any]) -> str:
@@ -236,56 +231,6 @@ def sweep() -> int:
             except Timeout:
                 continue
     return swept
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file, read again only when its inode, size, modification or status-change time differ.
-
-    The status-change time (ctime) is set by the kernel and cannot be put back, so a file replaced by another of the same
-    size and modification time is read again. A file changed less than two seconds before it was read is not remembered:
-    a second change within the clock's granularity would not show.
-    """
-    path = path.resolve(strict=True)
-    before = path.stat()
-    identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
-    row = None
-    # The table only saves reading: without it, or with a damaged one, everything is read.
-    with contextlib.suppress(sqlite3.Error), _known_digests() as known:
-        row = known.execute(
-            "SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))
-        ).fetchone()
-    if row:
-        return str(row[0])
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    after = path.stat()
-    settled = time.time_ns() - max(after.st_ctime_ns, after.st_mtime_ns) > 2_000_000_000
-    if settled and identity == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
-        with contextlib.suppress(sqlite3.Error), _known_digests() as known:
-            known.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (str(path), repr(identity), digest))
-    return digest
-
-
-def sha256_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """The sha256 of each named file in `folder`, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
-
-
-class _known_digests:  # noqa: N801
-    """The table of digests by file identity, committed and closed on leaving."""
-
-    def __enter__(self) -> sqlite3.Connection:
-        home().mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(home() / "digests.db", timeout=60)
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, identity TEXT, sha256 TEXT)"
-        )
-        return self.connection
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.commit()
-        self.connection.close()
 
 
 def _folder() -> Path:

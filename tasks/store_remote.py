@@ -8,10 +8,8 @@ TAME_STORE/KIND-KEY/lease.N           held by the machine that builds: tasks/sto
 import contextlib
 import errno
 import functools
-import hashlib
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -21,7 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, named_line
+from tasks.digests import sha256_now
 
 log = logging.getLogger("tame.store")
 
@@ -153,16 +152,18 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
                 raise
             if not _passes(error):
                 raise TameError(
-                    f"TAME_STORE {remote.url}: {_line(error)}; give access to list, read, write and delete there"
+                    f"TAME_STORE {remote.url}: {named_line(error)}; give access to list, read, write and delete there"
                 ) from error
             away = time.monotonic() - started
             if away + pause > limit:
                 raise AwayError(
-                    f"TAME_STORE {remote.url}: no answer for {away:.0f} s ({_line(error)}); what is finished is kept on "
+                    f"TAME_STORE {remote.url}: no answer for {away:.0f} s ({named_line(error)}); what is finished is kept on "
                     "this machine, run again when it answers"
                 ) from error
             if pause > 1:
-                log.warning("%s does not answer (%s); trying for %.0f s more", remote.url, _line(error), limit - away)
+                log.warning(
+                    "%s does not answer (%s); trying for %.0f s more", remote.url, named_line(error), limit - away
+                )
             time.sleep(pause)
             pause = min(2 * pause, 15)
 
@@ -187,7 +188,7 @@ def create(remote: Remote, path: str, content: bytes) -> bool:
                 remote.fs.pipe_file(path, content, mode="create")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise TameError(
-                f"TAME_STORE {remote.url}: {_line(error)}; make the bucket or mount the folder, or correct its name"
+                f"TAME_STORE {remote.url}: {named_line(error)}; make the bucket or mount the folder, or correct its name"
             ) from None
         except Exception as error:
             if not _exists(error):
@@ -247,14 +248,14 @@ def fetch(remote: Remote, shared: Shared, folder: Path) -> None:
 
     def one(name: str) -> None:
         target, path = folder / name, f"{remote.root}/{shared.name}/{shared.upload}/{name}"
-        if target.is_file() and _sha256(target) == shared.files[name]:
+        if target.is_file() and sha256_now(target) == shared.files[name]:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             patiently(remote, lambda: remote.fs.get_file(path, str(target)))
         except FileNotFoundError:
             raise DamagedError(f"{url_of(remote, path)} is missing") from None
-        if (actual := _sha256(target)) != shared.files[name]:
+        if (actual := sha256_now(target)) != shared.files[name]:
             target.unlink()
             raise DamagedError(f"{url_of(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
 
@@ -272,7 +273,7 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
     upload = f"{place}/{shared.upload}"
 
     def one(name: str) -> None:
-        if (actual := _sha256(folder / name)) != shared.files[name]:
+        if (actual := sha256_now(folder / name)) != shared.files[name]:
             raise TameError(f"{folder / name} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…; run again")
         put(remote, folder / name, f"{upload}/{name}")
 
@@ -280,7 +281,7 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
         each(one, shared.files)
     except OSError as error:
         what = "make room there" if error.errno in FULL else "see that it is there"
-        raise TameError(f"TAME_STORE {remote.url}: {_line(error)}; {what}") from error
+        raise TameError(f"TAME_STORE {remote.url}: {named_line(error)}; {what}") from error
     there = sizes(remote, upload)
     if missing := [n for n, size in shared.sizes.items() if there.get(f"{shared.name}/{shared.upload}/{n}") != size]:
         raise AwayError(f"{url_of(remote, upload)}/{missing[0]} did not arrive whole; run again")
@@ -356,13 +357,3 @@ def _passes(error: Exception) -> bool:
     if isinstance(error, OSError):
         refused |= error.errno in (errno.EINVAL, errno.EROFS, errno.EPERM, errno.ENOTSUP) or "Forbidden" in str(error)
     return not refused
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    text = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # an endpoint may hold credentials
-    return f"{type(error).__name__}: {text[:200]}"

@@ -25,10 +25,10 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from prefect import task
 
-from configs.errors import TameError
+from configs.errors import TameError, named_line
 from configs.schema import Recipe
+from tasks.home import home
 from tasks.result import Result
-from tasks.store import home
 
 logger = logging.getLogger("tame.track")
 
@@ -128,7 +128,7 @@ def replay() -> int:
 
 def away(error: Exception) -> str:
     """In a line, that MLflow cannot be used, where and why, without credentials."""
-    return f"MLflow at {place()} cannot be used ({_line(error)})"
+    return f"MLflow at {place()} cannot be used ({named_line(error)})"
 
 
 def run_url(run_id: str | None) -> str | None:
@@ -188,7 +188,7 @@ def _prepare() -> None:
     try:
         connect()
     except Exception as error:  # begin() meets it again, and says so
-        logger.debug("MLflow is not ready: %s", _line(error))
+        logger.debug("MLflow is not ready: %s", named_line(error))
 
 
 def _create(database: Path) -> None:
@@ -248,7 +248,7 @@ def _replay(client: Any) -> int:
             continue  # its own process is logging it
         except Exception as error:  # one that cannot be logged keeps no other from it
             logger.warning(
-                "%s cannot be logged (%s); remove it, or try tame track --replay again", spooled, _line(error)
+                "%s cannot be logged (%s); remove it, or try tame track --replay again", spooled, named_line(error)
             )
     return logged
 
@@ -323,7 +323,7 @@ def _stay_alive(client: Any, run_id: str) -> None:
                 if not monitor._process.is_alive():  # MLflow's monitor ends when the server was away for a moment
                     monitor = monitored()
             except Exception as error:  # the next beat tries again
-                logger.debug("no heartbeat: %s", _line(error))
+                logger.debug("no heartbeat: %s", named_line(error))
         monitor.finish()
 
     threading.Thread(target=beat, daemon=True, name="heartbeat").start()
@@ -337,11 +337,6 @@ def _rest(run_id: str) -> None:
 def place() -> str:
     """The server's address without the credentials that it may hold."""
     return re.sub(r"//[^/@]*@", "//", _uri())
-
-
-def _line(error: Exception) -> str:
-    text = re.sub(r"//[^/@\s]*@", "//", str(error)).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__
 
 
 @task(name="log to MLflow", task_run_name="log {what}")

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks import hub, launch, store
+from tasks.digests import sha256_file, sha256_files
 from tasks.download import local_path, look
+from tasks.result import one_line
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -145,9 +147,9 @@ def _placed(seen: Seen, spec: Watch, fleet: launch.Fleet) -> _Sent | Row:
         recipe = spec.recipe.recipe(seen.model, pinned)
         return _Sent(recipe, launch.queue(fleet, look(recipe.source), recipe, spec.device))
     except (BadInputError, ValueError) as error:
-        return Row(model=seen.model, commit=seen.commit, action="refused", why=_line(error))
+        return Row(model=seen.model, commit=seen.commit, action="refused", why=one_line(error))
     except TameError as error:
-        return Row(model=seen.model, commit=seen.commit, action="error", why=_line(error))
+        return Row(model=seen.model, commit=seen.commit, action="error", why=one_line(error))
 
 
 def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
@@ -161,7 +163,7 @@ def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
         path = local_path(model)
         yield _see_repo(model, spec.recipe.revision) if path is None else _see_path(path.absolute(), spec, now)
     except TameError as error:
-        yield Seen(model=model, error=_line(error))
+        yield Seen(model=model, error=one_line(error))
 
 
 def _see_repo(model: str, revision: str) -> Seen:
@@ -177,7 +179,7 @@ def _see_path(path: Path, spec: Watch, now: datetime) -> Seen:
     changed = datetime.fromtimestamp(max(max(stat.st_mtime, stat.st_ctime) for stat in stats), UTC)
     if now - changed < timedelta(seconds=spec.settle_seconds):
         return Seen(model=str(path), changed=changed)
-    digests = store.sha256_files(path, sorted(found.files)) if path.is_dir() else {path.name: store.sha256_file(path)}
+    digests = sha256_files(path, sorted(found.files)) if path.is_dir() else {path.name: sha256_file(path)}
     return Seen(model=str(path), commit=store.digest_of(digests), changed=changed)
 
 
@@ -201,7 +203,7 @@ def _match_folders(pattern: str, spec: Watch, now: datetime) -> list[Seen]:
             try:
                 found.append(_see_path(Path(name), spec, now))
             except TameError as error:
-                found.append(Seen(model=name, error=_line(error)))
+                found.append(Seen(model=name, error=one_line(error)))
     return found
 
 
@@ -218,7 +220,3 @@ def _apart(seen: dict[str, Seen], spec: Watch) -> list[Seen]:
 def _key(seen: Seen, recipe: Template, attempt: int) -> str:
     content = f"{recipe.model_dump_json()} {seen.model} {seen.commit} {attempt}"
     return f"watch {hashlib.sha256(content.encode()).hexdigest()}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

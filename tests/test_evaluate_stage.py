@@ -15,6 +15,7 @@ import pytest
 from configs.errors import TameError
 from configs.schema import Evaluate, Samples, Speed, TextSource
 from tasks import store
+from tasks.digests import sha256_files
 from tasks.download import Snapshot
 from tasks.evaluate.stage import evaluate_baseline, evaluate_variant
 from tests.models import tiny
@@ -31,7 +32,7 @@ ALONE = SPEC.model_copy(update={"speed": None, "samples": None})
 
 
 def snapshot_of(folder: Path) -> Snapshot:
-    files = store.sha256_files(folder, sorted(path.name for path in folder.iterdir()))
+    files = sha256_files(folder, sorted(path.name for path in folder.iterdir()))
     digest = store.digest_of(files)
     where = str(folder)
     return Snapshot(path=where, model=where, name=folder.name, revision=None, commit=None, files=files, digest=digest)

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks import publish_wire, store
+from tasks.digests import sha256_files
 from tasks.hub import UnreachableError
 from tasks.progress import silent
 from tasks.publish import Published, check, preflight, publish, publish_folder
@@ -61,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 def files(folder: Path) -> dict[str, str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return store.sha256_files(folder, names)
+    return sha256_files(folder, names)
 
 
 def documents(folder: Path, card: str = "# A card\n", run: str = "first", limit: float = 0.1) -> dict[str, bytes]:
@@ -260,11 +261,11 @@ def test_killed_while_uploading_and_published_once(hub: Hub, folder: Path, tmp_p
     job.write_text(json.dumps({"folder": str(folder), "extra": {n: c.decode() for n, c in documents(folder).items()}}))
     hub.fail("PUT /lfs/.*/2", stall=60)
     code = (
-        "import json, sys; from pathlib import Path; from configs.schema import Publish; from tasks import store\n"
+        "import json, sys; from pathlib import Path; from configs.schema import Publish; from tasks.digests import sha256_files\n"
         "from tasks.publish import publish; job = json.load(open(sys.argv[1])); folder = Path(job['folder'])\n"
         "names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())\n"
         "extra = {name: text.encode() for name, text in job['extra'].items()}\n"
-        f"publish(folder, store.sha256_files(folder, names), extra, {REPO!r}, Publish(to='hub', repo={REPO!r}))\n"
+        f"publish(folder, sha256_files(folder, names), extra, {REPO!r}, Publish(to='hub', repo={REPO!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(job)], stderr=subprocess.DEVNULL)
     try:

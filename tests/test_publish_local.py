@@ -9,7 +9,8 @@ from huggingface_hub import constants
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
-from tasks import publish_local, store
+from tasks import publish_local
+from tasks.digests import sha256_files
 from tasks.progress import silent
 from tasks.publish import Published, check, preflight, publish
 from tasks.publish_repo import Wanted
@@ -128,7 +129,7 @@ def test_a_check_of_a_folder_and_its_source(artifact: Path, tmp_path: Path) -> N
     (source / "model.safetensors").write_bytes(b"the weights it was made from")
     extra = documents(artifact)
     told = json.loads(extra["tame.json"])
-    told["source"]["files"] = store.sha256_files(source, ["model.safetensors"])
+    told["source"]["files"] = sha256_files(source, ["model.safetensors"])
     put(artifact, target, {**extra, "tame.json": json.dumps(told).encode()})
     assert check(str(target), str(source), silent) == []
     (source / "model.safetensors").write_bytes(b"other weights")

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from configs.schema import Publish
 from tasks import store
+from tasks.digests import sha256_files
 from tasks.progress import silent
 from tests.hub import Hub
 
@@ -44,7 +45,7 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def files(folder: Path) -> dict[str, str]:
-    return store.sha256_files(folder, sorted(path.name for path in folder.iterdir()))
+    return sha256_files(folder, sorted(path.name for path in folder.iterdir()))
 
 
 def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(

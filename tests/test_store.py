@@ -9,6 +9,7 @@ import pytest
 
 from configs.errors import TameError
 from tasks import store
+from tasks.digests import sha256_file
 
 
 def writes(text: str, calls: list[str] | None = None):
@@ -164,17 +165,17 @@ def test_a_replaced_file_of_equal_size_and_time_has_another_digest(tame_home: Pa
     file.write_bytes(b"a" * 1000)
     os.utime(file, ns=(10**18, 10**18))
     time.sleep(2.1)  # so that the digest is remembered
-    first = store.sha256_file(file)
-    assert store.sha256_file(file) == first
+    first = sha256_file(file)
+    assert sha256_file(file) == first
     other = tmp_path / "other"
     other.write_bytes(b"b" * 1000)
     os.utime(other, ns=(10**18, 10**18))
     other.replace(file)
-    second = store.sha256_file(file)
+    second = sha256_file(file)
     assert second != first
     file.write_bytes(b"c" * 1000)
     os.utime(file, ns=(10**18, 10**18))
-    assert store.sha256_file(file) not in (first, second)
+    assert sha256_file(file) not in (first, second)
 
 
 def test_a_store_that_cannot_be_written_says_so(tame_home: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Evaluate
 from tasks import store
+from tasks.digests import sha256_file, sha256_files
 from tasks.evaluate.text import dataset_commit
 from tasks.isolate import isolated
 
@@ -96,7 +97,7 @@ def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, Any]:
     for name, definition in found.items():
         try:
             for number, file in enumerate(map(Path, definition.files)):  # by number: paths differ between machines
-                data[f"{name} {number}"] = store.digest_of(_digests(file)) if file.is_dir() else store.sha256_file(file)
+                data[f"{name} {number}"] = store.digest_of(_digests(file)) if file.is_dir() else sha256_file(file)
             if definition.dataset and definition.dataset not in data:
                 data[definition.dataset] = dataset_commit(definition.dataset, definition.revision or "main")
         except OSError as error:
@@ -138,7 +139,7 @@ def _digests(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     )
-    return store.sha256_files(folder, names)
+    return sha256_files(folder, names)
 
 
 def _index(folder: Path | None, inputs: dict[str, Any]) -> dict[str, Definition]:

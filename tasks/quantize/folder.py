@@ -13,6 +13,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Variant
 from tasks import store
 from tasks.device import pick
+from tasks.digests import sha256_files
 from tasks.isolate import KilledError, isolated
 from tasks.progress import Progress, show
 from tasks.quantize.source import check_source
@@ -75,7 +76,7 @@ def quantize_folder(
                 names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
                 for name in [*names, "."]:
                     store.fsync(partial / name)
-                files = store.sha256_files(partial, [name for name in names if name not in made["digests"]])
+                files = sha256_files(partial, [name for name in names if name not in made["digests"]])
                 files |= made["digests"]
                 partial.rename(out)
                 store.fsync(out.parent)
