@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tame.up")
 
 HEALTHY_WITHIN = 300.0  # seconds; on a machine that does nothing else it takes 20
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+"""Where Prefect's server keeps who holds a device. In its memory, the default, a restart would leave it taken for ever."""
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -117,6 +119,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         port = _free_port(host, 4200)
         os.environ |= {"PREFECT_API_URL": f"http://{near}:{port}/api", "PREFECT_UI_API_URL": "/api"}
         os.environ.setdefault("PREFECT_HOME", str(home() / "prefect"))
+        os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
         start("prefect", "server", "prefect", "server", "start", "--host", host, "--port", str(port))
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         port = _free_port(host, 5000)
