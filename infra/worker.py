@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from configs.errors import BadInputError, TameError
@@ -38,14 +39,15 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
         name, queues = f"{host} gpu {gpu}", place.queues_of(found[0].memory_bytes)
         limit = f"gpu:{host}:{found[0].uuid or gpu}"
     with connect() as client:
-        from prefect.exceptions import ObjectNotFound
+        from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
         try:
             client.read_work_pool(pool)
         except ObjectNotFound:
             raise TameError(f"{client.api_url} has no work pool {pool!r}; `tame provision` makes it") from None
         if limit:
-            client.upsert_global_concurrency_limit_by_name(limit, 1)
+            with suppress(ObjectAlreadyExists):  # by another worker of this machine, at the same time
+                client.upsert_global_concurrency_limit_by_name(limit, 1)
             os.environ[LIMIT] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     command = [sys.executable, "-m", "infra.process", "--pool", pool, "--name", name]

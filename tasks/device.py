@@ -2,8 +2,10 @@
 
 import ctypes
 import functools
+import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,10 @@ from uuid import UUID
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
+from tasks.attempt import PATIENCE, PAUSE
+
+log = logging.getLogger("tame.device")
 
 DECIDING = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
 LIMIT = "TAME_DEVICE_LIMIT"
@@ -88,25 +93,57 @@ def name_of(device: str) -> str:
 def held() -> Iterator[None]:
     """Have this worker's device alone, across all processes and machines; without a worker there is nothing to wait for.
 
-    Prefect's server says who has it. Once it is held, a server that is away does not end the work.
+    Prefect's server says who has it. One that is away is waited for; once the device is held, it may go and come.
 
     Raises:
-        TameError: the limit does not exist, or the server cannot be asked.
+        TameError: the limit does not exist, or the server did not answer for PATIENCE.
     """
     limit = os.environ.get(LIMIT)
     if not limit:
         yield
         return
+    from httpx import HTTPError
+
+    stack = ExitStack()
+    _take(limit, stack)
+    try:
+        yield
+    finally:
+        try:
+            stack.close()
+        except HTTPError as error:
+            log.warning("%s could not be given back (%s); the server takes it back within %.0f s", limit, error, LEASE)
+
+
+def _take(limit: str, stack: ExitStack) -> None:
+    """Wait until the limit is free, and for a server that is away; `stack` gives it back."""
     from prefect.concurrency.sync import concurrency
 
-    with ExitStack() as stack:
+    end = time.monotonic() + PATIENCE
+    while True:
         try:
             stack.enter_context(
                 concurrency(limit, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False)
             )
+            return
         except Exception as error:  # whatever Prefect throws; what is done while it is held is not in here
-            raise TameError(f"{LIMIT} {limit}: {' '.join(str(error).split())}; start it with tame worker") from error
-        yield
+            if not _away(error):
+                raise TameError(f"{LIMIT} {limit}: {line(error)}; start it with tame worker") from error
+            if time.monotonic() > end:
+                raise TameError(f"Prefect's server did not answer for {PATIENCE:.0f} s; run it again") from error
+            log.warning("Prefect's server does not answer; waiting for it before taking %s", limit)
+            time.sleep(PAUSE)
+
+
+def _away(error: BaseException | None) -> bool:
+    """Whether an error comes from a server that cannot be reached, or that cannot reach its database."""
+    from httpx import HTTPStatusError, TransportError
+
+    while error is not None:
+        if isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def cores() -> int:

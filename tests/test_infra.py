@@ -8,13 +8,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
@@ -226,6 +227,26 @@ def test_what_fails_while_a_device_is_held_is_told_as_it_is(
         for _ in range(2):  # and it is given back
             with pytest.raises(ZeroDivisionError), held():
                 print(1 / 0)
+
+
+def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
+    provisioned: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(LIMIT, "gpu:here:2")
+    monkeypatch.setattr("tasks.device.PAUSE", 0.1)
+    away = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings({PREFECT_API_URL: provisioned[0]}):
+        with get_client(sync_client=True) as client:
+            client.upsert_global_concurrency_limit_by_name("gpu:here:2", 1)
+        with ExitStack() as gone:
+            with held():
+                gone.enter_context(temporary_settings(away))
+            monkeypatch.setenv(LIMIT, "gpu:here:3")
+            monkeypatch.setattr("tasks.device.PATIENCE", 4.0)
+            with pytest.raises(TameError, match="did not answer for 4 s"), held():
+                raise AssertionError
+    assert "gpu:here:2 could not be given back" in caplog.text
+    assert "waiting for it before taking gpu:here:3" in caplog.text
 
 
 def test_a_worker_says_what_it_lacks(prefect_url: str) -> None:
