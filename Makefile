@@ -33,7 +33,7 @@ up: $(READY)    ## Prefect, MLflow, the deployments and a worker on this machine
 	@$(BIN)/tame up
 
 bench: $(DEMO)  ## side by side with the peers
-	@$(BIN)/python -m benchmarks.quantize --model tiny && $(BIN)/python -m benchmarks.evaluate --model tiny
+	@$(BIN)/python benchmarks/quantize.py --model tiny && $(BIN)/python benchmarks/evaluate.py device --layers 1 --tokens 4096
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
