@@ -292,7 +292,8 @@ def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pyte
     out.mkdir()
     with pytest.raises(TameError, match="SIGKILL"):
         isolated("quantize", work_and_be_killed, source, out, variant_of(method))
-    finished = (out / ".journal").read_text().splitlines()[1:]
+    entries = [json.loads(line) for line in (out / ".journal").read_text().splitlines()[1:]]
+    finished = [name for name, *entry in entries if len(entry) == 2]
     for file in out.glob("*.safetensors"):  # pages that never reached the disk
         with file.open("r+b") as opened:
             opened.seek(file.stat().st_size // 2)
@@ -306,6 +307,25 @@ def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pyte
     unfinished = len(tensors(source)) - len(finished)
     assert unfinished < len(redone) <= unfinished + len(list(out.glob("*.safetensors")))
     assert not (out / ".journal").exists()
+
+
+def test_what_a_killed_run_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.isolate import isolated
+    from tasks.quantize import stream
+
+    source = tiny(tmp_path / "source", zoo("qwen3-moe"), spread=True)
+    whole = quantized(source, tmp_path / "whole", variant_of("int8"), max_shard_size=150_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(TameError, match="SIGKILL"):
+        isolated("quantize", work_and_be_killed, source, out, variant_of("int8"))
+    entries = [json.loads(line) for line in (out / ".journal").read_text().splitlines()[1:]]
+    hashed = {name for name, *entry in entries if len(entry) == 1}
+    again = set()
+    real = stream._sha256
+    monkeypatch.setattr(stream, "_sha256", lambda shard, *rest: again.add(shard.path.name) or real(shard, *rest))
+    assert quantized(source, out, variant_of("int8"), max_shard_size=150_000)["digests"] == whole["digests"]
+    assert again == whole["digests"].keys() - hashed
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4", "fp4-dq"])

@@ -44,7 +44,8 @@ def stream(
     `meanwhile` is called when all files are complete, while the last one is hashed.
 
     A file is hashed as soon as it is complete, while others are made: its first bytes are scales that need the last
-    weights. One that a single tensor fills, such as a large embedding, is hashed right behind the threads that write it.
+    weights. One that a single tensor fills, such as a large embedding, is hashed right behind the threads that write it,
+    and one that a killed run hashed, and of which no tensor is lost, not again.
 
     Raises:
         TameError: NaN or infinite weights, weights lost in int8's float16, a GPU out of memory; it names file and tensor.
@@ -62,10 +63,17 @@ def stream(
     stopped = threading.Event()
     written = {job.key: threading.Event() for job in jobs}
     digests: dict[str, Future[str]] = {}
+    known = dict(journal.digests)
     threads = torch.get_num_threads()
     sources = Sources(folder)
 
-    def finish(job: Job) -> None:
+    def sha256(shard: Shard, spans: list[tuple[int, threading.Event]]) -> str:
+        digest = _sha256(shard, spans, stopped)
+        if not stopped.is_set():
+            journal.add_file(shard.path.name, digest)
+        return digest
+
+    def finish(job: Job, anew: bool) -> None:
         nonlocal sofar
         with lock:
             sofar += job.source.end - job.source.start
@@ -73,12 +81,12 @@ def stream(
             for name in job.parts.values():
                 shard = shards[name]
                 waiting[shard.path] -= 1
+                if anew:
+                    known.pop(shard.path.name, None)
                 if not waiting[shard.path]:
                     shard.close()
-                    if shard.path.name not in digests:
-                        digests[shard.path.name] = hashing.submit(
-                            _sha256, shard, [(shard.end, written[job.key])], stopped
-                        )
+                    if shard.path.name not in digests and shard.path.name not in known:
+                        digests[shard.path.name] = hashing.submit(sha256, shard, [(shard.end, written[job.key])])
         written[job.key].set()
 
     def work(number: int) -> None:
@@ -89,8 +97,7 @@ def stream(
             except queue.Empty:
                 return
             try:
-                worker.do(job)
-                finish(job)
+                finish(job, worker.do(job))
             except BaseException:
                 stopped.set()
                 for event in written.values():
@@ -102,17 +109,19 @@ def stream(
             shard.open()
         with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(max(1, min(8, cores() // 2))) as hashing:
             for shard in _alone(files):
+                if shard.path.name in known:
+                    continue
                 (name,) = shard.tensors
                 pieces = sorted((job for job in jobs if name in job.parts.values()), key=lambda job: job.at)
                 ends = [shard.data + job.at for job in pieces[1:]] + [shard.end]
                 spans = [(end, written[job.key]) for end, job in zip(ends, pieces, strict=True)]
-                digests[shard.path.name] = hashing.submit(_sha256, shard, spans, stopped)
+                digests[shard.path.name] = hashing.submit(sha256, shard, spans)
             running = [pool.submit(work, number) for number in range(workers)]
             wait(running, return_when=FIRST_EXCEPTION)
             for future in running:
                 future.result()
             meanwhile()
-            return {name: future.result() for name, future in sorted(digests.items())}
+            return dict(sorted({**known, **{name: future.result() for name, future in digests.items()}}.items()))
     finally:
         sources.close()
         for shard in files:

@@ -61,13 +61,13 @@ class Worker:
         self.buffers: dict[str, tuple[torch.Tensor, memoryview]] = {}
         torch.set_num_threads(1)
 
-    def do(self, job: Job) -> None:
-        """Write what is to be written for one tensor, unless a killed run did."""
+    def do(self, job: Job) -> bool:
+        """Write what is to be written for one tensor, unless a killed run did. Returns whether it had to."""
         known = self.journal.done.get(job.key)
         if known is not None and self._written(job) == known.checksum:
             for name, text in known.late.items():
                 self.shards[name].late[name] = text.encode()
-            return
+            return False
         try:
             checksum = self._quantize(job) if job.quantized else self._copy(job)
         except torch.OutOfMemoryError as error:
@@ -76,6 +76,7 @@ class Worker:
             ) from error
         late = {name: self.shards[name].late[name] for name in self._parts(job) if name in self.shards[name].late}
         self.journal.add(job.key, Done(checksum, {name: (text or b"").decode() for name, text in late.items()}))
+        return True
 
     def _copy(self, job: Job) -> int:
         """Copy a tensor piece by piece, cast if it has to be. Returns the checksum of what was written."""
