@@ -11,6 +11,7 @@ from tasks import place
 from tasks.device import LIMIT, gpus
 
 WAITING_AT_ONCE = 20  # flows that only wait
+ASK_EVERY = 2  # seconds between two looks for work; Prefect's 10 leave a device idle for 5 s between two runs
 
 
 def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False) -> NoReturn:
@@ -50,6 +51,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
                 client.upsert_global_concurrency_limit_by_name(limit, 1)
             os.environ[LIMIT] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(ASK_EVERY))
     command = [sys.executable, "-m", "infra.process", "--pool", pool, "--name", name]
     command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
     command += ["--run-once"] * once
