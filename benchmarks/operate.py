@@ -224,7 +224,7 @@ def bytes_of(folder: Path) -> int:
 
 
 class Sampler(threading.Thread):
-    """Asks the server twice a second how it is, and for the page of runs that a sweep or a person would ask for."""
+    """Asks the server every five seconds how it is, and for the page of runs that a sweep or a person would ask for."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -238,7 +238,7 @@ class Sampler(threading.Thread):
 
         running = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED", "RUNNING"]}}}}
         with httpx.Client(base_url=os.environ["PREFECT_API_URL"], timeout=60) as http:
-            while not self.stop.wait(0.5):
+            while not self.stop.wait(5):
                 for name, method, path, body in (
                     ("health", "GET", "/health", None),
                     ("100 runs, filtered", "POST", "/flow_runs/filter", {**running, "limit": 100}),
