@@ -388,6 +388,10 @@ class Sweep(Spec):
     recipe: Template = Field(description="What to do with each model; every variant becomes a run.")
     limit: int | None = Field(None, ge=1, description="Runs that wait or work at a time; empty: all at once.")
     device: Device = Field("auto", description=DEVICE)
+    prefetch: bool = Field(
+        False,
+        description="Workers without a GPU download the models, into a store that all share, while GPUs are at work.",
+    )
 
     @model_validator(mode="after")
     def _publishes_apart(self) -> Self:

@@ -26,6 +26,8 @@ def sweep(spec: Sweep) -> State[list[pairs.Row]]:
     sweep_id = UUID(flow_run.get_id())
     try:
         planned = pairs.plan(spec, sweep_id)
+        if spec.prefetch:
+            pairs.prefetch(planned, sweep_id)
         return pairs.finish(spec, planned, pairs.wait(planned, sweep_id, spec.limit))
     except TameError as error:
         return Failed(message=str(error))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from configs.errors import TameError
-from configs.schema import Device, Recipe, Template
+from configs.schema import Device, Recipe, Source, Template
 from tasks import place
 from tasks.plan import targets
 from tasks.result import folder_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tame.launch")
 
-DEPLOYMENT = "release/any"
+DEPLOYMENT, PREFETCH = "release/any", "prefetch/prefetch"
 RESTARTED_WITHIN = timedelta(minutes=2)
 """A crashed run that is to be started again (infra/automations.py) is by then."""
 PAGE = 200
@@ -77,13 +77,37 @@ def start(
             name=f"{recipe.name}: {', '.join(variant.label for variant in recipe.variants)}",
             tags=[f"model:{recipe.source.model}", *tags],
             idempotency_key=key,
-            parent_task_run_id=_stand_in(client, parent, key, recipe) if parent else None,
+            parent_task_run_id=_stand_in(client, parent, key, DEPLOYMENT, recipe.name) if parent else None,
             work_queue_name=queue,
         )
     except PrefectHTTPStatusError as error:
         if error.response.status_code >= 500:
             raise
         raise TameError(f"{recipe.name}: Prefect takes no such run ({' '.join(str(error).split())})") from None
+
+
+def prefetch(client: "SyncPrefectClient", source: Source, key: str, parent: UUID) -> None:
+    """Start the download that has `key`, unless it was, by a worker without a GPU; shown in the flow run `parent`.
+
+    Raises:
+        TameError: the deployment is not there.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        deployment = client.read_deployment_by_name(PREFETCH).id
+    except ObjectNotFound:
+        raise TameError(
+            f"there is no deployment {PREFETCH} on {client.api_url}; `tame provision` makes it, or leave prefetch out"
+        ) from None
+    client.create_flow_run_from_deployment(
+        deployment,
+        parameters={"source": source.model_dump(mode="json")},
+        name=f"prefetch {source.model}",
+        idempotency_key=key,
+        parent_task_run_id=_stand_in(client, parent, key, PREFETCH, source.model),
+        work_queue_name=place.CPU,
+    )
 
 
 def queue(fleet: Fleet, found: "Found", recipe: Recipe, device: Device) -> str:
@@ -178,11 +202,11 @@ def _is_planned(run: "FlowRun") -> bool:
     return bool(run.state_name == "Scheduled" and ahead)
 
 
-def _stand_in(client: "SyncPrefectClient", parent: UUID, key: str, recipe: Recipe) -> UUID:
+def _stand_in(client: "SyncPrefectClient", parent: UUID, key: str, deployment: str, name: str) -> UUID:
     """The task run that stands for a run in its parent; the same one if it is asked for again."""
     from prefect import Task
     from prefect.states import Pending
 
-    child: Task[[], None] = Task(fn=lambda: None, name="release")
-    child.task_key = DEPLOYMENT
-    return client.create_task_run(child, parent, key, name=recipe.name, state=Pending()).id
+    child: Task[[], None] = Task(fn=lambda: None, name=deployment.partition("/")[0])
+    child.task_key = deployment
+    return client.create_task_run(child, parent, key, name=name, state=Pending()).id

@@ -105,6 +105,20 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
     ]
 
 
+def prefetch(pairs: list[Pair], sweep_id: UUID) -> None:
+    """Start a download of every model that is still to be released; a release that comes first does it itself.
+
+    Raises:
+        TameError: there is no deployment for it.
+    """
+    from prefect.client.orchestration import get_client
+
+    sources = {pair.model: pair.recipe.source for pair in pairs if pair.recipe}
+    with get_client(sync_client=True) as client:
+        for model, source in sources.items():
+            launch.prefetch(client, source, f"sweep {sweep_id} prefetch {model}", sweep_id)
+
+
 def wait(pairs: list[Pair], sweep_id: UUID, limit: int | None) -> dict[str, "FlowRun"]:
     """Start the runs of `pairs`, at most `limit` at a time, and return all of them, by key, when the last has ended.
 

@@ -16,10 +16,11 @@ from tests.models import LOOK, weights
 
 @pytest.fixture(scope="session")
 def releases(prefect_url: str) -> str:
-    """The server with a deployment of releases, and no worker."""
+    """The server with deployments of releases and of downloads, and no worker."""
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
-        client.create_deployment(client.create_flow_from_name("release"), name="any", work_pool_name=POOL)
+        for flow, name in (("release", "any"), ("prefetch", "prefetch")):
+            client.create_deployment(client.create_flow_from_name(flow), name=name, work_pool_name=POOL)
     return prefect_url
 
 

@@ -19,7 +19,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import ValidationError
 
-from configs.schema import Recipe, Sweep
+from configs.schema import Recipe, Source, Sweep
+from flows.prefetch import prefetch
 from flows.sweep import sweep
 from tasks import summary, track
 from tasks import sweep as pairs
@@ -105,9 +106,15 @@ def test_a_sweep_is_a_run_for_each_pair_and_a_leaderboard(
         logged(run, NF4, "rejected")
         return Completed(name="Rejected", message="Rejected: nf4")
 
-    asked = spec(good, bad)
+    asked = spec(good, bad, prefetch=True)
     with workers(prefect, [good, bad], end):
         state = sweep(asked, return_state=True)
+    named = FlowRunFilter.model_validate({"name": {"any_": [f"prefetch {model}" for model in (good, bad)]}})
+    downloads = prefect.read_flow_runs(flow_run_filter=named)
+    commits = {model: hub.model(model).at("main") for model in (good, bad)}
+    assert {run.work_queue_name for run in downloads} == {"cpu"}
+    assert {run.parameters["source"]["model"]: run.parameters["source"]["revision"] for run in downloads} == commits
+    assert len(downloads) == len(commits)
     runs = [*children(prefect, good), *children(prefect, bad)]
     assert len(runs) == 4
     assert {len(run.parameters["recipe"]["variants"]) for run in runs} == {1}
@@ -131,6 +138,20 @@ def test_a_sweep_is_a_run_for_each_pair_and_a_leaderboard(
     assert "good\\_one" in page
     kept = {"key": {"any_": [f"{asked.name}-table", f"{asked.name}-leaderboard"]}}
     assert len(prefect.read_artifacts(artifact_filter=ArtifactFilter.model_validate(kept))) == 2
+
+
+def test_a_model_is_downloaded_ahead(
+    prefect: SyncPrefectClient, hub: Hub, owner: str, checkpoint: Path, tame_home: Path
+) -> None:
+    hub.add_model(f"{owner}/base", checkpoint)
+    states = [prefetch(Source(model=f"{owner}/base"), return_state=True) for _ in range(2)]
+    assert [state.name for state in states] == ["Completed", "Cached"]
+    snapshot = states[0].result()
+    assert (Path(snapshot.path) / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    wrong = prefetch(Source(model=f"{owner}/none"), return_state=True)
+    assert wrong.is_failed()
+    assert f"{owner}/none" in wrong.message
+    assert "\n" not in wrong.message
 
 
 def test_a_sweep_that_was_killed_goes_on_with_its_runs(
