@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from configs.errors import TameError
 from tasks import store_remote
@@ -29,32 +29,19 @@ from tasks.digests import sha256_file, sha256_files
 from tasks.home import home as home
 from tasks.isolate import KilledError
 from tasks.store_lease import lease
-from tasks.store_remote import AwayError, DamagedError, Remote, Shared
+from tasks.store_remote import AwayError, DamagedError, Manifest, Remote, Shared
 
 log = logging.getLogger("tame.store")
 
 KEY_LENGTH = 24  # hex digits of sha256: 96 bits
 
 
-class Artifact(BaseModel):
-    """A complete artifact. `path` is its files/ folder; `digest` covers names, sizes and contents of all of them."""
+class Artifact(Manifest):
+    """A complete artifact on this machine. `path` is its files/ folder."""
 
-    model_config = ConfigDict(frozen=True)
-
-    kind: str
-    key: str
     path: str
-    digest: str
-    bytes: int
-    files: dict[str, str]
-    """sha256 of each file, by its path within the folder."""
-    sizes: dict[str, int]
     stamps: dict[str, int]
     """Modification time of each file, ns: with the size, what a cache hit is checked by."""
-    inputs: dict[str, Any]
-    meta: dict[str, Any]
-    """What the stage wants to remember: small, JSON."""
-    created: float
 
 
 class Made(BaseModel):

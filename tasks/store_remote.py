@@ -55,8 +55,8 @@ class Remote(NamedTuple):
     local: bool
 
 
-class Shared(BaseModel):
-    """The manifest of a shared artifact: what an `Artifact` has that does not depend on the machine, and its upload."""
+class Manifest(BaseModel):
+    """What is known of a complete artifact on any machine. `digest` covers names, sizes and contents of all its files."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,10 +65,17 @@ class Shared(BaseModel):
     digest: str
     bytes: int
     files: dict[str, str]
+    """sha256 of each file, by its path within the folder."""
     sizes: dict[str, int]
     inputs: dict[str, Any]
     meta: dict[str, Any]
+    """What the stage wants to remember: small, JSON."""
     created: float
+
+
+class Shared(Manifest):
+    """A shared artifact, and the upload that it came by."""
+
     upload: str = ""
 
     @property
