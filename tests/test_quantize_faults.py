@@ -193,11 +193,11 @@ def test_links_inside_the_hubs_cache_are_followed(tiny_llama: Path, tmp_path: Pa
     check_source(snapshot)
 
 
-def work(source: Path, out: Path, variant: Variant) -> Any:
+def work(source: Path, out: Path, variant: Variant, **options: Any) -> Any:
     from tasks.quantize.work import work
 
     out.mkdir(exist_ok=True)
-    return work(source, out, variant, device="cpu")
+    return work(source, out, variant, device="cpu", **options)
 
 
 def put(value: float, row: int = 3, column: int = 5) -> Callable[[Any], Any]:
