@@ -5,21 +5,27 @@ float32 product is the same arithmetic, but for the order of the sum.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tasks.evaluate.load import Loaded
+from tasks.evaluate.load import Loaded, free_memory
 
 if TYPE_CHECKING:
     import torch
 
 
 def widen(loaded: Loaded) -> None:
-    """Have the model's 16-bit linear layers multiply in float32 where this CPU is quicker at it."""
+    """Have the model's 16-bit linear layers multiply in float32 where this CPU is quicker at it.
+
+    Where memory allows, a layer's weight is widened when it is first used, and kept; else anew for every batch.
+    """
     import torch
 
-    for layer in loaded.model.modules():
-        if type(layer) is torch.nn.Linear and slow(layer.weight):
-            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    layers = [layer for layer in loaded.model.modules() if type(layer) is torch.nn.Linear and slow(layer.weight)]
+    once = sum(layer.weight.numel() for layer in layers) * 4 < 0.3 * free_memory("cpu")
+    for layer in layers:
+        widened = functools.cache(layer.weight.float) if once else layer.weight.float
+        layer.forward = functools.partial(_forward, layer, widened)  # type: ignore[method-assign]
 
 
 def slow(weight: "torch.Tensor") -> bool:
@@ -30,11 +36,11 @@ def slow(weight: "torch.Tensor") -> bool:
     return weight.device.type == "cpu" and weight.dtype in names and not _native(names[weight.dtype])
 
 
-def _forward(layer: "torch.nn.Linear", values: "torch.Tensor") -> "torch.Tensor":
+def _forward(layer: "torch.nn.Linear", widened: "Callable[[], torch.Tensor]", values: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     bias = None if layer.bias is None else layer.bias.float()
-    return torch.nn.functional.linear(values.float(), layer.weight.float(), bias).to(layer.weight.dtype)
+    return torch.nn.functional.linear(values.float(), widened(), bias).to(layer.weight.dtype)
 
 
 @functools.cache
