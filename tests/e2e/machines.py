@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra.up import LEASES
 from tests.hub import Hub
 from tests.test_flow import ROOT
 
@@ -195,7 +196,7 @@ class Site:
             {
                 **self.environment,
                 "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{database}/prefect",
-                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
                 "PREFECT_HOME": str(folder / "prefect"),
             },
             folder / "prefect.log",
