@@ -1,6 +1,8 @@
-"""A worker that is asked for a run which it still holds lives on, and takes the run once its place is free."""
+"""Prefect's worker with tame's habits: what it does with runs that it holds, when it asks for more, what it starts."""
 
 import asyncio
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -9,7 +11,7 @@ import anyio
 import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import WorkerFlowRunResponse
-from prefect.workers.process import ProcessWorker
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from infra import process
 
@@ -27,7 +29,7 @@ def test_a_run_that_is_started_again_before_its_place_is_free(patched: bool) -> 
         worker = ProcessWorker(work_pool_name="tame", limit=2)
         worker._limiter = anyio.CapacityLimiter(2)
         worker._runs_task_group = SimpleNamespace(start_soon=lambda _, run: taken.append(run.id))  # type: ignore[assignment]
-        submit = process._submit_others if patched else process._submit
+        submit = process.submit_others if patched else process._submit
         worker._limiter.acquire_on_behalf_of_nowait(run.id)
         await submit(worker, [answer(run)])
         assert taken == []
@@ -40,3 +42,35 @@ def test_a_run_that_is_started_again_before_its_place_is_free(patched: bool) -> 
     else:  # when this one fails, Prefect has put it right, and infra/process.py can go
         with pytest.raises(RuntimeError, match="already holding"):
             asyncio.run(poll())
+
+
+def test_a_worker_asks_when_it_has_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    async def poll() -> None:
+        worker = ProcessWorker(work_pool_name="tame", limit=1)
+        worker._limiter = limiter = anyio.CapacityLimiter(1)
+
+        async def ask(_: Any) -> list[FlowRun]:
+            asked.append(int(limiter.available_tokens))
+            if len(asked) == 1:
+                limiter.acquire_on_behalf_of_nowait("a run")
+            if len(asked) == 3:  # it was asked to be seen, and then the run ended
+                limiter.release_on_behalf_of("a run")
+            return []
+
+        monkeypatch.setattr(process, "_ask", ask)
+        await process.ask_with_a_place(worker)
+
+    monkeypatch.setattr(process, "SEEN_EVERY", 0.05)
+    monkeypatch.setattr(process, "LOOK_EVERY", 0.01)
+    asyncio.run(poll())
+    assert asked == [1, 0, 0]
+
+
+@pytest.mark.parametrize("given", [None, "python -m mine"])
+def test_a_run_is_started_by_the_worker_itself(given: str | None) -> None:
+    configuration = ProcessJobConfiguration(command=given)
+    process.prepare_directly(configuration, FlowRun(id=uuid4(), flow_id=uuid4()))
+    assert configuration.command == (given or f"{Path(sys.executable)} -m prefect.engine")
+    assert configuration._command_configured  # or Prefect puts a process of its own in between
