@@ -3,10 +3,12 @@
 import logging
 import os
 import signal
+import sys
 
 import pytest
 
 from configs.errors import BadInputError, TameError
+from tasks import isolate
 from tasks.isolate import isolated
 from tasks.progress import show
 
@@ -32,6 +34,23 @@ def _unpicklable() -> None:
 
 def _killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _surroundings(*names: str) -> tuple[bool, list[str | None]]:
+    return "torch" in sys.modules, [os.environ.get(name) for name in names]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+def test_libraries_are_there_and_settings_are_those_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that libraries read when they are imported is never ignored: they are then imported anew."""
+    monkeypatch.setattr(isolate, "_preloaded_under", {})
+    monkeypatch.setenv("TAME_TEST", "one")
+    assert isolated("look", _surroundings, "TAME_TEST", "TQDM_DISABLE") == (True, ["one", "1"])
+    monkeypatch.setenv("TAME_TEST", "two")
+    assert isolated("look", _surroundings, "TAME_TEST") == (True, ["two"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert isolated("look", _surroundings, "TAME_TEST", "HF_HUB_OFFLINE") == (False, ["two", "1"])
+    assert "TQDM_DISABLE" not in os.environ
 
 
 def test_result_logs_and_process(caplog: pytest.LogCaptureFixture) -> None:
