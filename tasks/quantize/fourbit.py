@@ -31,16 +31,20 @@ def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dic
     U8 [ceil(n / 2), 1] codes, two a byte, and what `finish` makes. With double quantization the last entry's length
     depends on the weights' values.
     """
-    n = shape[0] * shape[1]
     with torch.device("meta"):
-        codes = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
-        state = _state(torch.empty(-(-n // BLOCK)), shape, dtype, variant)
+        codes = torch.empty((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8)
+        state = _state(torch.empty(scales(shape)), shape, dtype, variant)
     return {"": codes, **state}
 
 
 def step(columns: int) -> int:
     """Rows come in multiples of this, so that no scale's block crosses from one call of `rows` to the next."""
     return BLOCK // math.gcd(BLOCK, columns)
+
+
+def scales(shape: tuple[int, int]) -> int:
+    """How many scales a weight of `shape` has."""
+    return -(-shape[0] * shape[1] // BLOCK)
 
 
 def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +80,7 @@ def _without_scales(
 ) -> dict[str, torch.Tensor]:
     """What is the same for all weights of one shape, on the host. On a fast GPU, making it takes longer than the weight."""
     variant = Variant(method=method, double_quant=False)
-    state = _state(torch.zeros(-(-shape[0] * shape[1] // BLOCK), device=device), shape, dtype, variant)
+    state = _state(torch.zeros(1, device=device), shape, dtype, variant)
     return {name: tensor.cpu() for name, tensor in state.items() if name != ".absmax"}
 
 

@@ -30,6 +30,11 @@ def step(columns: int) -> int:
     return 1
 
 
+def scales(shape: tuple[int, int]) -> int:
+    """How many scales a weight of `shape` has."""
+    return shape[0]
+
+
 def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize whole rows: I8 of the block's shape, and F32 [rows] scales; on the block's device.
 

@@ -1,5 +1,6 @@
 """What one thread does with one tensor."""
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Worker:
         self.method = method_of(variant)
         self.device = torch.device(device)
         self.buffers: dict[str, tuple[torch.Tensor, memoryview]] = {}
+        self.scales = torch.empty(0, device=self.device)
         torch.set_num_threads(1)
 
     def do(self, job: Job) -> bool:
@@ -102,16 +104,16 @@ class Worker:
     def _quantize(self, job: Job) -> int:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
         codes_name = job.parts[""]
-        scales = []
-        checksum, at = xxh3_64(), 0
+        scale = self._scales(self.method.scales(job.shape))
+        checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
-            codes, scale = self.method.rows(block, self.variant)
-            scales.append(scale)
+            codes, some = self.method.rows(block, self.variant)
+            scale[known : known + len(some)] = some
+            known += len(some)
             data = self._host(codes)
             checksum.update(data)
             self.shards[codes_name].write(codes_name, at, data)
             at += len(data)
-        scale = torch.cat(scales)
         self._check(job, scale)
         torch.set_num_threads(self.threads)  # the last bit of bitsandbytes' mean of the scales depends on it
         rest = self.method.finish(scale, job.shape, job.dtype, self.variant)
@@ -145,7 +147,8 @@ class Worker:
     def _check(self, job: Job, scales: torch.Tensor) -> None:
         """Refuse a weight whose scales say that it is broken, or that the format cannot hold it; then find where."""
         int8 = self.variant.method == "int8"
-        if bool(torch.isfinite(scales).all()) and not (int8 and bool((scales == 0).any())):
+        least, most = (float(end) for end in torch.aminmax(scales))  # NaN, if one is
+        if math.isfinite(most) and not (int8 and least == 0):
             return
         for row, block in self._blocks(job):
             bad = (~torch.isfinite(block)).nonzero()
@@ -200,6 +203,12 @@ class Worker:
         ready.record(torch.cuda.current_stream(self.device))
         ready.synchronize()
         return data
+
+    def _scales(self, count: int) -> torch.Tensor:
+        """Room for the scales of a weight, F32 [count] on the device: valid until the next call."""
+        if len(self.scales) < count:
+            self.scales = torch.empty(count, device=self.device)
+        return self.scales[:count]
 
     def _buffer(self, use: str, size: int) -> tuple[torch.Tensor, memoryview]:
         if use not in self.buffers or len(self.buffers[use][1]) < size:
