@@ -80,7 +80,8 @@ def test_a_variant_killed_for_memory_while_measured_costs_itself_alone(
     while not (list(artifacts.glob("quantized-*")) and list(artifacts.glob(".partial-scores-*"))):
         assert process.poll() is None
         time.sleep(0.01)
-    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    (server,) = [p for p in psutil.Process(process.pid).children() if "forkserver" in " ".join(p.cmdline())]
+    workers = server.children()
     assert len(workers) == 1
     workers[0].kill()
     output, errors = process.communicate()
