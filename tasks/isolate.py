@@ -1,7 +1,8 @@
 """Run a function in a process of its own, so that a crash, an out-of-memory kill or a leak costs that call alone.
 
 On Linux these processes are forked, by Python's own fork server, from one that has imported the libraries of every stage and
-done nothing else: no thread of theirs runs in it and no GPU is touched. Each stage would else import them again, for 4 s.
+computed nothing with them: no GPU is touched, and of threads there are only OpenBLAS's, which knows forks. Each stage would
+else import them again, for 4 s.
 """
 
 import gc
@@ -41,6 +42,7 @@ CALM = {
     "TQDM_DISABLE": "1",  # progress is shown by the parent
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU is asked without using it, so that a fork can
 }
+ONLY_INSTALLED = {"PYTHONSAFEPATH": "1"}  # no torch.py of the folder that tame is run in
 OURS = ("TAME_", "PREFECT_", "MLFLOW_", "PYTEST_")  # variables that no preloaded library reads
 
 _preloaded_under: dict[str, str] = {}
@@ -107,8 +109,9 @@ def _context() -> BaseContext:
 
         _preloaded_under.update(settings)
         context.set_forkserver_preload(PRELOADED)
-        given = {name: os.environ.get(name) for name in CALM}
-        os.environ.update(CALM)
+        meanwhile = CALM | ONLY_INSTALLED
+        given = {name: os.environ.get(name) for name in meanwhile}
+        os.environ.update(meanwhile)
         try:
             ensure_running()
         finally:

@@ -3,7 +3,9 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,16 @@ def test_libraries_are_there_and_settings_are_those_of_now(monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert isolated("look", _surroundings, "TAME_TEST", "HF_HUB_OFFLINE") == (False, ["two", "1"])
     assert "TQDM_DISABLE" not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+def test_what_lies_in_the_folder_is_not_taken_for_a_library(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
+    code = "from tasks.isolate import isolated; print(isolated('look', eval, \"'torch' in __import__('sys').modules\"))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 def test_result_logs_and_process(caplog: pytest.LogCaptureFixture) -> None:
