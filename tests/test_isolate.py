@@ -60,7 +60,7 @@ def test_what_lies_in_the_folder_is_not_taken_for_a_library(tmp_path: Path) -> N
     (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
     code = "from tasks.isolate import isolated; print(isolated('look', eval, \"'torch' in __import__('sys').modules\"))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-P", "-c", code]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
