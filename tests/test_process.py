@@ -39,7 +39,7 @@ def test_a_run_that_is_started_again_before_its_place_is_free(patched: bool) -> 
     if patched:
         asyncio.run(poll())
         assert taken == [run.id]
-    else:  # when this one fails, Prefect has put it right, and infra/process.py can go
+    else:  # when this one fails, Prefect has put it right, and `submit_others` can go
         with pytest.raises(RuntimeError, match="already holding"):
             asyncio.run(poll())
 
