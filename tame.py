@@ -44,12 +44,12 @@ def run(options: argparse.Namespace) -> int:
     out = folder_of(recipe, options.out)
     for warning in preflight(recipe, out).warnings:
         log.warning("%s", warning)
-    from tasks.local import release_here
+    from flows.local import release_here
 
     result = release_here(recipe, out)
     from shutil import get_terminal_size
 
-    from tasks.terminal import closing
+    from tasks.report.terminal import closing
 
     print(closing(result, out, get_terminal_size((110, 24)).columns, sys.stdout.isatty()))
     return result.exit_code
@@ -77,9 +77,9 @@ def quantize(options: argparse.Namespace) -> int:
     compute = None if options.method == "int8" else options.compute_dtype
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
     variant = _checked(Variant, explain, **asked)
-    from tasks.download import download
-    from tasks.progress import show
-    from tasks.quantize.folder import quantize_folder
+    from tasks.download.task import download
+    from tasks.quantize.command import quantize_folder
+    from tasks.runtime.progress import show
 
     source = download(_checked(Source, explain, model=options.source, revision=options.revision))
     made = quantize_folder(
@@ -114,9 +114,9 @@ def evaluate(options: argparse.Namespace) -> int:
     spec = _checked(Evaluate, explain, text={"files": options.text}, **asked)
     model = _checked(Source, explain, model=options.model)
     base = _checked(Source, explain, model=options.baseline) if options.baseline else None
-    from tasks.evaluate.alone import evaluate_alone
+    from tasks.evaluate.command import evaluate_alone
+    from tasks.report.terminal import numbers
     from tasks.result import write_file
-    from tasks.terminal import numbers
 
     measured = evaluate_alone(model, base, spec, options.device)
     print(numbers(measured))
@@ -127,8 +127,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def publish(options: argparse.Namespace) -> int:
     """A folder to the Hub, verified; or a check of what is there."""
-    from tasks import publish as stage
-    from tasks.progress import show
+    from tasks.publish import task as stage
+    from tasks.runtime.progress import show
 
     if options.check:
         wrong = stage.check(options.check, options.source)
@@ -165,7 +165,7 @@ def provision(options: argparse.Namespace) -> int:
 
 def cache(options: argparse.Namespace) -> int:
     """The artifact store."""
-    from tasks import store
+    from tasks.store import artifacts as store
 
     if options.remote:
         return _cache_remote(options)
@@ -185,11 +185,11 @@ def cache(options: argparse.Namespace) -> int:
 
 
 def _cache_remote(options: argparse.Namespace) -> int:
-    from tasks import store_admin
+    from tasks.store import admin
 
-    remote = store_admin.remote_store()
+    remote = admin.remote_store()
     if options.action == "prune":
-        removed, kept = store_admin.prune(remote, options.older_than)
+        removed, kept = admin.prune(remote, options.older_than)
         print(
             "\n".join(f"removed {remote.url}/{name}" for name in removed) or "nothing to remove",
             f"kept {len(kept)}",
@@ -197,9 +197,9 @@ def _cache_remote(options: argparse.Namespace) -> int:
         )
         return 0
     wrong = 0
-    for name, shared, problems in store_admin.artifacts(remote):
+    for name, shared, problems in admin.artifacts(remote):
         if shared and options.action == "verify":
-            problems = store_admin.verify(remote, shared)
+            problems = admin.verify(remote, shared)
         wrong += len(problems)
         told = "".join(f"\n  {problem}" for problem in problems) or ("  ok" if options.action == "verify" else "")
         kind, _, key = name.rpartition("-")
@@ -209,7 +209,7 @@ def _cache_remote(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """All releases over time."""
-    from tasks.report import history
+    from tasks.report.html import history
 
     html = history(options.model)
     Path(options.out).write_text(html, encoding="utf-8")
@@ -219,7 +219,7 @@ def report(options: argparse.Namespace) -> int:
 
 def track(options: argparse.Namespace) -> int:
     """Log what could not be logged when it happened."""
-    from tasks.track import replay
+    from tasks.track.task import replay
 
     print(f"{replay()} spooled logs caught up")
     return 0

@@ -141,8 +141,8 @@ def _worker(
     args: argparse.Namespace, model: str, folders: dict[str, str], baseline: str | None = None, tasks: str | None = None
 ) -> Any:
     from configs.schema import Evaluate, TextSource
-    from tasks.evaluate.definitions import TaskWork
-    from tasks.evaluate.worker import Work, measure
+    from tasks.evaluate.lm_eval_index import TaskWork
+    from tasks.evaluate.run import Work, measure
 
     spec = Evaluate(
         text=TextSource(builtin="python-docs"), window=args.window, max_tokens=max(args.tokens, args.window), batch_size=args.batch,
@@ -262,7 +262,7 @@ def stale(args: argparse.Namespace) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from tasks.evaluate.load import quiet
+    from tasks.evaluate.model import quiet
 
     quiet()
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
@@ -291,7 +291,7 @@ def device(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
-    from tasks.evaluate.load import quiet
+    from tasks.evaluate.model import quiet
 
     quiet()
     window = args.window if args.window != 512 else 2048
@@ -341,15 +341,15 @@ def _rate(args: argparse.Namespace, what: str, tokens: Any, function: Any) -> fl
 
 
 def _loaded(args: argparse.Namespace, model: Any) -> Any:
-    from tasks.evaluate.load import Loaded
+    from tasks.evaluate.model import Loaded
 
     return Loaded(model, None, args.device, "bfloat16", "as stored", 0.0)
 
 
 def _device_baseline(args: argparse.Namespace, model: Any, tokens: Any, folder: Path) -> Any:
-    from tasks.evaluate.forward import Kept, score
-    from tasks.evaluate.load import head_of
-    from tasks.progress import silent
+    from tasks.evaluate.model import head_of
+    from tasks.evaluate.scoring import Kept, score
+    from tasks.runtime.progress import silent
 
     _rate(args, f"bf16, plain perplexity loop, batch {args.batch}", tokens, lambda: _plain_loop(model, tokens, args))
     loaded, head = _loaded(args, model), head_of(model)
@@ -368,9 +368,9 @@ def _device_baseline(args: argparse.Namespace, model: Any, tokens: Any, folder: 
 
 
 def _device_variant(args: argparse.Namespace, name: str, model: Any, tokens: Any, folder: Path, kept: Any) -> None:
-    from tasks.evaluate.forward import Reference, score
-    from tasks.evaluate.load import dequantize, head_of
-    from tasks.progress import silent
+    from tasks.evaluate.model import dequantize, head_of
+    from tasks.evaluate.scoring import Reference, score
+    from tasks.runtime.progress import silent
 
     plain = _rate(
         args, f"{name}, plain perplexity loop, batch {args.batch}", tokens, lambda: _plain_loop(model, tokens, args)

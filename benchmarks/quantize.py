@@ -110,10 +110,10 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
     cuda = options.device.startswith("cuda")
     if who == "tame":
         from tasks.quantize.quiet import import_libraries
-        from tasks.quantize.work import work
+        from tasks.quantize.run import work
 
         import_libraries()
-        import tasks.quantize.stream  # noqa: F401
+        import tasks.quantize.engine  # noqa: F401
     else:
         import bitsandbytes  # noqa: F401
         import transformers  # noqa: F401
@@ -144,7 +144,7 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
 def exactness(options: argparse.Namespace) -> None:
     """Compare every tensor, and the file, with what transformers saves."""
     from tasks.quantize.quiet import import_libraries
-    from tasks.quantize.work import work
+    from tasks.quantize.run import work
     from tests.models import ZOO, tiny, zoo
 
     import_libraries()

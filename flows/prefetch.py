@@ -6,7 +6,7 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Source
-from tasks.download import Snapshot, download_task
+from tasks.download.task import Snapshot, download_task
 
 
 def _run_name() -> str:

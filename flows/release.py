@@ -9,18 +9,20 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
-from tasks import attempt as attempts
 from tasks import result as results
-from tasks import store, summary, track
-from tasks.card import release_files
-from tasks.download import Snapshot, download_task
-from tasks.evaluate.stage import Evaluation, baseline_task, evaluate_task
+from tasks.download.task import Snapshot, download_task
+from tasks.evaluate.task import Evaluation, baseline_task, evaluate_task
 from tasks.gate import gate_task
 from tasks.plan import plan_task
-from tasks.publish import publish_task
-from tasks.quantize.stage import quantize_task
-from tasks.report import render
+from tasks.publish.card import release_files
+from tasks.publish.task import publish_task
+from tasks.quantize.task import quantize_task
+from tasks.report import formatting
+from tasks.report.html import render
 from tasks.result import Result, ResultVariant
+from tasks.runtime import ownership as attempts
+from tasks.store import artifacts as store
+from tasks.track import task as track
 
 
 def _run_name() -> str:
@@ -100,14 +102,14 @@ def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) 
         results.write(result, folder)
         report = results.write_file(folder / "report.html", render(result))
         track.track_task("release", result, run, report, final=True)
-        summary.create_artifacts(result, track.run_url(run), str(report))
+        formatting.create_artifacts(result, track.run_url(run), str(report))
     except Exception as error:
         result = result.ended_by(error)
         with contextlib.suppress(TameError):
             results.write(result, folder)
     if result.exit_code != 1:  # what a failed stage has finished is taken up by the next run
         store.sweep()
-    headline = summary.headline(result)
+    headline = formatting.headline(result)
     if result.exit_code in (1, 2):
         return Failed(message=headline, data=result if attempt is None else None)  # a worker would raise what it is
     return Completed(name="Rejected" if result.exit_code == 3 else "Completed", message=headline, data=result)

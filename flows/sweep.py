@@ -8,7 +8,7 @@ from prefect.states import Failed, State
 
 from configs.errors import TameError
 from configs.schema import Sweep
-from tasks import sweep as pairs
+from tasks.fleet import sweep as pairs
 
 
 def _run_name() -> str:

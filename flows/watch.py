@@ -6,7 +6,7 @@ from prefect.states import Failed, State
 
 from configs.errors import TameError
 from configs.schema import Watch
-from tasks import watch as looks
+from tasks.fleet import watch as looks
 
 
 @flow(name="watch")

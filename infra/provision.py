@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from configs.errors import BadInputError, TameError
-from tasks import place
+from tasks.fleet import work_queues
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -72,19 +72,19 @@ def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
     from prefect.workers.process import ProcessWorker
 
     try:
-        client.read_work_pool(place.POOL)  # one of another type, such as Kubernetes, will do as well
+        client.read_work_pool(work_queues.POOL)  # one of another type, such as Kubernetes, will do as well
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
         try:
-            client.create_work_pool(WorkPoolCreate(name=place.POOL, type="process", base_job_template=template))
-            yield f"work pool {place.POOL}"
+            client.create_work_pool(WorkPoolCreate(name=work_queues.POOL, type="process", base_job_template=template))
+            yield f"work pool {work_queues.POOL}"
         except ObjectAlreadyExists:
             pass  # somebody else provisions at the same time
-    known = {queue.name for queue in client.read_work_queues(work_pool_name=place.POOL)}
-    for name in place.QUEUES:
+    known = {queue.name for queue in client.read_work_queues(work_pool_name=work_queues.POOL)}
+    for name in work_queues.QUEUES:
         if name not in known:
             try:
-                client.create_work_queue(name, work_pool_name=place.POOL)
+                client.create_work_queue(name, work_pool_name=work_queues.POOL)
                 yield f"queue {name}"
             except ObjectAlreadyExists:
                 pass

@@ -19,9 +19,9 @@ from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 from configs.errors import BadInputError, TameError
-from tasks import place
-from tasks.device import gpus
-from tasks.home import home
+from tasks.fleet import work_queues
+from tasks.runtime.device import gpus
+from tasks.runtime.home import home
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -150,7 +150,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
 def _database() -> str:
     """MLflow's database, made by a process that does not stay: it imports all of MLflow."""
     made = subprocess.run(
-        [sys.executable, "-c", "from tasks.track import database_uri; print(database_uri())"],
+        [sys.executable, "-c", "from tasks.track.task import database_uri; print(database_uri())"],
         capture_output=True,
         text=True,
         check=False,
@@ -185,7 +185,7 @@ def _answers(url: str) -> bool:
 def _workers(client: "SyncPrefectClient", since: datetime) -> int:
     """How many workers of this machine have asked for runs since then."""
     names = socket.gethostname() + " "
-    workers = client.read_workers_for_work_pool(place.POOL)
+    workers = client.read_workers_for_work_pool(work_queues.POOL)
     return sum(
         one.name.startswith(names) and one.last_heartbeat_time is not None and one.last_heartbeat_time > since
         for one in workers

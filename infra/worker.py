@@ -7,8 +7,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 from configs.errors import BadInputError, TameError
-from tasks import place
-from tasks.device import LIMIT, gpus
+from tasks.fleet import work_queues
+from tasks.runtime.device import LIMIT, gpus
 
 WAITING_AT_ONCE = 20  # flows that only wait
 ASK_EVERY = 2  # seconds between two looks for work; Prefect's 10 leave a device idle for 5 s between two runs
@@ -30,14 +30,14 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if control:
-        name, queues, limit = f"{host} control", [place.CONTROL], None
+        name, queues, limit = f"{host} control", [work_queues.CONTROL], None
     elif gpu is None:
-        name, queues, limit = f"{host} cpu", place.queues_of(None), f"cpu:{host}"
+        name, queues, limit = f"{host} cpu", work_queues.queues_of(None), f"cpu:{host}"
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible != [""] and gpu < len(visible) else str(gpu)
         if not (found := gpus()):
             raise BadInputError(f"--gpu {gpu}: there is no such GPU, or this torch has no CUDA; nvidia-smi lists them")
-        name, queues = f"{host} gpu {gpu}", place.queues_of(found[0].memory_bytes)
+        name, queues = f"{host} gpu {gpu}", work_queues.queues_of(found[0].memory_bytes)
         limit = f"gpu:{host}:{found[0].uuid or gpu}"
     with connect() as client:
         from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -52,7 +52,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
             os.environ[LIMIT] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(ASK_EVERY))
-    command = [sys.executable, "-m", "infra.process", "--pool", pool, "--name", name]
+    command = [sys.executable, "-m", "infra.patched_worker", "--pool", pool, "--name", name]
     command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
     command += ["--run-once"] * once
     for queue in queues:

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
-from tasks import store
-from tasks.device import gpus, hardware, name_of, pick
-from tasks.download import Found, download, local_path, look, tokenizer_folder
-from tasks.isolate import isolated
-from tasks.place import check_fits, memory_needed, smallest
+from tasks.download.task import Found, download, local_path, look, tokenizer_folder
+from tasks.fleet.work_queues import check_fits, memory_needed, smallest
 from tasks.quantize.preview import preview
-from tasks.quantize.stage import quantize_inputs
-from tasks.summary import figure
+from tasks.quantize.task import quantize_inputs
+from tasks.report.formatting import figure
+from tasks.runtime.child_process import isolated
+from tasks.runtime.device import gpus, hardware, name_of, pick
+from tasks.store import artifacts as store
 
 
 class Plan(BaseModel):
@@ -66,9 +66,9 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     for place in (out, store.home()):
         writable(place)
     store.check()
-    from tasks.evaluate.definitions import check_tasks
+    from tasks.evaluate.lm_eval_index import check_tasks
     from tasks.evaluate.text import check_text, load_text
-    from tasks.publish import preflight as preflight_publish
+    from tasks.publish.task import preflight as preflight_publish
 
     if path is None:
         model = recipe.source.model.rsplit("/", 1)[-1]

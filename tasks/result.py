@@ -18,16 +18,16 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
-from tasks import store
-from tasks.device import hardware, versions
+from tasks.download.checkpoint import read_tensors
 from tasks.gate import Verdict
-from tasks.quantize.source import read_tensors
+from tasks.runtime.device import hardware, versions
+from tasks.store import artifacts as store
 
 if TYPE_CHECKING:
-    from tasks.download import Snapshot
-    from tasks.evaluate.stage import Evaluation
-    from tasks.publish import Published
-    from tasks.quantize.stage import Quantized
+    from tasks.download.task import Snapshot
+    from tasks.evaluate.task import Evaluation
+    from tasks.publish.task import Published
+    from tasks.quantize.task import Quantized
 
 
 class _Value(BaseModel):

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from configs.errors import TameError
-from tasks import provenance
-from tasks.card import release_files
+from tasks.publish import provenance
+from tasks.publish.card import release_files
+from tasks.report.formatting import figure, label
 from tasks.result import Result
-from tasks.summary import figure, label
 from tests.results import make
 
 BASE_CARD = {

@@ -12,8 +12,8 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Source
-from tasks import store
-from tasks.download import download, look
+from tasks.download.task import download, look
+from tasks.store import artifacts as store
 from tests.hub import Hub
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def in_process(hub: Hub, tmp_path: Path, **environment: str) -> Any:
     """Download org/model in a fresh process, as the Hub client reads its settings when it is imported."""
     program = (
         "import sys, json\nfrom configs.schema import Source\nfrom configs.errors import TameError\n"
-        "from tasks.download import download\n"
+        "from tasks.download.task import download\n"
         "try: print(download(Source(model='org/model')).model_dump_json())\n"
         "except TameError as e: print(json.dumps({'code': e.exit_code, 'error': str(e)}))"
     )

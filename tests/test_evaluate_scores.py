@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import TextSource
-from tasks.evaluate.load import Loaded
+from tasks.evaluate.model import Loaded
 from tasks.evaluate.text import load_text
 from tests.models import VOCABULARY, tiny
 
@@ -41,15 +41,15 @@ def variants(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def loaded_of(path: Path):
-    from tasks.evaluate.load import load
+    from tasks.evaluate.model import load
 
     return load(path, "cpu")
 
 
 def score_pair(base: Path, variant: Path | None, folder: Path, batch: int = 4):
     """Score a baseline and, against it, a variant, as the worker does. The results of both."""
-    from tasks.evaluate.load import dequantize
-    from tasks.evaluate.scores import score_baseline, score_variant
+    from tasks.evaluate.model import dequantize
+    from tasks.evaluate.perplexity import score_baseline, score_variant
 
     for name in ("base", "variant"):
         (folder / name).mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_chunks_and_batches_do_not_change_the_numbers(
     tiny_llama: Path, variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = score_pair(tiny_llama, variants["nf4"], tmp_path / "a")
-    monkeypatch.setattr("tasks.evaluate.forward.LOGITS_BYTES", {"cpu": 4 * VOCABULARY * 20})
+    monkeypatch.setattr("tasks.evaluate.scoring.LOGITS_BYTES", {"cpu": 4 * VOCABULARY * 20})
     _, parts = score_pair(tiny_llama, variants["nf4"], tmp_path / "b", batch=2)
     for name in ("loss", "kl"):
         assert whole[name].mean() == pytest.approx(parts[name].mean(), rel=1e-3)
@@ -170,7 +170,7 @@ def test_another_vocabulary_is_refused(tiny_llama: Path, tmp_path: Path) -> None
 
 
 def test_logits_that_are_not_finite_are_blamed_on_a_layer(tiny_llama: Path, tmp_path: Path) -> None:
-    from tasks.evaluate.scores import score_baseline
+    from tasks.evaluate.perplexity import score_baseline
 
     loaded = loaded_of(tiny_llama)
     loaded.model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("inf")
@@ -185,7 +185,7 @@ def test_less_memory_means_smaller_batches(
 ) -> None:
     import torch
 
-    from tasks.evaluate.scores import score_baseline
+    from tasks.evaluate.perplexity import score_baseline
 
     loaded = loaded_of(tiny_llama)
     limit = 2
@@ -227,15 +227,15 @@ def test_models_that_cannot_be_measured_are_refused_in_one_line(tiny_llama: Path
 def test_the_fused_comparison_is_the_plain_one() -> None:
     import torch
 
-    from tasks.evaluate import forward, fused
+    from tasks.evaluate import kl_triton, scoring
 
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         before = torch.randn(33, 9001, device="cuda", dtype=dtype) * 3
         after, targets = before + torch.randn_like(before) / 5, torch.randint(9001, (33,), device="cuda")
-        log_sum = forward.compare(before, targets)[3]
+        log_sum = scoring.compare(before, targets)[3]
         for pair in ((before, targets), (after, targets, before, log_sum)):
-            for plain, ours in zip(forward.compare(*pair), fused.compare(*pair), strict=True):
+            for plain, ours in zip(scoring.compare(*pair), kl_triton.compare(*pair), strict=True):
                 assert torch.allclose(plain.float(), ours.float(), rtol=1e-4, atol=1e-4)
 
 
@@ -243,17 +243,17 @@ def test_the_fused_comparison_is_the_plain_one() -> None:
 def test_a_product_made_in_float32_is_the_16_bit_one(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from tasks.evaluate import wide
+    from tasks.evaluate import cpu_float32
 
     kind = getattr(torch, dtype)
     torch.manual_seed(0)
     layer = torch.nn.Linear(576, 1024, dtype=kind)
     values = torch.randn(64, 576, dtype=kind)
     own = layer(values)
-    monkeypatch.setattr(wide, "_native", lambda name: False)
-    assert wide.slow(layer.weight)
-    assert not wide.slow(layer.weight.float())
-    wide.widen(Loaded(torch.nn.Sequential(layer), None, "cpu", dtype, "not quantized", 0.0))
+    monkeypatch.setattr(cpu_float32, "_native", lambda name: False)
+    assert cpu_float32.slow(layer.weight)
+    assert not cpu_float32.slow(layer.weight.float())
+    cpu_float32.widen(Loaded(torch.nn.Sequential(layer), None, "cpu", dtype, "not quantized", 0.0))
     ours = layer(values)
     assert ours.dtype == kind
     assert (ours != own).float().mean() < 0.02  # the order of the sum decides a rounding now and then

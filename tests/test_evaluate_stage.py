@@ -14,10 +14,10 @@ import pytest
 
 from configs.errors import TameError
 from configs.schema import Evaluate, Samples, Speed, TextSource
-from tasks import store
-from tasks.digests import sha256_files
-from tasks.download import Snapshot
-from tasks.evaluate.stage import evaluate_baseline, evaluate_variant
+from tasks.download.task import Snapshot
+from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.store import artifacts as store
+from tasks.store.digests import sha256_files
 from tests.models import tiny
 
 SPEC = Evaluate(
@@ -119,7 +119,7 @@ def test_a_killed_evaluation_says_so_and_leaves_nothing_half_done(tiny_llama: Pa
 
 
 def test_what_was_measured_before_a_failure_is_kept(tame_home: Path) -> None:
-    from tasks.evaluate.stage import _build_together
+    from tasks.evaluate.task import _build_together
 
     def fails_after_the_first(folders: dict[str, str]) -> None:
         (Path(folders["scores"]) / "result.json").write_text("{}")

@@ -7,7 +7,7 @@ import pytest
 
 from configs.errors import BadInputError
 from configs.schema import Evaluate, TextSource
-from tasks.evaluate.definitions import check_tasks, find_tasks, inputs_of, work_of
+from tasks.evaluate.lm_eval_index import check_tasks, find_tasks, inputs_of, work_of
 from tests.models import tiny
 
 YAML = """
@@ -61,8 +61,8 @@ def spec_of(folder: Path, **options) -> Evaluate:
 @pytest.fixture(scope="module")
 def ran(own_tasks: Path, tmp_path_factory: pytest.TempPathFactory):
     """Two float32 models, run by tame; the folders of their results, and the first one, loaded."""
-    from tasks.evaluate.harness import run_tasks
-    from tasks.evaluate.load import load
+    from tasks.evaluate.lm_eval_run import run_tasks
+    from tasks.evaluate.model import load
 
     spec = spec_of(own_tasks)
     work = work_of(spec.tasks, find_tasks(spec.tasks, spec.task_path))
@@ -96,7 +96,7 @@ def test_scores_are_those_of_plain_lm_eval(ran, own_tasks: Path) -> None:
 
 
 def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
-    from tasks.evaluate.compare import _tasks
+    from tasks.evaluate.comparison import _tasks
 
     root, _ = ran
     results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
@@ -115,8 +115,8 @@ def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
 
 
 def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: Path) -> None:
-    from tasks import evidence
-    from tasks.evaluate.compare import EXAMPLES, _tasks
+    from tasks.evaluate import evidence
+    from tasks.evaluate.comparison import EXAMPLES, _tasks
 
     root, _ = ran
     results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
@@ -170,7 +170,7 @@ def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: 
     ids=["gap", "norm", "continuation", "rolling"],
 )  # fmt: skip
 def test_items_of_other_kinds(item, answer, question) -> None:
-    from tasks.evaluate.harness import _answer, _question
+    from tasks.evaluate.lm_eval_run import _answer, _question
 
     item = {"doc_id": 7, "metrics": ["acc"], **item}
     assert _answer(item) == answer
@@ -184,7 +184,7 @@ def test_the_key_covers_definition_data_and_limits(own_tasks: Path, tmp_path: Pa
     (folder / "choice.yaml").write_text((folder / "choice.yaml").read_text().replace(str(own_tasks), str(folder)))
 
     def key(**options) -> str:
-        from tasks.store import key_of
+        from tasks.store.artifacts import key_of
 
         spec = spec_of(folder, **options)
         return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path)))

@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import BadInputError
 from configs.schema import TextSource
-from tasks.evaluate.compare import _diverges_at
+from tasks.evaluate.comparison import _diverges_at
 from tasks.evaluate.statistics import interval, mcnemar
 from tasks.evaluate.text import LoadedText, check_text, load_text
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks import evidence
+from tasks.evaluate import evidence
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))

@@ -25,11 +25,11 @@ from configs.load import load_recipe
 from configs.schema import Evaluate, Recipe, Source, Sweep, TextSource, Variant, Watch
 from flows.release import release
 from infra.provision import FILE
-from tasks import place
-from tasks.device import LIMIT, held
-from tasks.download import download
-from tasks.evaluate.stage import evaluate_baseline
-from tasks.quantize.stage import quantize
+from tasks.download.task import download
+from tasks.evaluate.task import evaluate_baseline
+from tasks.fleet import work_queues
+from tasks.quantize.task import quantize
+from tasks.runtime.device import LIMIT, held
 
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
@@ -60,8 +60,8 @@ def test_deployments_are_the_shipped_recipes_and_no_schedule_is_on() -> None:
     Watch.model_validate(DEPLOYMENTS["watch"]["parameters"]["spec"])
     Sweep.model_validate(DEPLOYMENTS["sweep"]["parameters"]["spec"])
     for spec in DEPLOYMENTS.values():
-        assert spec["work_pool"]["name"] == place.POOL
-        assert spec["work_pool"]["work_queue_name"] in place.QUEUES
+        assert spec["work_pool"]["name"] == work_queues.POOL
+        assert spec["work_pool"]["work_queue_name"] in work_queues.QUEUES
         assert not any(schedule["active"] for schedule in spec.get("schedules", []))
 
 
@@ -147,8 +147,8 @@ def test_provisioning_is_done_once_and_without_torch(provisioned: tuple[str, str
     assert second.splitlines() == ["everything is there", "False False"]
     assert "deployment release/demo" in first
     assert first.splitlines()[-1] == "False False"
-    queues = ask(f"{api}/work_pools/{place.POOL}/queues/filter", {})
-    assert {queue["name"] for queue in queues} == set(place.QUEUES)
+    queues = ask(f"{api}/work_pools/{work_queues.POOL}/queues/filter", {})
+    assert {queue["name"] for queue in queues} == set(work_queues.QUEUES)
     deployments = {found["name"]: found for found in ask(f"{api}/deployments/filter", {})}
     for name, spec in DEPLOYMENTS.items():
         found = deployments[name]
@@ -169,7 +169,7 @@ def test_the_server_refuses_a_wrong_recipe_before_a_worker_sees_it(provisioned: 
 
 HOLD = """
 import sys, time
-from tasks.device import held
+from tasks.runtime.device import held
 with held():
     print(time.time(), flush=True)
     time.sleep(1)
@@ -233,7 +233,7 @@ def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
     provisioned: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(LIMIT, "gpu:here:2")
-    monkeypatch.setattr("tasks.device.PAUSE", 0.1)
+    monkeypatch.setattr("tasks.runtime.device.PAUSE", 0.1)
     away = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings({PREFECT_API_URL: provisioned[0]}):
         with get_client(sync_client=True) as client:
@@ -242,7 +242,7 @@ def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
             with held():
                 gone.enter_context(temporary_settings(away))
             monkeypatch.setenv(LIMIT, "gpu:here:3")
-            monkeypatch.setattr("tasks.device.PATIENCE", 4.0)
+            monkeypatch.setattr("tasks.runtime.device.PATIENCE", 4.0)
             with pytest.raises(TameError, match="did not answer for 4 s"), held():
                 raise AssertionError
     assert "gpu:here:2 could not be given back" in caplog.text

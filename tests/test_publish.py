@@ -15,11 +15,12 @@ from huggingface_hub import constants
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
-from tasks import publish_wire, store
-from tasks.digests import sha256_files
-from tasks.hub import UnreachableError
-from tasks.progress import silent
-from tasks.publish import Published, check, preflight, publish, publish_folder
+from tasks.download.hub import UnreachableError
+from tasks.publish import client
+from tasks.publish.task import Published, check, preflight, publish, publish_folder
+from tasks.runtime.progress import silent
+from tasks.store import artifacts as store
+from tasks.store.digests import sha256_files
 from tests.hub import Hub
 
 REPO = "me/tiny-nf4"
@@ -42,7 +43,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Slept:
     """Nobody waits before trying again; how long they would have."""
     pauses: Slept = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=time.time)
-    monkeypatch.setattr(publish_wire, "time", clock)
+    monkeypatch.setattr(client, "time", clock)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", clock)
     return pauses
@@ -228,7 +229,7 @@ def test_a_hub_without_tags_and_lists_of_pull_requests_will_do(hub: Hub, folder:
 def test_a_stall_of_half_a_minute_is_within_the_limits(hub: Hub) -> None:
     from huggingface_hub import get_session
 
-    publish_wire.connect()
+    client.connect()
     limits = get_session().timeout
     assert limits.read is not None
     assert limits.write is not None
@@ -261,8 +262,9 @@ def test_killed_while_uploading_and_published_once(hub: Hub, folder: Path, tmp_p
     job.write_text(json.dumps({"folder": str(folder), "extra": {n: c.decode() for n, c in documents(folder).items()}}))
     hub.fail("PUT /lfs/.*/2", stall=60)
     code = (
-        "import json, sys; from pathlib import Path; from configs.schema import Publish; from tasks.digests import sha256_files\n"
-        "from tasks.publish import publish; job = json.load(open(sys.argv[1])); folder = Path(job['folder'])\n"
+        "import json, sys; from pathlib import Path; from configs.schema import Publish\n"
+        "from tasks.store.digests import sha256_files\n"
+        "from tasks.publish.task import publish; job = json.load(open(sys.argv[1])); folder = Path(job['folder'])\n"
         "names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file())\n"
         "extra = {name: text.encode() for name, text in job['extra'].items()}\n"
         f"publish(folder, sha256_files(folder, names), extra, {REPO!r}, Publish(to='hub', repo={REPO!r}))\n"

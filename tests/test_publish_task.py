@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import constants
 
 from configs.schema import Publish
-from tasks import store
-from tasks.digests import sha256_files
-from tasks.progress import silent
+from tasks.runtime.progress import silent
+from tasks.store import artifacts as store
+from tasks.store.digests import sha256_files
 from tests.hub import Hub
 
 SPEC = Publish(to="hub", repo="me/tiny-nf4", private=False)
@@ -55,7 +55,7 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from tasks.publish import publish_task
+    from tasks.publish.task import publish_task
 
     folder = tmp_path / "artifact"
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
 
 
 def test_a_stranger_loads_it_with_plain_transformers_and_it_generates(hub: Hub, quantized: Path) -> None:
-    from tasks.publish import publish_folder
+    from tasks.publish.task import publish_folder
 
     publish_folder(quantized, SPEC.repo, False, silent)
     assert {
@@ -109,7 +109,7 @@ def test_a_stranger_loads_it_with_plain_transformers_and_it_generates(hub: Hub, 
 
 def test_what_cannot_be_loaded_is_not_shown(hub: Hub, quantized: Path, tmp_path: Path) -> None:
     from configs.errors import TameError
-    from tasks.publish import publish
+    from tasks.publish.task import publish
 
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -28,7 +28,7 @@ def variant_of(method: str, **options: Any) -> Variant:
 
 
 def quantized(source: Path, out: Path, variant: Variant, **options: Any) -> dict[str, Any]:
-    from tasks.quantize.work import work
+    from tasks.quantize.run import work
 
     out.mkdir(exist_ok=True)
     return work(source, out, variant, device=options.pop("device", "cpu"), **options)
@@ -52,7 +52,7 @@ def by_transformers(source: Path, out: Path, variant: Variant, skip: list[str] |
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    from tasks.quantize.source import read_header
+    from tasks.download.checkpoint import read_header
 
     return {
         name: (tensor.dtype, tensor.shape, file.read_bytes()[tensor.start : tensor.end])
@@ -226,7 +226,7 @@ def test_config_keeps_what_it_had(tiny_llama: Path, tmp_path: Path) -> None:
 def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: str) -> None:
     import torch
 
-    from tasks.quantize import fourbit, int8
+    from tasks.quantize.methods import bitsandbytes_4bit, bitsandbytes_8bit
     from tasks.quantize.quiet import import_libraries
 
     import_libraries()
@@ -241,13 +241,13 @@ def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: 
         weights[24:32] *= 1e-44 if method != "int8" else 1
     block = weights.to(getattr(torch, dtype))
     if method == "int8":
-        codes, scales = int8.rows(block, variant_of(method))
+        codes, scales = bitsandbytes_8bit.rows(block, variant_of(method))
         expected, expected_scales, _ = int8_vectorwise_quant(block.half())
     else:
-        codes, scales = fourbit.rows(block, variant_of(method))
+        codes, scales = bitsandbytes_4bit.rows(block, variant_of(method))
         expected, state = quantize_4bit(block, quant_type=method)
         expected_scales = state.absmax
-        assert fourbit._agrees(method, block.dtype)
+        assert bitsandbytes_4bit._agrees(method, block.dtype)
     assert torch.equal(codes, expected)
     assert torch.equal(scales, expected_scales)
 
@@ -256,13 +256,13 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, ca
     import torch
     from bitsandbytes.functional import quantize_4bit
 
-    from tasks.quantize import fourbit
+    from tasks.quantize.methods import bitsandbytes_4bit
 
-    table, bounds, order = fourbit._table("nf4")
-    monkeypatch.setattr(fourbit, "_table", lambda method: (table, bounds + 0.001, order))
-    monkeypatch.setattr(fourbit, "_agrees", functools.cache(fourbit._agrees.__wrapped__))
+    table, bounds, order = bitsandbytes_4bit._table("nf4")
+    monkeypatch.setattr(bitsandbytes_4bit, "_table", lambda method: (table, bounds + 0.001, order))
+    monkeypatch.setattr(bitsandbytes_4bit, "_agrees", functools.cache(bitsandbytes_4bit._agrees.__wrapped__))
     block = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
-    codes, _ = fourbit.rows(block, variant_of("nf4"))
+    codes, _ = bitsandbytes_4bit.rows(block, variant_of("nf4"))
     assert torch.equal(codes, quantize_4bit(block, quant_type="nf4")[0])
     assert "rounds nf4 differently" in caplog.text
 
@@ -283,8 +283,8 @@ def work_and_be_killed(source: Path, out: Path, variant: Variant) -> None:
 
 @pytest.mark.parametrize("method", ["nf4-dq"])
 def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.isolate import isolated
-    from tasks.quantize.worker import Worker
+    from tasks.quantize.tensor import Worker
+    from tasks.runtime.child_process import isolated
 
     source = tiny(tmp_path / "source", zoo("qwen3-moe"), spread=True)
     whole = quantized(source, tmp_path / "whole", variant_of(method), max_shard_size=150_000)
@@ -310,8 +310,8 @@ def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_killed_run_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.isolate import isolated
-    from tasks.quantize import stream
+    from tasks.quantize import engine
+    from tasks.runtime.child_process import isolated
 
     source = tiny(tmp_path / "source", zoo("qwen3-moe"), spread=True)
     whole = quantized(source, tmp_path / "whole", variant_of("int8"), max_shard_size=150_000)
@@ -322,8 +322,8 @@ def test_what_a_killed_run_hashed_is_not_hashed_again(tmp_path: Path, monkeypatc
     entries = [json.loads(line) for line in (out / ".journal").read_text().splitlines()[1:]]
     hashed = {name for name, *entry in entries if len(entry) == 1}
     again = set()
-    real = stream._sha256
-    monkeypatch.setattr(stream, "_sha256", lambda shard, *rest: again.add(shard.path.name) or real(shard, *rest))
+    real = engine._sha256
+    monkeypatch.setattr(engine, "_sha256", lambda shard, *rest: again.add(shard.path.name) or real(shard, *rest))
     assert quantized(source, out, variant_of("int8"), max_shard_size=150_000)["digests"] == whole["digests"]
     assert again == whole["digests"].keys() - hashed
 
@@ -333,10 +333,10 @@ def test_digests_are_those_of_the_files(method: str, tmp_path: Path, monkeypatch
     """Of many tensors to a file, and of a file that one tensor fills, which is hashed while it is written."""
     import hashlib
 
-    from tasks.quantize.source import read_header
+    from tasks.download.checkpoint import read_header
 
-    monkeypatch.setattr("tasks.quantize.stream.COPY", 10_000)
-    monkeypatch.setattr("tasks.quantize.stream.PIECE", 3_000)
+    monkeypatch.setattr("tasks.quantize.engine.COPY", 10_000)
+    monkeypatch.setattr("tasks.quantize.engine.PIECE", 3_000)
     source = tiny(tmp_path / "source", zoo("qwen3"))
     out = tmp_path / "out"
     digests = quantized(source, out, variant_of(method), max_shard_size=60_000)["digests"]
@@ -357,9 +357,9 @@ def test_what_another_variant_left_is_not_taken_up(tiny_llama: Path, tmp_path: P
 def test_the_store_and_the_folder_give_one_digest(tiny_llama: Path, tmp_path: Path, tame_home: Path) -> None:
     import hashlib
 
-    from tasks.download import download
-    from tasks.quantize.folder import quantize_folder
-    from tasks.quantize.stage import quantize, quantize_inputs
+    from tasks.download.task import download
+    from tasks.quantize.command import quantize_folder
+    from tasks.quantize.task import quantize, quantize_inputs
 
     snapshot = download(Source(model=str(tiny_llama)))
     made = quantize(snapshot, variant_of("nf4"), device="cpu")
@@ -383,7 +383,7 @@ def test_the_store_and_the_folder_give_one_digest(tiny_llama: Path, tmp_path: Pa
 def test_a_forward_pass_tells_whether_the_output_is_finite(name: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from tasks.quantize.verify import runs
+    from tasks.quantize.check import runs
 
     out = tmp_path / "mine"
     quantized(tiny(tmp_path / "source", zoo(name)), out, variant_of("nf4"))

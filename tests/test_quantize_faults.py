@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Variant
-from tasks.quantize.source import check_source, read_header, read_tensors
+from tasks.download.checkpoint import check_source, read_header, read_tensors
 
 NF4 = Variant(method="nf4")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -194,7 +194,7 @@ def test_links_inside_the_hubs_cache_are_followed(tiny_llama: Path, tmp_path: Pa
 
 
 def work(source: Path, out: Path, variant: Variant, **options: Any) -> Any:
-    from tasks.quantize.work import work
+    from tasks.quantize.run import work
 
     out.mkdir(exist_ok=True)
     return work(source, out, variant, device="cpu", **options)
@@ -247,7 +247,7 @@ def test_weights_that_cannot_be_quantized_are_named(
 
 def test_a_failure_keeps_nobody_waiting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding is in a file of its own, which is hashed while it is written."""
-    monkeypatch.setattr("tasks.quantize.stream.COPY", 10_000)
+    monkeypatch.setattr("tasks.quantize.engine.COPY", 10_000)
     rewrite(model, model__embed_tokens__weight=put(float("nan"), row=400))
     with pytest.raises(TameError, match=r"embed_tokens\.weight has nan at element 25605"):
         work(model, tmp_path / "out", Variant(method="nf4"), max_shard_size=60_000)
@@ -287,21 +287,21 @@ def test_architectures_that_are_not_known(
 
 
 def test_no_space_left(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.quantize import folder
+    from tasks.quantize import command
 
     def full(file: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(folder, "isolated", lambda what, function, *args, **kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(command, "isolated", lambda what, function, *args, **kwargs: function(*args, **kwargs))
     with pytest.raises(TameError, match=r"out: no space left \([\d.]+ GB free\); make room"):
-        folder.quantize_folder(model, tmp_path / "out", NF4, device="cpu")
+        command.quantize_folder(model, tmp_path / "out", NF4, device="cpu")
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" not in path.name or path.is_dir()) == ["model"]
 
 
 @pytest.mark.parametrize("size", ["", "5 apples", "-1GB", "0"])
 def test_a_shard_size_that_is_none(size: str, model: Path, tmp_path: Path) -> None:
-    from tasks.quantize.folder import quantize_folder
+    from tasks.quantize.command import quantize_folder
 
     with pytest.raises(BadInputError, match="--max-shard-size"):
         quantize_folder(model, tmp_path / "out", NF4, device="cpu", max_shard_size=size)

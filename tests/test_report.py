@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from configs.schema import Recipe
-from tasks import evidence, plots, report, summary
+from tasks.evaluate import evidence
+from tasks.report import formatting, plots
+from tasks.report import html as report
 from tasks.result import Result, ResultVariant
 from tests.results import make
 
@@ -75,11 +77,11 @@ def test_same_result_same_bytes(result: Result, html: str) -> None:
 
 def test_every_number_is_the_result_s(result: Result, html: str) -> None:
     page = Page(html)
-    for row in summary.rows(result):
-        for name in summary.points([row.metrics]):
-            assert summary.figure(name, row.metrics[name]) in page.cells
-            assert summary.label(name) in page.cells
-            if interval := summary.span(name, row.metrics):
+    for row in formatting.rows(result):
+        for name in formatting.points([row.metrics]):
+            assert formatting.figure(name, row.metrics[name]) in page.cells
+            assert formatting.label(name) in page.cells
+            if interval := formatting.span(name, row.metrics):
                 assert interval in page.text
 
 

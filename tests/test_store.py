@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import TameError
-from tasks import store
-from tasks.digests import sha256_file
+from tasks.store import artifacts as store
+from tasks.store.digests import sha256_file
 
 
 def writes(text: str, calls: list[str] | None = None):

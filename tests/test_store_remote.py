@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from configs.errors import BadInputError, TameError
-from tasks import store, store_admin, store_lease, store_remote
+from tasks.store import admin, lease, remote_store
+from tasks.store import artifacts as store
 
 SPAWN = multiprocessing.get_context("spawn")
 TTL = 3.0
@@ -35,7 +36,7 @@ def s3() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["s3", "file"])
-def shared(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store_remote.Remote:
+def shared(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> remote_store.Remote:
     """An empty shared store."""
     monkeypatch.setenv("TAME_LEASE_SECONDS", str(TTL))
     if request.param == "file":
@@ -48,7 +49,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             monkeypatch.setenv(name, "testing")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("TAME_STORE", f"s3://{tmp_path.name.replace('_', '-').lower()}/team")
-    remote = store_remote.connect()
+    remote = remote_store.connect()
     assert remote is not None
     if request.param == "s3":
         remote.fs.mkdir(remote.root.split("/")[0])
@@ -102,12 +103,12 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-def objects(remote: store_remote.Remote) -> list[str]:
-    return sorted(name.partition("/")[2] for name in store_remote.sizes(remote, remote.root))
+def objects(remote: remote_store.Remote) -> list[str]:
+    return sorted(name.partition("/")[2] for name in remote_store.sizes(remote, remote.root))
 
 
 def test_what_one_machine_has_made_another_fetches(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     machine("one")
@@ -130,7 +131,7 @@ def test_what_one_machine_has_made_another_fetches(
 
 @only_s3
 def test_a_local_hit_asks_nobody(
-    s3: Any, shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    s3: Any, shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     machine("one")
     store.build("kind", {"a": 1}, writes("one", tmp_path / "log"))
@@ -138,13 +139,13 @@ def test_a_local_hit_asks_nobody(
         assert store.build("kind", {"a": 1}, writes("one", tmp_path / "log"))[1] is True
 
 
-def test_what_is_not_shared_stays(shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_not_shared_stays(shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path) -> None:
     machine("one")
     store.build("kind", {"a": 1}, writes("one", tmp_path / "log"), shared=False)
     assert objects(shared) == []
 
 
-def test_two_machines_want_one_artifact_one_builds(shared: store_remote.Remote, tmp_path: Path) -> None:
+def test_two_machines_want_one_artifact_one_builds(shared: remote_store.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [start(tmp_path / name, name, log, seconds=0.5) for name in "ab"]
     for process in processes:
@@ -157,7 +158,7 @@ def test_two_machines_want_one_artifact_one_builds(shared: store_remote.Remote, 
 
 @only_s3
 @pytest.mark.e2e
-def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: store_remote.Remote, tmp_path: Path) -> None:
+def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: remote_store.Remote, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first = start(tmp_path / "a", "a", log, seconds=60)
     until(log.exists)
@@ -174,7 +175,7 @@ def test_a_killed_builder_is_succeeded_by_one_of_those_who_wait(shared: store_re
 
 @only_s3
 def test_killed_while_uploading_nothing_looks_complete_and_the_next_machine_sweeps(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     first = start(tmp_path / "a", "a", log, files=200)
@@ -196,7 +197,7 @@ def test_killed_while_uploading_nothing_looks_complete_and_the_next_machine_swee
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_who_was_stopped_for_long_takes_what_another_has_made_meanwhile(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAME_LEASE_SECONDS", "1.5")
     log = tmp_path / "log"
@@ -218,7 +219,7 @@ def test_who_was_stopped_for_long_takes_what_another_has_made_meanwhile(
 
 @pytest.mark.parametrize("damage", ["changed", "gone", "manifest", "climbs"])
 def test_a_damaged_shared_artifact_is_named_and_made_again(
-    shared: store_remote.Remote,
+    shared: remote_store.Remote,
     machine: Callable[[str], Path],
     tmp_path: Path,
     damage: str,
@@ -228,7 +229,7 @@ def test_a_damaged_shared_artifact_is_named_and_made_again(
     machine("one")
     store.build("kind", {"a": 1}, writes("same", log))
     [file] = [name for name in objects(shared) if name.endswith("1.txt")]
-    [name] = [name for name, _, _ in store_admin.artifacts(shared)]
+    [name] = [name for name, _, _ in admin.artifacts(shared)]
     file, manifest = f"{shared.root}/{name}/{file}", f"{shared.root}/{name}/manifest.json"
     if damage == "changed":
         shared.fs.pipe_file(file, b"same X")
@@ -259,7 +260,7 @@ def test_a_damaged_shared_artifact_is_named_and_made_again(
 
 
 def test_a_killed_fetch_goes_on_where_it_was(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     machine("one")
     made, _ = store.build("kind", {"a": 1}, writes("one", tmp_path / "log"))
@@ -287,7 +288,7 @@ def stopped(server: Any) -> Iterator[None]:
 @only_s3
 @pytest.mark.parametrize("when", ["building", "fetching"])
 def test_storage_may_be_away_for_some_seconds(
-    s3: Any, shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, when: str
+    s3: Any, shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path, when: str
 ) -> None:
     log = tmp_path / "log"
     machine("one")
@@ -311,14 +312,14 @@ def test_storage_may_be_away_for_some_seconds(
     threads[0].join()
     assert time.monotonic() - started > 1.5
     assert log.read_text() == "one\n"
-    assert [problems for _, _, problems in store_admin.artifacts(shared)] == [[]]
+    assert [problems for _, _, problems in admin.artifacts(shared)] == [[]]
     assert artifact.files
 
 
 @only_s3
 def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_by_the_next_run(
     s3: Any,
-    shared: store_remote.Remote,
+    shared: remote_store.Remote,
     machine: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -332,7 +333,7 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
 
     machine("one")
     try:
-        with pytest.raises(store_remote.AwayError, match=r"no answer for \d s .*run again") as raised:
+        with pytest.raises(remote_store.AwayError, match=r"no answer for \d s .*run again") as raised:
             store.build("kind", {"a": 1}, make)
     finally:
         s3.start()
@@ -348,7 +349,7 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_a_lease_lives_longer_than_its_time_while_its_holder_does(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     slow = start(tmp_path / "slow", "slow", log, seconds=2 * TTL)
@@ -361,14 +362,14 @@ def test_a_lease_lives_longer_than_its_time_while_its_holder_does(
 
 @only_s3
 def test_storage_that_was_away_is_no_sign_that_a_builder_is_dead(
-    s3: Any, shared: store_remote.Remote, monkeypatch: pytest.MonkeyPatch
+    s3: Any, shared: remote_store.Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAME_LEASE_SECONDS", "2")
-    store_remote.create(shared, f"{shared.root}/kind-1/lease.1", b"of a builder that storage does not hear either")
+    remote_store.create(shared, f"{shared.root}/kind-1/lease.1", b"of a builder that storage does not hear either")
     taken = []
 
     def wait() -> None:
-        with store_lease.lease(shared, "kind-1"):
+        with lease.lease(shared, "kind-1"):
             taken.append(time.monotonic())
 
     waiting = threading.Thread(target=wait)
@@ -383,24 +384,24 @@ def test_storage_that_was_away_is_no_sign_that_a_builder_is_dead(
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_who_is_dead_is_waited_for_once(
-    shared: store_remote.Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shared: remote_store.Remote, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TAME_LEASE_SECONDS", "1.5")
     for name in ("kind-1", "kind-2", "kind-3"):  # as an evaluation holds one for each part
         dead = json.dumps({"owner": "host:1", "process": "dead", "id": name, "beats": 7}).encode()
-        store_remote.create(shared, f"{shared.root}/{name}/lease.1", dead)
-    with store_lease.lease(shared, "kind-1"), store_lease.lease(shared, "kind-2"), store_lease.lease(shared, "kind-3"):
-        assert {name.split("/")[1] for name in store_remote.sizes(shared, shared.root)} == {"lease.2"}
+        remote_store.create(shared, f"{shared.root}/{name}/lease.1", dead)
+    with lease.lease(shared, "kind-1"), lease.lease(shared, "kind-2"), lease.lease(shared, "kind-3"):
+        assert {name.split("/")[1] for name in remote_store.sizes(shared, shared.root)} == {"lease.2"}
     assert caplog.text.count("no sign of life from host:1") == 1
     assert objects(shared) == []
 
 
-def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: store_remote.Remote) -> None:
+def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: remote_store.Remote) -> None:
     path = f"{shared.root}/kind-1/lease.1"
-    with store_lease.lease(shared, "kind-1"):
-        assert len(store_lease.leases(shared, "kind-1")) == 1
+    with lease.lease(shared, "kind-1"):
+        assert len(lease.leases(shared, "kind-1")) == 1
         shared.fs.pipe_file(path, b"another's")
-        time.sleep(2 * TTL / store_lease.BEATS)
+        time.sleep(2 * TTL / lease.BEATS)
         assert shared.fs.cat_file(path) == b"another's"
     assert shared.fs.cat_file(path) == b"another's"
 
@@ -431,7 +432,7 @@ def test_a_store_that_cannot_be_used_is_refused_in_one_line(
 
 
 @only_s3
-def test_a_bucket_that_refuses_is_refused(shared: store_remote.Remote, tame_home: Path) -> None:
+def test_a_bucket_that_refuses_is_refused(shared: remote_store.Remote, tame_home: Path) -> None:
     bucket = shared.root.split("/")[0]
     deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{bucket}/*"}
     shared.fs.call_s3("put_bucket_policy", Bucket=bucket, Policy=json.dumps({"Statement": [deny]}))
@@ -439,41 +440,41 @@ def test_a_bucket_that_refuses_is_refused(shared: store_remote.Remote, tame_home
         store.check()
 
 
-def test_a_store_that_can_be_used_is_left_as_it_was(shared: store_remote.Remote, tame_home: Path) -> None:
+def test_a_store_that_can_be_used_is_left_as_it_was(shared: remote_store.Remote, tame_home: Path) -> None:
     store.check()
     assert objects(shared) == []
     assert len(list((tame_home / "stores").iterdir())) == 1
 
 
 def test_the_shared_store_is_listed_verified_and_pruned(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAME_LEASE_SECONDS", "0.5")
     machine("one")
     keys = [store.build("kind", {"a": a}, writes(str(a), tmp_path / "log"))[0].key for a in (1, 2)]
     good, bad = (f"kind-{key}" for key in keys)
-    [file] = [name for name in store_remote.sizes(shared, f"{shared.root}/{bad}") if name.endswith("1.txt")]
+    [file] = [name for name in remote_store.sizes(shared, f"{shared.root}/{bad}") if name.endswith("1.txt")]
     shared.fs.pipe_file(f"{shared.root}/{file}", b"X")
-    store_remote.create(shared, f"{shared.root}/kind-left/lease.1", b"of a machine that is dead")
-    store_remote.put(shared, tmp_path / "log", f"{shared.root}/kind-left/upload/half")
-    found = {name: (manifest, problems) for name, manifest, problems in store_admin.artifacts(shared)}
+    remote_store.create(shared, f"{shared.root}/kind-left/lease.1", b"of a machine that is dead")
+    remote_store.put(shared, tmp_path / "log", f"{shared.root}/kind-left/upload/half")
+    found = {name: (manifest, problems) for name, manifest, problems in admin.artifacts(shared)}
     assert found.keys() == {good, bad, "kind-left"}
     assert "is not complete" in found["kind-left"][1][0]
     assert found[good][0] is not None
-    assert store_admin.verify(shared, found[good][0]) == []
+    assert admin.verify(shared, found[good][0]) == []
     assert found[bad][0] is not None
-    [wrong] = store_admin.verify(shared, found[bad][0])
+    [wrong] = admin.verify(shared, found[bad][0])
     assert f"{shared.url}/{file}" in wrong
-    with store_lease.lease(shared, "kind-made-now"):
-        removed, kept = store_admin.prune(shared, None)
+    with lease.lease(shared, "kind-made-now"):
+        removed, kept = admin.prune(shared, None)
     assert (sorted(removed), sorted(kept)) == (sorted([bad, "kind-left"]), sorted([good, "kind-made-now"]))
-    assert {name.split("/")[0] for name in store_remote.sizes(shared, shared.root)} == {good}
-    assert store_admin.prune(shared, 0)[0] == [good]
+    assert {name.split("/")[0] for name in remote_store.sizes(shared, shared.root)} == {good}
+    assert admin.prune(shared, 0)[0] == [good]
 
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_a_mount_without_hard_links_will_do(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -489,7 +490,7 @@ def test_a_mount_without_hard_links_will_do(
 
 @pytest.mark.parametrize("shared", ["file"], indirect=True)
 def test_a_mount_that_has_gone_is_not_made_anew(
-    shared: store_remote.Remote, machine: Callable[[str], Path], tmp_path: Path
+    shared: remote_store.Remote, machine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     Path(shared.root).rmdir()
     machine("one")

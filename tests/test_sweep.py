@@ -22,8 +22,9 @@ from pydantic import ValidationError
 from configs.schema import Recipe, Source, Sweep
 from flows.prefetch import prefetch
 from flows.sweep import sweep
-from tasks import summary, track
-from tasks import sweep as pairs
+from tasks.fleet import sweep as pairs
+from tasks.report import formatting
+from tasks.track import task as track
 from tests.hub import Hub
 from tests.models import LOOK
 from tests.results import INT8, NF4, make
@@ -134,7 +135,7 @@ def test_a_sweep_is_a_run_for_each_pair_and_a_leaderboard(
     ]  # fmt: skip
     for metrics in (INT8, NF4):
         for name in ("size_bytes", "perplexity_ratio", "kl_mean", "top1_agreement", "decode_tokens_per_second"):
-            assert summary.cell(name, metrics) in page  # as the card says it
+            assert formatting.cell(name, metrics) in page  # as the card says it
     assert "good\\_one" in page
     kept = {"key": {"any_": [f"{asked.name}-table", f"{asked.name}-leaderboard"]}}
     assert len(prefect.read_artifacts(artifact_filter=ArtifactFilter.model_validate(kept))) == 2
@@ -162,7 +163,7 @@ def test_a_sweep_that_was_killed_goes_on_with_its_runs(
     asked = spec(model)
     sweep_id = prefect.create_flow_run(sweep, parameters={"spec": asked}).id
     program = (
-        "import sys; from uuid import UUID; from configs.schema import Sweep; from tasks import sweep as pairs\n"
+        "import sys; from uuid import UUID; from configs.schema import Sweep; from tasks.fleet import sweep as pairs\n"
         "spec, sweep_id = Sweep.model_validate_json(sys.argv[1]), UUID(sys.argv[2])\n"
         "pairs.wait(pairs.plan(spec, sweep_id), sweep_id, 1)"
     )

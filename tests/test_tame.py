@@ -66,7 +66,7 @@ def test_wrong_arguments_are_refused_in_one_line_with_exit_code_2(
 
 def test_the_cache_is_listed_verified_and_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAME_HOME", str(tmp_path))
-    from tasks import store
+    from tasks.store import artifacts as store
 
     def make(folder: Path) -> store.Made:
         (folder / "a.txt").write_text("content")

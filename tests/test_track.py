@@ -16,14 +16,18 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
-from tasks import evidence, registry, report, summary, track
+from tasks.evaluate import evidence
+from tasks.report import formatting
+from tasks.report import html as report
 from tasks.result import NOT_REACHED, Result
+from tasks.track import registry
+from tasks.track import task as track
 from tests.results import RECIPE, make
 from tests.test_report import Page
 
 EXPERIMENT = "smollm2-135m"
 BEGIN = (
-    "import sys, time; from configs.schema import Recipe; from tasks import track; from tests.results import RECIPE;"
+    "import sys, time; from configs.schema import Recipe; from tasks.track import task as track; from tests.results import RECIPE;"
     "print(track.begin(Recipe.model_validate(RECIPE), {}), flush=True); time.sleep(600)"
 )
 
@@ -85,7 +89,7 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     assert track.log(result, run_id, None, final=True) == run_id
     found = runs("variant") | runs("baseline")
     place = result.variants[0].evidence
-    for measured in summary.rows(result):
+    for measured in formatting.rows(result):
         logged = {
             name: value
             for name, value in found[measured.name].data.metrics.items()
@@ -115,7 +119,7 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     assert [run.info.run_name for run in shown] == ["baseline", "int8", "nf4-dq", "fp4"]
     parent = runs("release")[EXPERIMENT]
     assert (parent.info.run_id, parent.info.status) == (run_id, "FAILED")
-    assert parent.data.tags["headline"] == summary.headline(result)
+    assert parent.data.tags["headline"] == formatting.headline(result)
     written = Path(parent.info.artifact_uri.removeprefix("file://")) / "result.json"
     assert json.loads(written.read_text()) == result.model_dump(mode="json")
 
@@ -331,7 +335,7 @@ def test_a_deleted_run_is_made_again_and_a_deleted_experiment_restored(home: Pat
 
 
 def test_names_that_mlflow_refuses() -> None:
-    from tasks.runs import metric_key
+    from tasks.track.mlflow_runs import metric_key
 
     assert metric_key("task/gsm8k/exact_match,strict-match") == "task/gsm8k/exact_match-strict-match"
     assert metric_key("task/piqa/acc_norm") == "task/piqa/acc_norm"
@@ -340,13 +344,13 @@ def test_names_that_mlflow_refuses() -> None:
 
 def test_one_number_says_the_same_in_five_places(home: Path, result: Result) -> None:
     """In result.json, MLflow, Prefect's table, the report and the card, for every metric and variant."""
-    from tasks import card
-    from tasks.runs import metric_key
+    from tasks.publish import card
+    from tasks.track.mlflow_runs import metric_key
 
     written = json.loads(result.model_dump_json())
     track.log(result, None, None, final=True)
     logged = {name: run.data.metrics for name, run in (runs("variant") | runs("baseline")).items()}
-    table = {row["variant"]: row for row in summary.table(result)}
+    table = {row["variant"]: row for row in formatting.table(result)}
     shown = Page(report.render(result)).cells
     compared = on_cards = 0
     for said in [written["baseline"], *written["variants"]]:
@@ -360,12 +364,12 @@ def test_one_number_says_the_same_in_five_places(home: Path, result: Result) -> 
             assert logged[said["name"]][metric_key(name)] == value
             if name.endswith(("_low", "_high")):
                 continue
-            figure = summary.figure(name, value)
-            assert table[said["name"]][summary.label(name)].split(" (")[0] == figure
+            figure = formatting.figure(name, value)
+            assert table[said["name"]][formatting.label(name)].split(" (")[0] == figure
             assert figure in shown
-            rows = [line for line in lines if line.startswith(f"| {summary.label(name)} |")]
+            rows = [line for line in lines if line.startswith(f"| {formatting.label(name)} |")]
             assert all(f"| {figure} |" in row for row in rows), name
             on_cards += len(rows)
             compared += 1
-    assert compared == sum(len(summary.points([row.metrics])) for row in summary.rows(result)) > 30
+    assert compared == sum(len(formatting.points([row.metrics])) for row in formatting.rows(result)) > 30
     assert on_cards > 20

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from configs.schema import Watch
 from flows.watch import watch
-from tasks.watch import Row, look_at
+from tasks.fleet.watch import Row, look_at
 from tests.hub import Hub
 from tests.models import LOOK, weights
 

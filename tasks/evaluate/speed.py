@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 
 from configs.schema import Samples, Speed
-from tasks.evaluate.load import Loaded, synchronize
-from tasks.progress import Progress, silent
+from tasks.evaluate.model import Loaded, synchronize
+from tasks.runtime.progress import Progress, silent
 
 RESULT = "result.json"
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, line
 from configs.schema import TextSource
-from tasks import store
+from tasks.store import artifacts as store
 
 ROW_SEPARATOR = "\n\n"  # how the papers that report WikiText perplexity join its rows
 COMMIT = re.compile(r"[0-9a-f]{40}")

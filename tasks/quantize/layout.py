@@ -14,10 +14,10 @@ import torch
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Variant
-from tasks.quantize import fourbit, int8
-from tasks.quantize.model import left_out, skeleton
-from tasks.quantize.output import NAMES
-from tasks.quantize.source import Stored
+from tasks.download.checkpoint import Stored
+from tasks.quantize.methods import bitsandbytes_4bit, bitsandbytes_8bit
+from tasks.quantize.shards import NAMES
+from tasks.quantize.skeleton import left_out, skeleton
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -82,7 +82,7 @@ class Layout:
 
 def method_of(variant: Variant) -> ModuleType:
     """The module that knows the variant's format."""
-    return int8 if variant.method == "int8" else fourbit
+    return bitsandbytes_8bit if variant.method == "int8" else bitsandbytes_4bit
 
 
 def lay_out(

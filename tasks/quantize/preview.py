@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
-from tasks.quantize.source import INDEX, WEIGHTS, read_tensors
+from tasks.download.checkpoint import INDEX, WEIGHTS, read_tensors
 
 
 def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:

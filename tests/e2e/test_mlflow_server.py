@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Recipe
-from tasks import summary, track
+from tasks.report import formatting
 from tasks.result import NOT_REACHED, Result
+from tasks.track import task as track
 from tests.results import RECIPE, make
 
 pytestmark = pytest.mark.e2e
@@ -113,7 +114,7 @@ def test_a_server_stopped_in_the_middle_misses_nothing_once_it_is_back(
         )
     }
     assert set(logged) == {"baseline", "int8", "nf4-dq", "fp4"}
-    for measured in summary.rows(whole):
+    for measured in formatting.rows(whole):
         metrics = {
             name: value
             for name, value in logged[measured.name].data.metrics.items()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks import report
+from tasks.report import html as report
 from tests.e2e.browser import Browser, executable
 from tests.results import make
 

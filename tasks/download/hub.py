@@ -1,0 +1,284 @@
+"""What tame asks of the Hugging Face Hub when it reads, and what can be said when the Hub says no.
+
+Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean there.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import BadInputError, TameError
+from tasks.runtime.progress import Progress
+from tasks.store import artifacts as store
+
+REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+class UnreachableError(TameError):
+    """The Hub does not answer, or not now."""
+
+
+class BusyError(UnreachableError):
+    """The Hub answers that it cannot answer now: 429 or 5xx."""
+
+
+class CorruptedError(TameError):
+    """What arrived is not what the Hub says it has."""
+
+
+class RepoInfo(BaseModel):
+    """A model repo at one commit: size of each file, sha256 of the large ones, licence and gating from its card."""
+
+    model_config = ConfigDict(frozen=True)
+
+    commit: str
+    files: dict[str, int]
+    sha256: dict[str, str]
+    licence: str | None
+    gated: bool
+    card: dict[str, Any] = {}
+    """What of its card's front matter a card of a model made from it inherits."""
+    modified: datetime | None = None
+    """When the commit was made."""
+
+
+class CachedRepo(BaseModel):
+    """A commit of a repo in the Hub client's cache, and the names of the files that are there."""
+
+    model_config = ConfigDict(frozen=True)
+
+    commit: str
+    folder: Path
+    names: list[str]
+
+
+def passes(_task: Any, _run: Any, state: Any) -> bool:
+    """Prefect's `retry_condition_fn`: whether a failed task may do better if it is tried again."""
+    try:
+        state.result()
+    except BaseException as error:
+        return isinstance(error, UnreachableError | CorruptedError)
+    return False
+
+
+def endpoint() -> str:
+    """The Hub's address."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> RepoInfo:
+    """One request for all that is known of `repo` at `revision`; made again after `pauses` seconds while the Hub is busy."""
+    from huggingface_hub import HfApi
+
+    try:
+        with explained(repo, revision):
+            info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
+    except BusyError:
+        if not pauses:
+            raise
+        time.sleep(pauses[0])
+        return model_info(repo, revision, pauses[1:])
+    siblings = info.siblings or []
+    card: Any = info.card_data or {}
+    licence = card.get("license") if hasattr(card, "get") else None
+    found = RepoInfo(
+        commit=str(info.sha),
+        files={sibling.rfilename: sibling.size or 0 for sibling in siblings},
+        sha256={s.rfilename: s.lfs.sha256 for s in siblings if s.lfs is not None and s.lfs.sha256},
+        licence=licence if isinstance(licence, str) else None,
+        card={key: card.get(key) for key in INHERITED if hasattr(card, "get") and card.get(key)},
+        gated=bool(info.gated),
+        modified=info.last_modified,
+    )
+    if remembered(repo, found.commit) is None:
+        place = _memory(repo, found.commit)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = place.with_name(f".{place.name}.{os.getpid()}")
+        beside.write_text(found.model_dump_json())
+        beside.replace(place)
+    return found
+
+
+def list_models(owner: str) -> dict[str, tuple[str, datetime | None]]:
+    """The commit of each model repo of `owner` that the token may see, and when it was made: a request for some hundreds."""
+    from huggingface_hub import HfApi
+
+    with explained(owner, "main"):
+        found = list(HfApi(endpoint=endpoint()).list_models(author=owner, expand=["sha", "lastModified"]))
+    return {info.id: (str(info.sha), info.last_modified) for info in found}
+
+
+def remembered(repo: str, commit: str) -> RepoInfo | None:
+    """What `model_info` said of `commit` when it was last asked: licence and card are in no downloaded file."""
+    try:
+        return RepoInfo.model_validate_json(_memory(repo, commit).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(repo: str, commit: str) -> Path:
+    return store.home() / "hub" / repo.replace("/", "--") / f"{commit}.json"
+
+
+def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Small JSON files of a repo, through the Hub client's cache."""
+    read: dict[str, dict[str, Any]] = {}
+    for name in names:
+        path = fetch_files(repo, commit, [name]) / name
+        try:
+            read[name] = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise BadInputError(f"{repo}: {name} is not JSON ({error}); the repo is damaged") from None
+    return read
+
+
+def fetch_files(repo: str, commit: str, names: list[str]) -> Path:
+    """Small files of a repo, through the Hub client's cache; the folder that they are in."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path()
+    with explained(repo, commit), _quiet():
+        for name in names:
+            path = Path(hf_hub_download(repo, name, revision=commit, endpoint=endpoint()))
+            folder = path.parents[name.count("/")]
+    return folder
+
+
+def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, progress: Progress) -> Path:
+    """Download `names` into the Hub client's cache, resuming what is there, and return the folder of `commit`.
+
+    Asked for by `revision`, so that the client remembers which commit that was when the Hub cannot be reached.
+
+    Raises:
+        UnreachableError: `revision` is no longer `commit`.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    what = f"download {repo}"
+
+    class Bar(tqdm):
+        """Tells `progress` what the Hub client tells its own bar."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+            self.seen = 0.0
+
+        def update(self, n: float | None = 1) -> None:
+            self.seen += n or 0
+            if self.counts_bytes:
+                progress(what, min(int(self.seen), size - 1), size)
+
+    with explained(repo, commit), _quiet():
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=names, tqdm_class=Bar, max_workers=4, endpoint=endpoint()
+        )
+    progress(what, size, size)
+    if Path(folder).name != commit:
+        raise UnreachableError(f"{repo}: {revision} moved to {Path(folder).name[:12]} during the download; run again")
+    return Path(folder)
+
+
+def cache_folder() -> Path:
+    """Where the Hub client keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached_commit(repo: str, revision: str) -> CachedRepo | None:
+    """The commit that `revision` was when it was last seen, if its folder is in the cache."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    base = cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
+    ref = base / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    folder = base / "snapshots" / commit
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not folder.is_dir():
+        return None
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return CachedRepo(commit=commit, folder=folder, names=sorted(names))
+
+
+@contextmanager
+def explained(repo: str, revision: str) -> Iterator[None]:
+    """Turn what the Hub client raises into one sentence that says what to do.
+
+    Raises:
+        BadInputError: gated, missing or private repo, unknown revision, bad token.
+        UnreachableError: no connection, 429, 5xx.
+    """
+    import httpx2
+    from huggingface_hub import errors
+
+    page = f"{endpoint()}/{repo}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise BadInputError(
+            f"{repo} is gated: ask for access on {page}, then set HF_TOKEN to a token of that account (or run `hf auth login`)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise BadInputError(
+            f"{repo} has no revision {revision!r}; see {page}/tree/main for its branches and tags"
+        ) from None
+    except errors.RepositoryNotFoundError as error:
+        if (code := _status(error)) == 401 and os.environ.get("HF_TOKEN"):
+            raise BadInputError(
+                f"{repo}: the Hub does not accept the token in HF_TOKEN ({code}), or there is no such repo; see {page}"
+            ) from None
+        raise BadInputError(
+            f"{repo} does not exist on {endpoint()}, or is private: check the name, or set HF_TOKEN to a token that may read it"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = _status(error)
+        if code in (401, 403):
+            raise BadInputError(
+                f"{repo}: the Hub refuses ({code}); set HF_TOKEN to a token that may read {page}"
+            ) from None
+        if code == 429 or (code or 500) >= 500:
+            raise BusyError(f"the Hub at {endpoint()} answers {code}") from None
+        raise TameError(f"{repo}: the Hub answers {code} for {page}") from None
+    except errors.LocalEntryNotFoundError:
+        raise UnreachableError(f"the Hub at {endpoint()} cannot be reached") from None
+    except (errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError, TimeoutError) as error:
+        why = (
+            "is not asked (HF_HUB_OFFLINE is set)"
+            if isinstance(error, errors.OfflineModeIsEnabled)
+            else "cannot be reached"
+        )
+        raise UnreachableError(f"the Hub at {endpoint()} {why}") from None
+    except errors.HFValidationError:
+        raise BadInputError(f"{repo!r} is not a legal Hub repo id; expected owner/name") from None
+    except httpx2.HTTPError as error:
+        raise UnreachableError(f"the Hub at {endpoint()}: {type(error).__name__}") from None
+
+
+def _status(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()

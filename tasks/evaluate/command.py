@@ -1,0 +1,34 @@
+"""One model measured outside of a release: `tame evaluate`."""
+
+from pathlib import Path
+
+from configs.schema import Evaluate, Source
+from tasks.download.task import download, look, tokenizer_folder
+from tasks.evaluate.lm_eval_index import check_tasks
+from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.evaluate.text import check_text, load_text
+from tasks.result import Measured, measured, sizes_of
+
+
+def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, device: str) -> Measured:
+    """Measure `model`, compared with `baseline` if there is one. Either may be quantized.
+
+    Raises:
+        BadInputError: a model, text or task that cannot be measured, found before any work; another vocabulary.
+        TameError: as `tasks.evaluate.task.evaluate_baseline`.
+    """
+    text = load_text(spec.text)
+    for source in [model, *([baseline] if baseline else [])]:
+        if folder := tokenizer_folder(source, look(source, quantized=True)):
+            check_text(text, spec.window, folder)
+    check_tasks(spec.tasks, spec.task_path)
+    snapshot = download(model, quantized=True)
+    sizes = sizes_of(Path(snapshot.path), list(snapshot.files))
+    if baseline is None:
+        return measured(evaluate_baseline(snapshot, spec, device=device), sizes).model_copy(
+            update={"name": snapshot.name}
+        )
+    base = download(baseline, quantized=True)
+    against = evaluate_baseline(base, spec, device=device)
+    evaluation = evaluate_variant(snapshot.path, snapshot.digest, snapshot.name, against, base, spec, device=device)
+    return measured(evaluation, sizes)

@@ -1,0 +1,202 @@
+"""Which lm-evaluation-harness tasks there are, where they are defined, and what decides their results.
+
+Reading the 14,000 definitions that lm-evaluation-harness brings takes it 11 s; their names and places are kept in the store.
+"""
+
+import difflib
+import json
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Evaluate
+from tasks.evaluate.text import dataset_commit
+from tasks.runtime.child_process import isolated
+from tasks.store import artifacts as store
+from tasks.store.digests import sha256_file, sha256_files
+
+BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas", "webdataset", "imagefolder", "audiofolder", "xml")
+STAGE = 2
+
+
+class Definition(BaseModel):
+    """A task, group or tag: the folder that defines it, what it consists of, or where its data is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    """The folder to hand to lm-evaluation-harness."""
+    children: list[str] = []
+    dataset: str | None = None
+    revision: str | None = None
+    files: list[str] = []
+    """Local files or folders that hold its data."""
+
+
+class TaskWork(BaseModel):
+    """Which tasks to run, and the folders that define them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    names: list[str]
+    include: list[str]
+
+
+def check_tasks(tasks: list[str], task_path: str | None) -> None:
+    """See that every task exists.
+
+    Raises:
+        BadInputError: an unknown task, with the nearest names, or a task_path that is not a folder with tasks.
+    """
+    find_tasks(tasks, task_path)
+
+
+def find_tasks(tasks: list[str], task_path: str | None) -> dict[str, Definition]:
+    """The definitions of `tasks` and of all that they consist of, by name. Tasks of one's own come first.
+
+    Raises:
+        BadInputError: as `check_tasks`.
+    """
+    if not tasks:
+        return {}
+    known: dict[str, Definition] = {}
+    if task_path is not None:
+        folder = Path(task_path).expanduser().absolute()
+        if not folder.is_dir():
+            raise BadInputError(
+                f"evaluate.task_path {task_path}: not a folder; give one with lm-evaluation-harness YAML files"
+            )
+        known = _index(folder, {"files": _digests(folder)})
+    if not _closed(tasks, known):
+        known = {**_index(None, {"lm_eval": version("lm_eval")}), **known}
+    for name in tasks:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; see lm_eval's list of tasks"
+            raise BadInputError(f"evaluate.tasks {name}: lm-evaluation-harness has no such task{hint}")
+    return {name: known[name] for name in _all(tasks, known) if name in known}
+
+
+def work_of(tasks: list[str], found: dict[str, Definition]) -> TaskWork:
+    """What a process needs to run `tasks`."""
+    return TaskWork(names=tasks, include=sorted({definition.folder for definition in found.values()}))
+
+
+def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, Any]:
+    """What decides the tasks' results besides the model: definitions, data, limits, versions.
+
+    Raises:
+        TameError: the data of a task cannot be reached.
+    """
+    own = {} if spec.task_path is None else _digests(Path(spec.task_path).expanduser().absolute())
+    data: dict[str, str] = {}
+    for name, definition in found.items():
+        try:
+            for number, file in enumerate(map(Path, definition.files)):  # by number: paths differ between machines
+                data[f"{name} {number}"] = store.digest_of(_digests(file)) if file.is_dir() else sha256_file(file)
+            if definition.dataset and definition.dataset not in data:
+                data[definition.dataset] = dataset_commit(definition.dataset, definition.revision or "main")
+        except OSError as error:
+            raise BadInputError(
+                f"evaluate.tasks {name}: its data {error.filename}: {error.strerror}; put it there"
+            ) from None
+        except TameError as error:
+            raise type(error)(f"evaluate.tasks {name}: {error}") from None
+    return {
+        "tasks": spec.tasks,
+        "limit": spec.task_limit,
+        "fewshot": spec.task_fewshot,
+        "batch_size": spec.batch_size,
+        "definitions": own,
+        "data": data,
+        "lm_eval": version("lm_eval"),
+        "datasets": version("datasets"),
+    }
+
+
+def _closed(tasks: list[str], known: dict[str, Definition]) -> bool:
+    return set(_all(tasks, known)) <= known.keys()
+
+
+def _all(tasks: list[str], known: dict[str, Definition]) -> list[str]:
+    seen: list[str] = []
+    waiting = list(tasks)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.append(name)
+            waiting += known[name].children if name in known else []
+    return sorted(seen)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+    return sha256_files(folder, names)
+
+
+def _index(folder: Path | None, inputs: dict[str, Any]) -> dict[str, Definition]:
+    where = {} if folder is None else {"folder": str(folder)}
+
+    def make(target: Path) -> store.Made:
+        what = "task definitions"
+        (target / "index.json").write_text(
+            json.dumps(isolated(what, read_index, None if folder is None else str(folder)))
+        )
+        return store.Made()
+
+    artifact, _ = store.build("tasks-index", {**inputs, **where, "stage": STAGE}, make, shared=False)
+    content = json.loads((Path(artifact.path) / "index.json").read_bytes())
+    base = str(folder) if folder else str(Path(str(find_spec("lm_eval").origin)).parent / "tasks")  # type: ignore[union-attr]
+    return {
+        name: Definition.model_validate({**entry, "folder": str(Path(base) / entry["folder"])})
+        for name, entry in content.items()
+    }
+
+
+def read_index(folder: str | None) -> dict[str, dict[str, Any]]:
+    """All definitions in `folder`, or those of lm-evaluation-harness: their fields, by name; folders relative to it."""
+    import logging
+
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    import lm_eval.tasks
+
+    base = Path(folder) if folder else Path(lm_eval.tasks.__file__).parent
+    index = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=folder is None).task_index
+    return {name: _definition(entry, base, own=folder is not None) for name, entry in index.items()}
+
+
+def _definition(entry: Any, base: Path, own: bool) -> dict[str, Any]:
+    config = entry.cfg or {}
+    top = "." if own or entry.yaml_path is None else entry.yaml_path.relative_to(base).parts[0]
+    if entry.kind.name == "TAG":
+        return {"folder": ".", "children": sorted(entry.tags)}
+    if entry.kind.name == "GROUP":
+        children = config.get("task") or []
+        children = [children] if isinstance(children, str) else children
+        names = [child if isinstance(child, str) else child.get("task") or child.get("group") for child in children]
+        return {"folder": top, "children": [name for name in names if isinstance(name, str)]}
+    kwargs = config.get("dataset_kwargs") or {}
+    dataset = config.get("dataset_path")
+    files = kwargs.get("data_files") or []
+    files = [
+        name
+        for value in (files.values() if isinstance(files, dict) else [files])
+        for name in ([value] if isinstance(value, str) else value)
+    ]
+    if isinstance(dataset, str) and dataset not in BUILDERS and Path(dataset).exists():
+        files, dataset = [*files, dataset], None
+    remote = isinstance(dataset, str) and dataset not in BUILDERS
+    return {
+        "folder": top,
+        "dataset": dataset if remote else None,
+        "revision": kwargs.get("revision") if remote else None,
+        "files": [] if remote else [name for name in files if isinstance(name, str) and "://" not in name],
+    }

@@ -1,0 +1,341 @@
+"""A checkpoint, loaded as its users will load it, and what measuring it needs: its body, its head, its memory."""
+
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from configs.errors import BadInputError, TameError, line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+log = logging.getLogger("tame.evaluate")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode. `weights` says how its layers compute, for the protocol."""
+
+    model: Any
+    tokenizer: Any
+    device: str
+    """Where inputs go."""
+    dtype: str
+    weights: str
+    seconds: float
+    """What loading took, imports excluded; the files were in the page cache, or not, as it happened."""
+    notes: list[str] = field(default_factory=list)
+
+
+def quiet() -> None:
+    """Let libraries say nothing that a user can do nothing about."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    for name in (
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "lm_eval",
+        "lm-eval",
+        "huggingface_hub",
+        "filelock",
+        "kernels",
+    ):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
+    """Load the checkpoint in `path` through transformers, in the dtype it was saved in.
+
+    A model that does not fit on the GPU is spread over all of them (device_map="auto").
+
+    Raises:
+        BadInputError: not a causal language model, or without a tokenizer.
+        TameError: the checkpoint does not load, or there is no memory for it.
+    """
+    quiet()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise TameError(f"{path}: config.json is not one that transformers can load ({line(error)})") from None
+    notes = _check_kind(config, path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise BadInputError(
+            f"{path}: no tokenizer that loads ({line(error)}); add the model's tokenizer files"
+        ) from None
+    quantized = getattr(config, "quantization_config", None) is not None
+    _import_modelling(config, quantized)
+    spread = _spread(path, device)
+    started = time.perf_counter()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype="auto",
+            device_map=spread,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        model.eval()
+        synchronize(device)
+    except Exception as error:
+        if out_of_memory(error):
+            raise TameError(
+                f"{path}: no memory to load it on {device} ({line(error)}); free some, or use a larger device"
+            ) from None
+        raise TameError(f"{path}: the checkpoint does not load ({type(error).__name__}: {line(error)})") from None
+    seconds = time.perf_counter() - started
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers would draw them at random, and say no more than a warning
+        raise TameError(f"{path}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all); make it again")
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        device=str(model.device) if spread == "auto" else device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights="as stored" if quantized else "not quantized",
+        seconds=seconds,
+        notes=notes,
+    )
+
+
+def _check_kind(config: Any, path: Path) -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInputError(
+            f"{path}: {kind} is an encoder-decoder, and perplexity over a text has no meaning for it; tame measures "
+            "decoder-only language models"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise BadInputError(
+            f"{path}: {kind} is not a causal language model that transformers knows; tame cannot measure it"
+        )
+    if config.get_text_config() is not config:
+        return [f"{kind} takes more than text; only its language model was measured"]
+    return []
+
+
+def _import_modelling(config: Any, quantized: bool) -> None:
+    """Import before the clock starts: loading is timed, Python's imports are not."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        AutoModelForCausalLM._model_mapping[type(config)]
+    if quantized:
+        import bitsandbytes  # noqa: F401
+
+
+def _spread(path: Path, device: str) -> Any:
+    if not device.startswith("cuda"):
+        return {"": device}
+    import torch
+
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info(device)
+    if size * 1.1 < free:
+        return {"": device}
+    log.info(
+        "%s: %.1f GB of weights do not fit in the %.1f GB free on %s; spreading over all devices",
+        path,
+        size / 1e9,
+        free / 1e9,
+        device,
+    )
+    return "auto"
+
+
+def dequantize(loaded: Loaded) -> None:
+    """Replace 4-bit layers by plain ones with the same weights, once, where memory allows.
+
+    A 4-bit layer is a weight-only format: it dequantizes to its compute dtype and multiplies. Doing that once instead of in
+    every forward gives the same arithmetic several times faster. `loaded.weights` says where it is not quite the same.
+    int8 layers quantize activations too and stay as they are.
+    """
+    import torch
+
+    if "bitsandbytes" not in sys.modules:
+        return
+    import bitsandbytes as bnb
+
+    model, dtype = loaded.model, loaded.model.dtype
+    from tasks.evaluate.cpu_float32 import slow
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    if not layers or len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        return
+    needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
+    if needed > 0.6 * free_memory(loaded.device):
+        loaded.notes.append("the 4-bit layers were measured as stored: there was no memory to dequantize them once")
+        return
+    computes = {layer.compute_dtype or dtype for layer in layers.values()}
+    if not computes <= {dtype, torch.float32}:
+        return
+    for name, layer in layers.items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+        del layer.weight
+    short = str(dtype).removeprefix("torch.")
+    loaded.weights = f"4-bit weights dequantized once to {short}"
+    if computes != {dtype} and not slow(next(model.parameters())):
+        loaded.weights += (
+            f" and multiplied in it (stored, they are multiplied in float32, or on CPUs with AVX512-BF16 in {short} with "
+            "rounded scales)"
+        )
+
+
+def repacked(loaded: Loaded) -> bool:
+    """Whether a forward has changed the stored 4-bit weights, as bitsandbytes does on CPUs with AVX512-BF16."""
+    states = (getattr(p, "quant_state", None) for p in loaded.model.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+@dataclass
+class Head:
+    """From final hidden states to logits, as the model does it."""
+
+    weight: "torch.Tensor"
+    """[vocabulary, width], the dtype of the model."""
+    bias: "torch.Tensor | None"
+    scale: float
+    softcap: float | None
+
+    def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Logits [rows, vocabulary] of `hidden` [rows, width], in the dtype of the model."""
+        import torch
+
+        weight, bias = self.factors
+        logits = torch.nn.functional.linear(hidden.to(weight.device, weight.dtype), weight, bias).to(self.weight.dtype)
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @functools.cached_property
+    def factors(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Weight and bias as they are multiplied: in float32 where that is the same arithmetic, and quicker."""
+        from tasks.evaluate.cpu_float32 import slow
+
+        if slow(self.weight) and self.weight.numel() * 4 < 0.3 * free_memory("cpu"):
+            return self.weight.float(), None if self.bias is None else self.bias.float()
+        return self.weight, self.bias
+
+
+def head_of(model: Any) -> Head | None:
+    """The model's output head, or None where it is not a plain linear layer.
+
+    Scales and softcaps are those of the Cohere (logit_scale), Granite (logits_scaling), Falcon-H1 (lm_head_multiplier) and
+    Gemma (final_logit_softcapping) architectures; whoever uses the head compares it with the model's own logits once.
+    """
+    import torch
+
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear) or layer.weight.dtype not in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ):
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def body_of(model: Any) -> "Iterator[Callable[[torch.Tensor], torch.Tensor]]":
+    """A function from token ids [batch, tokens] to the final hidden states [batch, tokens, width] that the head sees.
+
+    It runs the model itself, its head put aside: whatever an architecture does between body and head is in it.
+    """
+    import torch
+
+    class Keep(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            self.hidden = hidden
+            return hidden[..., :1]
+
+    head, keep = model.get_output_embeddings(), Keep()
+    name = next(name for name, module in model.named_modules() if module is head)
+
+    def body(ids: torch.Tensor) -> torch.Tensor:
+        model(input_ids=ids, use_cache=False)
+        hidden = keep.hidden
+        del keep.hidden
+        return hidden
+
+    model.set_submodule(name, keep)
+    try:
+        yield body
+    finally:
+        model.set_submodule(name, head)
+
+
+def reuse_memory() -> None:
+    """Let glibc keep freed blocks of some megabytes, which it would else return and have zeroed at every operation."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024 * 1024)
+        libc.mallopt(M_TRIM_THRESHOLD, 1024 * 1024 * 1024)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on `device`."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available)
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """Canonical JSON of the tokenizer's vocabulary: two that are equal turn a text into the same ids."""
+    return json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))

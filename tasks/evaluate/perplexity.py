@@ -1,0 +1,210 @@
+"""Perplexity of a text, and the divergence from the baseline at every position of it.
+
+The baseline leaves its final hidden states, from which the output head makes the same logits again: for Qwen3-1.7B
+1.2 GB for 300,000 tokens, where the logits would be 91 GB.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import BadInputError, TameError
+from tasks.evaluate.model import Head, Loaded, body_of, head_of, load, vocabulary
+from tasks.evaluate.scoring import Array, Kept, Positions, Reference, backing_off, score
+from tasks.runtime.progress import Progress, silent
+
+log = logging.getLogger("tame.evaluate")
+
+HIDDEN_LIMIT = 16e9  # bytes that a baseline may keep
+CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer makes of prose
+FLOOR_TOKENS = 4096  # how much of the text the noise floor is measured on
+HIDDEN, REFERENCE, WINDOWS = "hidden.bin", "reference.npz", "windows.npz"
+TOKENS, RESULT = "tokens.npy", "result.json"
+
+
+def score_baseline(
+    loaded: Loaded,
+    text: str,
+    window: int,
+    max_tokens: int | None,
+    batch_size: int,
+    folder: Path,
+    progress: Progress = silent,
+) -> None:
+    """Score `text` with a baseline, and leave in `folder` what variants are compared with.
+
+    Writes tokens.npy (int32 [windows, window]), hidden.bin (final hidden states [windows, window − 1, width], the model's
+    dtype), windows.npz (`Positions`) and, last, result.json.
+
+    Raises:
+        BadInputError: less than one window of text, or a text whose hidden states would not fit.
+        TameError: logits that are not finite, or no memory for one window.
+    """
+    positions_known = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions_known and window > positions_known:  # of a .gguf, it is not known before
+        raise BadInputError(f"evaluate.window {window}: the model takes {positions_known} tokens at most; lower it")
+    tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
+    np.save(folder / TOKENS, tokens)
+    head, notes = _checked_head(loaded, tokens), list(loaded.notes)
+    size = tokens.shape[0] * (window - 1) * head.weight.shape[1] * head.weight.element_size()
+    if size > HIDDEN_LIMIT:
+        raise BadInputError(
+            f"evaluate.max_tokens {tokens.size}: the baseline's hidden states would take {size / 1e9:.0f} GB, more than "
+            f"{HIDDEN_LIMIT / 1e9:.0f} GB; lower it to {int(tokens.size * HIDDEN_LIMIT / size)}"
+        )
+    log.info("the baseline keeps its final hidden states for %d tokens: %.2f GB", tokens.size, size / 1e9)
+
+    def run(batch: int) -> Positions:
+        with (folder / HIDDEN).open("wb") as file:
+            return score(loaded, head, tokens, batch, None, progress, Kept(file))
+
+    positions, batch = backing_off(run, batch_size, len(tokens), window)
+    np.savez(folder / REFERENCE, log_sum=positions.log_sum, top=positions.top)
+    few = tokens[: max(1, FLOOR_TOKENS // window)]
+    reference = Reference(folder / HIDDEN, head, positions.log_sum, positions.top, head.weight.shape[1])
+    other = 1 if batch > 1 else 2
+    again = score(loaded, head, np.repeat(few, other, 0), other, reference, silent, repeat=other)
+    _write(
+        folder,
+        positions,
+        {
+            "protocol": _protocol(loaded, tokens, window, batch),
+            "notes": notes,
+            "floor": {
+                "kl_mean": float(again.kl.mean()),
+                "top1_agreement": float(again.agree.mean()),
+                "batch_size": other,
+            },
+            "head": _digest(head),
+            "width": head.weight.shape[1],
+            "vocabulary": hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest(),
+        },
+    )
+
+
+def score_variant(
+    loaded: Loaded, baseline: Path, baseline_model: Path, batch_size: int, folder: Path, progress: Progress = silent
+) -> None:
+    """Score the baseline's tokens with a variant, and compare both at every position.
+
+    Args:
+        loaded: The variant.
+        baseline: The folder that `score_baseline` filled.
+        baseline_model: The baseline's checkpoint, read only where the variant's head is another one.
+        batch_size: Windows in a batch.
+        folder: Gets windows.npz and result.json.
+        progress: Told windows.
+
+    Raises:
+        BadInputError: the two do not share a vocabulary.
+        TameError: logits that are not finite, or no memory for one window.
+    """
+    tokens = np.load(baseline / TOKENS)
+    known = json.loads((baseline / RESULT).read_bytes())
+    head = _checked_head(loaded, tokens)
+    theirs = _same_vocabulary(loaded, head, known, baseline_model)
+    kept = np.load(baseline / REFERENCE)
+
+    def run(batch: int) -> Positions:
+        reference = Reference(baseline / HIDDEN, theirs, kept["log_sum"], kept["top"], known["width"])
+        return score(loaded, head, tokens, batch, reference, progress)
+
+    positions, batch = backing_off(run, batch_size, tokens.shape[0], tokens.shape[1])
+    _write(folder, positions, {"protocol": _protocol(loaded, tokens, tokens.shape[1], batch), "notes": loaded.notes})
+
+
+def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
+    """Token ids of `text`, special tokens as the tokenizer adds them by itself, the first `limit` of them.
+
+    Of a long text only a start that certainly holds `limit` tokens is tokenized: characters are cut far behind the last
+    token that is used, so that the cut does not change it.
+    """
+    if limit is not None and len(text) > limit * CHARACTERS_PER_TOKEN:
+        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN])["input_ids"]
+        if len(ids) > limit + 1000:
+            return list(ids[:limit])
+    return list(tokenizer(text)["input_ids"][:limit])
+
+
+def _windows(ids: list[int], window: int) -> Array:
+    count = len(ids) // window
+    if count == 0:
+        raise BadInputError(
+            f"evaluate.text: {len(ids)} tokens, less than one window of {window}; give more text or a smaller window"
+        )
+    return np.array(ids[: count * window], np.int32).reshape(count, window)
+
+
+def _checked_head(loaded: Loaded, tokens: Array) -> Head:
+    """The head, once it has made the model's own logits again on the first tokens."""
+    import torch
+
+    head = head_of(loaded.model)
+    if head is not None:
+        ids = torch.from_numpy(tokens[:1, :16]).long().to(loaded.device)
+        with torch.inference_mode():
+            own = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+            with body_of(loaded.model) as body:
+                again = head(body(ids)[0]).float()
+        tolerance = 1e-4 if loaded.dtype == "float32" else 0.02
+        finite = own.isfinite().all()
+        if not finite or torch.allclose(
+            own, again.to(own.device), rtol=tolerance, atol=tolerance * float(own.abs().max())
+        ):
+            return head
+    raise TameError(
+        f"{loaded.model.config.model_type}: its output head is not one that tame can repeat from hidden states; tame cannot "
+        "measure this architecture"
+    )
+
+
+def _same_vocabulary(loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path) -> Head:
+    """The baseline's head: the variant's own where they are equal, as bitsandbytes leaves it, else read again."""
+    digest = hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest()
+    rows = known["head"]["vocabulary"]
+    if digest != known["vocabulary"] or head.weight.shape[0] != rows:
+        raise BadInputError(
+            f"the baseline {baseline_model} has another vocabulary ({rows} logits, the model has {head.weight.shape[0]}); "
+            "compare a model with the one it was made from"
+        )
+    if _digest(head) == known["head"]:
+        return head
+    loaded.notes.append("its output head differs from the baseline's")
+    theirs = head_of(load(baseline_model, "cpu").model)
+    assert theirs is not None
+    theirs.weight = theirs.weight.detach().to(loaded.device)
+    theirs.bias = None if theirs.bias is None else theirs.bias.detach().to(loaded.device)
+    return theirs
+
+
+def _digest(head: Head) -> dict[str, Any]:
+    import torch
+
+    digest = hashlib.sha256()
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return {"sha256": digest.hexdigest(), "vocabulary": head.weight.shape[0], "scale": head.scale, "softcap": head.softcap,
+            "dtype": str(head.weight.dtype)}  # fmt: skip
+
+
+def _protocol(loaded: Loaded, tokens: Array, window: int, batch: int) -> dict[str, Any]:
+    special = sorted(set(loaded.tokenizer.all_special_ids) & set(tokens[0, :1].tolist()))
+    return {
+        "windows": tokens.shape[0],
+        "window": window,
+        "tokens_scored": tokens.shape[0] * (window - 1),
+        "special_tokens": f"{loaded.tokenizer.decode(special)} once, before the text" if special else "none",
+        "batch_size": batch,
+        "dtype": loaded.dtype,
+        "weights": loaded.weights,
+    }
+
+
+def _write(folder: Path, positions: Positions, result: dict[str, Any]) -> None:
+    np.savez(folder / WINDOWS, loss=positions.loss, kl=positions.kl, agree=positions.agree)
+    (folder / RESULT).write_text(json.dumps(result, indent=1))

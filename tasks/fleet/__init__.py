@@ -1,0 +1,1 @@
+"""Many releases on many machines."""

@@ -1,0 +1,1 @@
+"""From a checkpoint and its card to the Hub or a folder, verified."""

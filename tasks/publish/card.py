@@ -1,0 +1,258 @@
+"""The model card and the other files published beside the weights, made from a result and nothing else.
+
+Equal results make equal bytes. Front matter follows the Hub's model card metadata
+(https://huggingface.co/docs/hub/model-cards), `.eval_results/*.yaml` its evaluation results
+(https://huggingface.co/docs/hub/eval-results). Figures in tables are rounded by `tasks.report.formatting.figure`; tame.json and the
+front matter have them unrounded.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from configs.errors import TameError
+from configs.schema import Variant
+from tasks.publish import provenance
+from tasks.publish.card_metadata import DERIVED, HUB, eval_results, front_matter, tags, text_name, with_front_matter
+from tasks.report.formatting import figure, label, points, span
+from tasks.result import Result, ResultVariant
+
+METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
+
+
+def release_files(result: Result, label: str, repos: dict[str, str] | None = None) -> dict[str, bytes]:
+    """README.md, tame.json and .eval_results/*.yaml of the variant `label`, by name.
+
+    `repos` says where each variant goes, by its label; without it the recipe's template is filled in.
+
+    Raises:
+        TameError: a number that is not finite.
+    """
+    variant = next(found for found in result.variants if found.name == label)
+    for name, value in variant.metrics.items():
+        if not math.isfinite(value):
+            raise TameError(f"{label}: {name} is {value}, so it is not published; see the report, and set a gate")
+    repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
+    documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant)}
+    return {**documents, provenance.NAME: _provenance(result, variant, documents)}
+
+
+def _provenance(result: Result, variant: ResultVariant, documents: dict[str, bytes]) -> bytes:
+    """tame.json of `variant`; `documents` are the other files."""
+    artifact = variant.artifact
+    content = {
+        "format": 1,
+        "source": {**result.source.model_dump(exclude={"card"}), "model": provenance.base_name(result.source.model)},
+        "variant": {"name": variant.name, "spec": variant.spec},
+        "artifact": artifact.model_dump(include={"digest", "bytes", "files"}) if artifact else None,
+        "metrics": provenance.lasting(variant.metrics),
+        "baseline": provenance.lasting(result.baseline.metrics) if result.baseline else None,
+        "protocol": variant.protocol,
+        "gate": variant.gate.model_dump() if variant.gate else None,
+        "notes": variant.notes,
+        "left": variant.left,
+        "recipe": provenance.without_paths(result.recipe),
+        "versions": result.versions,
+        "documents": {name: hashlib.sha256(text).hexdigest() for name, text in sorted(documents.items())},
+        "run": {
+            "hardware": result.hardware,
+            "metrics": provenance.passing(variant.metrics),
+            "baseline": provenance.passing(result.baseline.metrics) if result.baseline else None,
+            "prefect": result.prefect_run,
+            "mlflow": result.mlflow_run,
+        },
+    }
+    return provenance.dump(content)
+
+
+def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, bytes]:
+    """A card, unless there is one, and a tame.json for a folder of which nothing more is known than its files."""
+    config = json.loads((folder / "config.json").read_bytes()) if "config.json" in files else {}
+    method = _method_of(config.get("quantization_config") or {})
+    documents: dict[str, bytes] = {}
+    if "README.md" not in files:
+        front = {"library_name": "transformers", "tags": tags(method)}
+        lines = [f"# {repo.split('/')[-1]}", *_usage(repo), "## Provenance", _plain_provenance(method)]
+        documents["README.md"] = with_front_matter(front, lines).encode()
+    return {**documents, provenance.NAME: provenance.plain_document(folder, files, documents)}
+
+
+def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
+    spec = Variant.model_validate(variant.spec)
+    base = provenance.base_name(result.source.model)
+    repo = repos.get(variant.name, variant.name)
+    title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
+    front = front_matter(result, variant, spec, title)
+    commit = (
+        f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
+    )
+    name = f"[{base}]({HUB}/{base})" if result.source.commit else f"`{base}`"
+    method = METHODS[spec.method] + (" with double quantization" if spec.double_quant else "")
+    lines = [
+        f"# {title}",
+        f"{name}{commit}, quantized to {method} with bitsandbytes by tame {result.versions.get('tame', '')}".rstrip()
+        + ".",
+        "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
+        "model's own results are its authors' to tell: see its card.",
+        *_usage(repo),
+        *_quality(result, variant),
+        *_speed(result, variant),
+        *_left(variant),
+        *_limits(variant, spec),
+        *_siblings(variant, repos),
+        *_reproduce(result),
+    ]
+    return with_front_matter(front, lines)
+
+
+def _method_of(quantization: dict[str, Any]) -> str | None:
+    if quantization.get("load_in_8bit"):
+        return "int8"
+    return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
+
+
+def _usage(repo: str) -> list[str]:
+    return [
+        "## Use",
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
+        'print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])\n'
+        "```",
+        "Needs `pip install transformers accelerate bitsandbytes`.",
+    ]
+
+
+def _quality(result: Result, variant: ResultVariant) -> list[str]:
+    base = result.baseline.metrics if result.baseline else {}
+    table = rows(base, variant.metrics)
+    if not table:
+        return []
+    lines = [
+        "## What it cost",
+        "\n".join(
+            [
+                "| | Base model | This model | 95 % interval | Difference |",
+                "| --- | ---: | ---: | ---: | ---: |",
+                *table,
+            ]
+        ),
+        "The difference in perplexity is its ratio to the base model's. Figures are rounded; `tame.json` has them in full.",
+        f"Measured on {_protocol(variant)}.",
+    ]
+    if variant.gate and (limits := variant.gate.checked + variant.gate.reasons):
+        lines.append(f"Limits, each at the pessimistic end of its interval: {'; '.join(limits)}.")
+    return lines
+
+
+def rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
+    """The lines of the card's table: every metric but times and memory, the base model's beside this one's."""
+    return [
+        f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, metrics.get(name))} | {span(name, metrics)} | "
+        f"{_difference(name, metrics)} |"
+        for name in points([base, metrics])
+        if not provenance.passes(name) and not name.endswith(DERIVED) and name != "perplexity_ratio"
+    ]
+
+
+def _difference(name: str, metrics: dict[str, float]) -> str:
+    difference, sign = ("perplexity_ratio", "× ") if name == "perplexity" else (f"{name}_difference", "")
+    if difference not in metrics:
+        return ""
+    between = span(difference, metrics)
+    return sign + figure(difference, metrics[difference]) + (f" ({between})" if between else "")
+
+
+def _protocol(variant: ResultVariant) -> str:
+    """What makes the numbers comparable, in one sentence."""
+    text = variant.protocol.get("text")
+    digest = text.get("sha256") if isinstance(text, dict) else None
+    told = [text_name(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
+    plain = {key: value for key, value in variant.protocol.items() if key != "text" and not isinstance(value, dict)}
+    return ", ".join(told + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
+
+
+def _speed(result: Result, variant: ResultVariant) -> list[str]:
+    names = [name for name in points([variant.metrics]) if provenance.passes(name)]
+    if not names:
+        return []
+    base = result.baseline.metrics if result.baseline else {}
+    rows = [
+        f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, variant.metrics[name])} |" for name in names
+    ]
+    speed = result.recipe["evaluate"].get("speed") or {}
+    return [
+        "## Speed and memory",
+        "\n".join(["| | Base model | This model |", "| --- | ---: | ---: |", *rows]),
+        f"On {_machine(result.hardware, variant.protocol)}, one sequence, {speed.get('prompt_tokens')} tokens of prompt and "
+        f"{speed.get('new_tokens')} new ones. Another machine gives other figures.",
+    ]
+
+
+def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """What it was measured on, which need not be the machine that publishes."""
+    device = str(protocol.get("device") or "cpu")
+    if device == "cpu":
+        return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
+    return device
+
+
+def _left(variant: ResultVariant) -> list[str]:
+    if not variant.left:
+        return []
+    rows = [
+        f"| `{_plain(left['module'])}` | {left['parameters']:,} | {_plain(left['reason'])} |"
+        for left in variant.left[:30]
+    ]
+    more = [f"And {len(variant.left) - 30} more: see `tame.json`."] if len(variant.left) > 30 else []
+    table = "\n".join(["| Module | Parameters | Why |", "| --- | ---: | --- |", *rows])
+    return ["## What was not quantized", table, *more]
+
+
+def _limits(variant: ResultVariant, spec: Variant) -> list[str]:
+    known = [
+        "It was compared with its base model on the text and tasks above. Other languages, long contexts and safety behaviour "
+        "may have suffered more or less.",
+        "The files are in bitsandbytes' format: transformers with bitsandbytes reads them, most other programs do not.",
+    ]
+    if spec.method == "int8":
+        known.append("8-bit layers quantize activations too, so that answers can depend on what else is in a batch.")
+    return ["## Limits", "\n".join(f"- {note}" for note in [*map(_plain, variant.notes), *known])]
+
+
+def _siblings(variant: ResultVariant, repos: dict[str, str]) -> list[str]:
+    others = [f"- {name}: `{repo}`" for name, repo in repos.items() if name != variant.name]
+    if not others:
+        return []
+    return ["## Variants of the same release", "Each is published only if it kept the limits.", "\n".join(others)]
+
+
+def _reproduce(result: Result) -> list[str]:
+    recipe = yaml.safe_dump(provenance.without_paths(result.recipe), sort_keys=False, allow_unicode=True, width=1000)
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
+    return [
+        "## Reproduce",
+        f"`tame run recipe.yaml` with {versions}, and this recipe:",
+        f"```yaml\n{recipe}```",
+        "`tame.json` has the digest of every file that went in and came out; `tame publish --check` compares them.",
+    ]
+
+
+def _repos(result: Result) -> dict[str, str]:
+    model = PurePath(provenance.base_name(result.source.model)).name.removesuffix(".gguf")
+    template = result.recipe["publish"]["repo"]
+    return {v.name: template.format(model=model, variant=v.name, name=result.recipe["name"]) for v in result.variants}
+
+
+def _plain_provenance(method: str | None) -> str:
+    what = f"Quantized to {METHODS[method]} with bitsandbytes. " if method in METHODS else ""
+    return f"{what}Published with tame; nothing was measured. `tame.json` has the digest of every file."
+
+
+def _plain(text: str) -> str:
+    """Somebody else's words on one line of Markdown, as words alone."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

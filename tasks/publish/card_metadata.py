@@ -1,0 +1,114 @@
+"""What the card and the files beside it tell programs: the Hub's front matter and evaluation results."""
+
+from typing import Any
+
+import yaml
+
+from configs.schema import Variant
+from tasks.report.formatting import SHARES, label, points
+from tasks.result import Result, ResultVariant
+
+ORDER = (
+    "language", "license", "license_name", "license_link", "base_model", "base_model_relation", "library_name",
+    "pipeline_tag", "datasets", "tags", "model-index",
+)  # fmt: skip
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+HUB = "https://huggingface.co"
+TASK = "text-generation"
+DERIVED = ("_difference", "_p")
+# Benchmarks of the Hub (data set, task id) and the lm-evaluation-harness task and metric that is the same thing.
+BENCHMARKS = {
+    "task/gsm8k/exact_match": ("openai/gsm8k", "gsm8k"),
+    "task/mmlu_pro/exact_match": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
+    "task/gpqa_diamond_zeroshot/acc": ("Idavidrein/gpqa", "diamond"),
+}
+
+
+def front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
+    """The card's metadata: what it inherits from the base model's card, what it is, and its numbers."""
+    base = result.source.card
+    front: dict[str, Any] = {key: base[key] for key in INHERITED if base.get(key) and isinstance(base[key], str | list)}
+    if result.source.licence:
+        front.setdefault("license", result.source.licence)
+    if result.source.commit:
+        front |= {"base_model": result.source.model, "base_model_relation": "quantized"}
+        link = front.get("license_link")
+        if (
+            isinstance(link, str)
+            and "://" not in link
+            and link not in (variant.artifact.files if variant.artifact else ())
+        ):
+            front["license_link"] = f"{HUB}/{result.source.model}/blob/{result.source.commit}/{link}"
+    front.setdefault("pipeline_tag", TASK)
+    front |= {"library_name": "transformers", "tags": tags(spec.method)}
+    if results := _model_index(result, variant):
+        front["model-index"] = [{"name": title, "results": results}]
+    return front
+
+
+def tags(method: str | None) -> list[str]:
+    """For the Hub's search."""
+    if method is None:
+        return ["tame"]
+    return ["bitsandbytes", "8-bit" if method == "int8" else "4-bit", method, "quantized", "tame"]
+
+
+def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
+    """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
+    text = result.recipe["evaluate"]["text"]
+    data = {"type": text.get("dataset") or "text", "name": text_name(variant)}
+    if text.get("dataset"):
+        data |= {key: text[key] for key in ("config", "split") if text.get(key)}
+    found = [
+        {"type": kind, "value": variant.metrics[name], "name": label(name)}
+        for name, kind in (
+            ("perplexity", "perplexity"),
+            ("kl_mean", "kl_divergence"),
+            ("top1_agreement", "top1_agreement"),
+        )
+        if name in variant.metrics
+    ]
+    results: list[dict[str, Any]] = [{"task": {"type": TASK}, "dataset": data, "metrics": found}] if found else []
+    for name in points([variant.metrics]):
+        if _is_score(name):
+            task, metric = name.removeprefix("task/").rsplit("/", 1)
+            score = {"type": metric, "value": variant.metrics[name], "name": label(name)}
+            results.append({"task": {"type": TASK}, "dataset": {"type": task, "name": task}, "metrics": [score]})
+    return results
+
+
+def text_name(variant: ResultVariant) -> str:
+    """What the text that it was measured on is called."""
+    text = variant.protocol.get("text") or {}
+    return str(text.get("name") or "text") if isinstance(text, dict) else str(text)
+
+
+def eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
+    """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
+    if result.recipe["evaluate"].get("task_limit") is not None:
+        return {}
+    files = {}
+    for metric, (dataset, task) in BENCHMARKS.items():
+        if metric in variant.metrics:
+            shots = result.recipe["evaluate"].get("task_fewshot")
+            notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
+            entry = {
+                "dataset": {"id": dataset, "task_id": task},
+                "value": round(100 * variant.metrics[metric], 4),
+                "notes": notes,
+            }
+            files[f".eval_results/{dataset.split('/')[1].lower()}.yaml"] = yaml.safe_dump(
+                [entry], sort_keys=False
+            ).encode()
+    return files
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("task/") and name.rsplit("/", 1)[1].startswith(SHARES) and not name.endswith(DERIVED)
+
+
+def with_front_matter(front: dict[str, Any], lines: list[str]) -> str:
+    """A card from its metadata and its paragraphs."""
+    ordered = {key: front[key] for key in ORDER if key in front}
+    head = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n"

@@ -1,0 +1,156 @@
+"""Can it be published there at all? Asked before anything is made.
+
+BadInputError where the recipe or the token is wrong, TameError where this machine is not up to it.
+"""
+
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.errors import BadInputError, TameError
+from tasks.download.hub import endpoint
+from tasks.publish import provenance
+from tasks.publish.client import TIMEOUT, MissingError, ask
+from tasks.publish.transfer import content
+
+# Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
+CONDITIONAL = (
+    "llama",
+    "gemma",
+    "other",
+    "cc-by-nd",
+    "cc-by-nc-nd",
+    "openrail",
+    "bigscience",
+    "falcon",
+    "qwen",
+    "unknown",
+)
+
+
+def legal(repo: str) -> None:
+    """See that the Hub allows the name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise BadInputError(
+            f"{repo!r} is not a name that the Hub allows: owner/name of letters, digits, '-', '_', '.', 96 characters at most, "
+            "no '--' or '..'"
+        ) from None
+
+
+@functools.cache
+def account(address: str, token: str) -> dict[str, Any]:
+    """Who the token belongs to, asked once: the Hub answers this seldom to those who ask often."""
+    from huggingface_hub import HfApi
+
+    who: dict[str, Any] = ask("your account", HfApi(endpoint=address, token=token).whoami)
+    return who
+
+
+def full_name(repo: str, api: Any) -> str:
+    """`repo` with its owner: who the token belongs to, where it has none."""
+    return repo if "/" in repo else f"{account(api.endpoint, api.token)['name']}/{repo}"
+
+
+def may_write(api: Any, repo: str) -> None:
+    """See that the token may write to `repo`."""
+    who, owner = account(api.endpoint, api.token), repo.split("/")[0]
+    access = (who.get("auth") or {}).get("accessToken") or {}
+    mine = {who["name"]} | {org["name"] for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"}
+    if access.get("role") == "read":
+        raise BadInputError(
+            f"the token in HF_TOKEN may only read; make one that may write to {repo} on {endpoint()}/settings/tokens"
+        )
+    if owner.lower() not in {name.lower() for name in mine}:
+        raise BadInputError(
+            f"{who['name']} (the token in HF_TOKEN) may not write to {repo}; names that may: {', '.join(sorted(mine))}"
+        )
+    scopes = (access.get("fineGrained") or {}).get("scoped")
+    if scopes is not None and not _scoped(scopes, repo):
+        raise BadInputError(
+            f"the token in HF_TOKEN has no write permission for {repo}; grant it on {endpoint()}/settings/tokens"
+        )
+
+
+def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
+    """See that `repo` is not there yet, or that tame may go on with it; whose release it replaces, if not `model`'s."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT))
+    except (RepositoryNotFoundError, MissingError):
+        return []
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    if not names - {".gitattributes"}:
+        return []
+    if provenance.NAME not in names:
+        raise BadInputError(
+            f"{repo} is there and tame did not make it (it has no {provenance.NAME}); give another name, or empty it"
+        )
+    if private and not info.private:
+        raise BadInputError(
+            f"{repo} is public and publish.private is true; set publish.private: false, or make it private on "
+            f"{endpoint()}/{repo}/settings"
+        )
+    before = provenance.source_of(content(api, repo, info.sha, provenance.NAME, 0))
+    if model is None or before in (None, provenance.base_name(model)):
+        return []
+    return [f"{repo} holds a release made from {before}; what is made from {model} will replace it"]
+
+
+def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
+    names = {repo.lower(), repo.split("/")[0].lower()}
+    return any(
+        str((scope.get("entity") or {}).get("name", "")).lower() in names
+        and "repo.write" in (scope.get("permissions") or [])
+        for scope in scopes
+    )
+
+
+def licence(model: str, licence: str | None, gated: bool, known: bool) -> list[str]:
+    """What the base model's licence and gating say about passing it on; `known` is whether anybody has looked yet."""
+    warnings = []
+    local = model.startswith("package:") or provenance.is_path(model) or Path(model).exists()
+    if known and not licence and not local:
+        warnings.append(f"{model} states no licence, so nothing permits passing it on; ask its owner")
+    if licence and licence.lower().startswith(CONDITIONAL):
+        warnings.append(
+            f"{model} is under {licence!r}, which sets conditions on passing it on; read it before you publish"
+        )
+    if licence and licence.lower().startswith("cc-by-nc"):
+        warnings.append(f"{model} is under {licence!r}: not for commercial use, and neither is what is made from it")
+    if gated:
+        warnings.append(f"{model} is gated: its owner decides who gets it, and what is published here goes around that")
+    return warnings
+
+
+def folder(target: Path) -> None:
+    """See that the folder can be made, or written, and holds nothing of somebody else's."""
+    at = target
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir():
+        raise TameError(f"{target}: {at} is a file, so no folder can be made there; give another publish.repo")
+    if not os.access(at if at != target else at.parent, os.W_OK | os.X_OK):
+        raise TameError(f"{target}: {at} cannot be written; make it writable or give another publish.repo")
+    if at == target and any(target.iterdir()) and not (target / provenance.NAME).exists():
+        raise BadInputError(f"{target} holds files that tame did not put there; give another publish.repo, or empty it")
+
+
+def space(repos: dict[str, str], source_bytes: int) -> list[str]:
+    """See that there is room for every variant: a quarter of the source at least, as much as the source to be safe."""
+    at = Path(next(iter(repos.values())))
+    while not at.exists():
+        at = at.parent
+    free, least = shutil.disk_usage(at).free, source_bytes // 4 * len(repos)
+    if free < least:
+        raise TameError(f"{at} has {free / 1e9:.1f} GB free; {len(repos)} variants need {least / 1e9:.1f} GB or more")
+    if free < source_bytes * len(repos):
+        return [f"{at} has {free / 1e9:.1f} GB free, which may not be enough for {len(repos)} variants"]
+    return []

@@ -1,0 +1,279 @@
+"""Publish: what was measured goes to the Hub or into a folder, all of it or nothing, and never twice."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from prefect import State, task
+from prefect.states import Completed
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Publish, Recipe
+from tasks.download import hub
+from tasks.download.hub import UnreachableError, endpoint
+from tasks.publish import folder, provenance
+from tasks.publish import hub as publish_hub
+from tasks.publish import preflight as checks
+from tasks.publish.client import connect, wait
+from tasks.publish.hub import Release
+from tasks.publish.repo import TAG, Wanted
+from tasks.publish.signing import signer
+from tasks.runtime.progress import Progress, show
+from tasks.store.digests import sha256_files
+
+log = logging.getLogger("tame.publish")
+
+PAUSES = (2.0, 10.0, 30.0)
+"""Seconds before each further attempt, after the client's own."""
+
+
+class Published(BaseModel):
+    """What was published, and where. `commit` is None for folders; `uploaded` names the files that had to be moved."""
+
+    model_config = ConfigDict(frozen=True)
+
+    to: str
+    repo: str
+    url: str
+    commit: str | None
+    visibility: str
+    """`private`, `public`, or `local` for a folder."""
+    uploaded: list[str]
+    already: bool
+    """Whether nothing had to be done."""
+
+    @property
+    def cached(self) -> bool:
+        """Names the Prefect state."""
+        return self.already
+
+
+def preflight(
+    recipe: Recipe, repos: dict[str, str], source_licence: str | None, source_gated: bool, source_bytes: int
+) -> list[str]:
+    """See that every variant can be published where it is to go, before anything is made; what should be known first.
+
+    Raises:
+        BadInputError: no token, or one that is not accepted or may not write there; a name that the Hub does not allow; a
+            target that holds what tame did not put there, or is public and should be private; no space in a folder.
+        UnreachableError: the Hub does not answer.
+    """
+    spec = recipe.publish
+    if spec.to == "nowhere" or not repos:
+        return []
+    if len({repo.lower() for repo in repos.values()}) < len(repos):
+        raise BadInputError(f"publish.repo {spec.repo!r} is the same for two variants; put {{variant}} in it")
+    signer("")
+    if spec.to == "folder":
+        for repo in repos.values():
+            checks.folder(Path(repo))
+        return checks.space(repos, source_bytes)
+    for repo in repos.values():
+        checks.legal(repo)
+    api = connect()
+    replaced = []
+    for repo in repos.values():
+        name = checks.full_name(repo, api)
+        checks.may_write(api, name)
+        replaced += checks.free(api, name, spec.private, recipe.source.model)
+    warnings = checks.licence(recipe.source.model, source_licence, source_gated, source_bytes > 0)
+    if warnings and spec.licence_check == "refuse":
+        raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
+    return warnings + replaced
+
+
+def publish(
+    folder: Path,
+    files: dict[str, str],
+    extra: dict[str, bytes],
+    repo: str,
+    spec: Publish,
+    *,
+    tag: str | None = None,
+    progress: Progress = show,
+    pauses: tuple[float, ...] = PAUSES,
+) -> Published:
+    """Publish `files` of `folder` (sha256 by name) with `extra` (contents by name) to a Hub repo or a folder.
+
+    The Hub gets them in a private repo, or in a pull request to one that has been published before; every file is
+    compared with its digest and read back; then it becomes visible, is merged and tagged. What is there already is not
+    uploaded again.
+
+    Raises:
+        TameError: a file is not what was measured; the target holds something else, or changed meanwhile; the Hub does not
+            hold what was uploaded.
+        UnreachableError: the Hub did not answer, or not well, in any attempt.
+    """
+    if spec.to == "nowhere":
+        raise BadInputError("publish.to is nowhere; give hub or folder")
+    _unchanged(folder, files)
+    wanted = {
+        name: Wanted(size=(folder / name).stat().st_size, sha256=digest, path=str(folder / name))
+        for name, digest in files.items()
+    }
+    if spec.to == "folder":
+        return _told(_to_folder(wanted, extra, repo, progress))
+    tag = tag or provenance.tag(extra, files)
+    release = Release(
+        repo=repo,
+        files=wanted,
+        extra=extra,
+        private=spec.private,
+        review=spec.review,
+        tag=tag if tag.startswith(TAG) else TAG + tag,
+    )
+    return _told(_patiently(lambda: _to_hub(release, progress), pauses))
+
+
+def _unchanged(folder: Path, files: dict[str, str]) -> None:
+    try:
+        found = sha256_files(folder, list(files))
+    except OSError as error:
+        raise TameError(f"{error.filename}: {error.strerror}; it was measured and cannot be read now") from None
+    for name, digest in found.items():
+        if digest != files[name]:
+            raise TameError(f"{folder / name} is not the file that was measured; run `tame cache verify`")
+
+
+def _to_folder(wanted: dict[str, Wanted], extra: dict[str, bytes], repo: str, progress: Progress) -> Published:
+    try:
+        written = folder.put(wanted, extra, Path(repo), signer(repo), progress)
+    except OSError as error:
+        raise TameError(f"{error.filename or repo}: {error.strerror or error}; nothing was published there") from None
+    return Published(
+        to="folder", repo=repo, url=repo, commit=None, visibility="local", uploaded=written, already=not written
+    )
+
+
+def _to_hub(release: Release, progress: Progress) -> Published:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        release = release.model_copy(update={"repo": checks.full_name(release.repo, connect())})
+        done = publish_hub.put(release, signer(release.repo), progress)
+    except BadInputError as error:  # too late for exit code 2: work has been done
+        raise TameError(str(error)) from None
+    except RepositoryNotFoundError:
+        raise TameError(f"{release.repo} is gone from {endpoint()}, or hidden from this token; run it again") from None
+    return Published(
+        to="hub",
+        repo=release.repo,
+        url=done.url,
+        commit=done.commit,
+        visibility="private" if done.private else "public",
+        uploaded=done.uploaded,
+        already=done.already,
+    )
+
+
+def _patiently(attempt: Callable[[], Published], pauses: tuple[float, ...]) -> Published:
+    for pause in pauses:
+        try:
+            return attempt()
+        except UnreachableError as error:
+            wait(error, pause)
+    return attempt()
+
+
+def _told(done: Published) -> Published:
+    if done.already:
+        log.info("%s is there already, as it should be", done.url)
+    else:
+        log.info("published %s (%s)", done.url, done.visibility)
+    return done
+
+
+def publish_folder(folder: Path, repo: str, private: bool = True, progress: Progress = show) -> Published:
+    """Publish any folder that holds a model to the Hub repo `repo`: `tame publish FOLDER REPO`.
+
+    A folder without a card or tame.json gets them, with what its files tell.
+
+    Raises:
+        BadInputError: there is no such folder, it holds no model, or the preflight fails.
+        As `publish`.
+    """
+    from tasks.publish.card import (
+        plain_files,
+    )  # not above: a card is made from a result, and a result knows this module
+
+    names = (
+        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+    )
+    names = [name for name in names if not any(part in (".git", ".cache", "__pycache__") for part in name.split("/"))]
+    if not any(name.endswith((".safetensors", ".gguf")) for name in names):
+        raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
+    checks.legal(repo)
+    api = connect()
+    repo = checks.full_name(repo, api)
+    checks.may_write(api, repo)
+    checks.free(api, repo, private, None)
+    files = sha256_files(folder, names)
+    if provenance.NAME in files and (wrong := check(str(folder))):
+        raise BadInputError(f"{folder}: {wrong[0]}; what is published has to be what its {provenance.NAME} tells of")
+    extra = {} if provenance.NAME in files else plain_files(folder, files, repo)
+    return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
+
+
+def check(repo: str, source: str | None = None, progress: Progress = show) -> list[str]:
+    """`tame publish --check REPO [--source S]`: what is wrong with a published repo or folder, a line each.
+
+    Raises:
+        As `tasks.publish.check.problems`.
+    """
+    from tasks.publish.check import problems  # not above: it reads cards, and those are made from results
+
+    return problems(repo, source, progress)
+
+
+def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
+    """Tell Prefect what was made of what: an asset event, with the source as the asset that it came from."""
+    from prefect.events import emit_event
+
+    try:
+        told = json.loads(extra[provenance.NAME])
+        source = f"{endpoint()}/{told['source']['model']}"
+        target = f"{endpoint()}/{done.repo}" if done.to == "hub" else f"file://{done.repo}"
+        emit_event(
+            event="prefect.asset.materialization.succeeded",
+            resource={
+                "prefect.resource.id": target,
+                "prefect.resource.name": done.repo,
+                "prefect.asset.url": done.url,
+            },
+            related=[{"prefect.resource.id": source, "prefect.resource.role": "asset"}],
+            payload={"commit": done.commit, "source_commit": told["source"]["commit"], **told["artifact"]},
+        )
+    except Exception as error:  # what is published is published, whoever hears of it
+        log.debug("no asset event for %s: %s", done.repo, error)
+
+
+@task(
+    name="publish",
+    task_run_name="publish {label}",
+    retries=len(PAUSES),
+    retry_delay_seconds=list(PAUSES),
+    retry_condition_fn=hub.passes,
+)
+def publish_task(
+    label: str,
+    folder: Path,
+    files: dict[str, str],
+    extra: dict[str, bytes],
+    repo: str,
+    spec: Publish,
+    tag: str | None = None,
+) -> State[Published]:
+    """`publish` in the flow: Prefect makes the further attempts, so that they can be seen."""
+    try:
+        done = publish(folder, files, extra, repo, spec, tag=tag, pauses=())
+    except UnreachableError as error:
+        wait(error, 0.0)  # what the Hub asked for, on top of Prefect's own delay
+        raise
+    if not done.already:
+        _tell_lineage(done, extra)
+    return Completed(name="Cached" if done.already else "Completed", data=done)
+
+
+__all__ = ["Published", "check", "preflight", "publish", "publish_folder", "publish_task"]

@@ -1,0 +1,1 @@
+"""What people read: report.html, plots, tables, the terminal."""

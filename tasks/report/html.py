@@ -1,0 +1,257 @@
+"""The report: one self-contained HTML page that says what a release made, what it cost, and how that is known.
+
+Pure: the same result and evidence give the same bytes. Everything in a result (names, errors, what models answered) is
+untrusted text; Jinja escapes it, and only http(s) addresses become links.
+"""
+
+import json
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from configs.errors import BadInputError, TameError
+from tasks.evaluate import evidence
+from tasks.report import formatting, plots
+from tasks.result import Measured, Result, ResultVariant
+from tasks.store import artifacts as store
+from tasks.track.mlflow_runs import COLUMNS
+
+ANSWER = 2000
+"""Characters of an answer that are shown; more of it says little and could fill the page."""
+
+WORST = 10
+"""Layers that the table of the most damaged ones has for each variant."""
+EXAMPLES = 5
+"""Answers that changed that are shown for each variant and task, in words."""
+COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
+
+
+def render(result: Result) -> str:
+    """The report of one release, as HTML."""
+    measured = formatting.rows(result)
+    gate = result.recipe.get("gate") or {}
+    baseline = result.baseline.metrics if result.baseline else {}
+    increase = gate.get("max_perplexity_increase")
+    limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
+    quality, cost, layers = _drawn(result, limit)
+    return _page(
+        "report.html",
+        result=result,
+        name=result.source.model.rstrip("/").rsplit("/", 1)[-1],
+        measured=measured,
+        metrics=formatting.points([row.metrics for row in measured]),
+        quality=quality,
+        machine=_machine(result),
+        cost=[(formatting.label(name), plot) for name, plot in zip(COST, cost, strict=True)],
+        layers=[(row.name, plot) for row, plot in zip(result.variants, layers, strict=True)],
+        worst=_worst(result),
+        answers=_answers(result),
+        flips=_flips(result),
+        examples=_examples(result),
+        left=_left(result),
+        protocol=_protocol(measured),
+        notes=dict.fromkeys(note for row in measured for note in row.notes),
+        recipe=_yaml(result),
+        seconds=f"{result.seconds / 60:.1f} minutes" if result.seconds >= 120 else f"{result.seconds:.0f} s",
+        started=datetime.fromisoformat(result.started).strftime("%-d %B %Y, %H:%M UTC"),
+    )
+
+
+def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], list[Any]]:
+    """The plots of quality, of cost, and of each variant's layers.
+
+    They are drawn once for equal numbers: drawing takes longer than all else of a cached run.
+    """
+
+    def draw() -> list[Any]:
+        maximum = (result.recipe.get("gate") or {}).get("max_mean_kl")
+        quality = [plots.size_against(result, "kl_mean", maximum), plots.size_against(result, "perplexity", limit)]
+        cost = [plots.bars(result, name) for name in COST]
+        return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
+
+    def make(folder: Path) -> store.Made:
+        (folder / "plots.json").write_text(json.dumps(draw()))
+        return store.Made()
+
+    shown = [
+        (row.name, formatting.verdict(row), sorted(row.metrics.items()), row.evidence)
+        for row in formatting.rows(result)
+    ]
+    inputs = {
+        "stage": 2,
+        "matplotlib": version("matplotlib"),
+        "gate": repr(result.recipe.get("gate")),
+        "shown": repr(shown),
+    }
+    try:
+        artifact, _ = store.build("plots", inputs, make, shared=False)
+        drawn = json.loads((Path(artifact.path) / "plots.json").read_bytes())
+    except TameError:  # a store that is full is no reason to show nothing
+        drawn = draw()
+    return drawn[:3], drawn[3 : 3 + len(COST)], drawn[3 + len(COST) :]
+
+
+def history(model: str | None = None) -> str:
+    """What all releases of `model` (an MLflow experiment of tame's; None: all of them) have looked like, as HTML.
+
+    Raises:
+        BadInputError: there is no such experiment, or no release in it.
+        TameError: MLflow cannot be reached.
+    """
+    import mlflow
+
+    from tasks.track import task as track
+
+    try:
+        client = track.connect()
+        known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
+    except Exception as error:  # whatever MLflow throws
+        raise TameError(f"{track.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
+    if model is not None and model not in known:
+        names = ", ".join(sorted(known)[:10]) or "none yet"
+        raise BadInputError(f"--model {model}: no release of it is logged in {track.place()}; there are: {names}")
+    chosen = sorted(known) if model is None else [model]
+    sections = []
+    for name in chosen:
+        found = mlflow.search_runs([known[name].experiment_id], "tags.kind = 'variant'", output_format="list")
+        if found:
+            sections.append(_history_of(name, found))
+    if not sections:
+        raise BadInputError(f"{track.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one")
+    return _page("history.html", sections=sections)
+
+
+def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
+    """One model's releases, oldest first: plots of what matters, and a row a variant of each release."""
+    runs = sorted(runs, key=lambda run: str(run.data.tags["variant"]))
+    releases = sorted({run.data.tags.get("started", "") for run in runs})
+    index = {started: i for i, started in enumerate(releases)}
+    ticks = [started[5:10] for started in releases]
+    drawn = []
+    for metric in ("kl_mean", "perplexity_ratio", "size_bytes", "decode_tokens_per_second"):
+        series: dict[str, list[tuple[int, float]]] = {}
+        for run in runs:
+            if metric in run.data.metrics:
+                point = (index[run.data.tags.get("started", "")], run.data.metrics[metric])
+                series.setdefault(run.data.tags["variant"], []).append(point)
+        series = {variant: sorted(points) for variant, points in series.items()}
+        drawn.append((formatting.label(metric), plots.over_time(series, ticks, metric)))
+    newest_first = sorted(runs, key=lambda run: str(run.data.tags.get("started", "")), reverse=True)
+    return {"name": name, "plots": drawn, "runs": newest_first, "metrics": COLUMNS}
+
+
+def _machine(result: Result) -> str:
+    """What speed was measured on: the evaluations' device, which need not be the one of the machine that reports."""
+    devices = dict.fromkeys(str(row.protocol["device"]) for row in formatting.rows(result) if "device" in row.protocol)
+    here = f"{result.hardware.get('cpu', 'a CPU')}, {result.hardware.get('cores', '?')} cores"
+    return " and ".join(here if device == "cpu" else device for device in devices) or here
+
+
+def _answers(result: Result) -> list[dict[str, Any]]:
+    """A prompt, the baseline's answer, and each variant's in three parts: as the baseline, first difference, the rest."""
+    prompts: dict[str, dict[str, Any]] = {}
+    for variant in result.variants:
+        for sample in variant.samples:
+            shown = prompts.setdefault(
+                sample["prompt"], {"prompt": sample["prompt"], "baseline": _cut(sample["baseline"]), "answers": []}
+            )
+            shown["answers"].append((variant.name, *_parts(_cut(sample["answer"]), sample.get("diverges_at"))))
+    return list(prompts.values())
+
+
+def _parts(answer: str, at: int | None) -> tuple[str, str, str]:
+    if at is None or at > len(answer):
+        return answer, "", ""
+    end = at + 1
+    while end < len(answer) and not answer[end].isspace():
+        end += 1
+    return answer[:at], answer[at:end] or "∅", answer[end:]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER else f"{text[:ANSWER]} …"
+
+
+def _flips(result: Result) -> list[tuple[str, evidence.Flips]]:
+    """The questions whose answer changed between right and wrong, by variant and task."""
+    baseline = result.baseline.evidence if result.baseline else None
+    return [
+        (variant.name, flips) for variant in result.variants for flips in evidence.flips(baseline, variant.evidence)
+    ]
+
+
+def _examples(result: Result) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Some of those answers in words, by variant and task: as many that became wrong as became right, where there are."""
+    return [
+        (variant.name, task, shown)
+        for variant in result.variants
+        for task, found in evidence.examples(variant.evidence).items()
+        if (shown := _some(found))
+    ]
+
+
+def _some(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    lost, won = ([item for item in found if item["lost"] is which] for which in (True, False))
+    half = max(EXAMPLES - len(won), EXAMPLES // 2 + 1)
+    return [*lost[:half], *won[: EXAMPLES - len(lost[:half])]]
+
+
+def _worst(result: Result) -> list[tuple[str, list[evidence.Layer]]]:
+    """The layers that quantizing changed most, worst first, for each variant that was compared with its source."""
+    return [
+        (variant.name, sorted(found, key=lambda layer: -layer.error)[:WORST])
+        for variant in result.variants
+        if (found := evidence.layers(variant.evidence))
+    ]
+
+
+def _left(result: Result) -> list[dict[str, Any]]:
+    """What stayed unquantized, by reason, once for all variants that left the same."""
+    groups: dict[str, dict[str, Any]] = {}
+    for variant in result.variants:
+        if not variant.left:
+            continue
+        group = groups.setdefault(json.dumps(variant.left, sort_keys=True), {"variants": [], "reasons": {}})
+        group["variants"].append(variant.name)
+        if len(group["variants"]) == 1:
+            for entry in variant.left:
+                reason = group["reasons"].setdefault(entry["reason"], {"modules": [], "tensors": 0, "parameters": 0})
+                reason["modules"].append(entry["module"])
+                reason["tensors"] += entry.get("tensors", 0)
+                reason["parameters"] += entry.get("parameters", 0)
+    return list(groups.values())
+
+
+def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
+    """How the numbers were measured: a row a setting, a column for the baseline and each variant that has a protocol."""
+    flat = [formatting.flat("", row.protocol) for row in measured if row.protocol]
+    return [(key, [each.get(key, "–") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
+
+
+def _yaml(result: Result) -> str:
+    """The recipe with its source pinned to the commit that was used."""
+    import yaml
+
+    recipe = dict(result.recipe)
+    if result.source.commit:
+        recipe["source"] = {**recipe["source"], "revision": result.source.commit}
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _page(template: str, **values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("tasks.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup  # only ever given what plots.py drew
+    functions = ("figure", "span", "label", "headline", "verdict")
+    environment.globals |= {name: getattr(formatting, name) for name in functions}
+    environment.globals["is_variant"] = lambda row: isinstance(row, ResultVariant)
+    return environment.get_template(template).render(**values).strip() + "\n"

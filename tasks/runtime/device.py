@@ -1,0 +1,185 @@
+"""Which device to work on, and what this machine is, known without importing torch."""
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from uuid import UUID
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from configs.errors import BadInputError, TameError, line
+from tasks.runtime.ownership import PATIENCE, PAUSE
+
+log = logging.getLogger("tame.device")
+
+DECIDING = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
+LIMIT = "TAME_DEVICE_LIMIT"
+"""Names the global concurrency limit on Prefect's server that stands for this worker's device."""
+LEASE = 60.0
+"""Seconds after which Prefect takes back the device of a process that died with it."""
+
+
+class Gpu(BaseModel):
+    """A CUDA device that this process may use. Memory in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    memory_bytes: int
+    uuid: str | None = Field(None, exclude=True)
+    """GPU-…, as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices that torch would see, asked of the driver, which respects CUDA_VISIBLE_DEVICES."""
+    if "+cpu" in (_version("torch") or "+cpu"):
+        return ()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    found = []
+    for index in range(count.value):
+        device, size, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        uuid = ctypes.create_string_buffer(16)
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(name, len(name), device)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        known = None if cuda.cuDeviceGetUuid(uuid, device) else f"GPU-{UUID(bytes=uuid.raw)}"
+        found.append(Gpu(name=name.value.decode(errors="replace"), memory_bytes=size.value, uuid=known))
+    return tuple(found)
+
+
+def pick(device: str = "auto") -> str:
+    """`cpu` or `cuda:N` for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        BadInputError: a device that is not there, or no device at all.
+    """
+    known = gpus()
+    if device == "auto":
+        return "cuda:0" if known else "cpu"
+    if device == "cpu":
+        return "cpu"
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise BadInputError(f"device {device!r} is not known; give auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= len(known):
+        seen = f"{len(known)} CUDA device(s)" if known else "no CUDA device"
+        raise BadInputError(f"device {device!r} is not there: this process sees {seen}; give auto or cpu")
+    return f"cuda:{int(index or 0)}"
+
+
+def name_of(device: str) -> str:
+    """What stands beside a measured number: the GPU's name, or the CPU's and its cores."""
+    if device.startswith("cuda"):
+        return gpus()[int(device.partition(":")[2] or 0)].name
+    return f"{_cpu()}, {cores()} cores"
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Have this worker's device alone, across all processes and machines; without a worker there is nothing to wait for.
+
+    Prefect's server says who has it. One that is away is waited for; once the device is held, it may go and come.
+
+    Raises:
+        TameError: the limit does not exist, or the server did not answer for PATIENCE.
+    """
+    limit = os.environ.get(LIMIT)
+    if not limit:
+        yield
+        return
+    from httpx import HTTPError
+
+    stack = ExitStack()
+    _take(limit, stack)
+    try:
+        yield
+    finally:
+        try:
+            stack.close()
+        except HTTPError as error:
+            log.warning("%s could not be given back (%s); the server takes it back within %.0f s", limit, error, LEASE)
+
+
+def _take(limit: str, stack: ExitStack) -> None:
+    """Wait until the limit is free, and for a server that is away; `stack` gives it back."""
+    from prefect.concurrency.sync import concurrency
+
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            stack.enter_context(
+                concurrency(limit, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False)
+            )
+            return
+        except Exception as error:  # whatever Prefect throws; what is done while it is held is not in here
+            if not _away(error):
+                raise TameError(f"{LIMIT} {limit}: {line(error)}; start it with tame worker") from error
+            if time.monotonic() > end:
+                raise TameError(f"Prefect's server did not answer for {PATIENCE:.0f} s; run it again") from error
+            log.warning("Prefect's server does not answer; waiting for it before taking %s", limit)
+            time.sleep(PAUSE)
+
+
+def _away(error: BaseException | None) -> bool:
+    """Whether an error comes from a server that cannot be reached, or that cannot reach its database."""
+    from httpx import HTTPStatusError, TransportError
+
+    while error is not None:
+        if isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> dict[str, Any]:
+    """{device, cpu, cores, memory_bytes, gpus} of this machine."""
+    return {
+        "device": pick(),
+        "cpu": _cpu(),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [gpu.model_dump() for gpu in gpus()],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, tame, and the libraries that decide bytes and numbers."""
+    installed = {name: found for name in ("tame", *DECIDING) if (found := _version(name))}
+    return {"python": platform.python_version(), **installed}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

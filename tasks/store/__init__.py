@@ -1,0 +1,1 @@
+"""Artifacts by content, on this machine or shared by several."""

@@ -1,0 +1,415 @@
+"""The artifact store: folders named by the content that made them, complete or absent, never built twice.
+
+TAME_HOME/artifacts/KIND-KEY/manifest.json     written last; its presence means complete
+TAME_HOME/artifacts/KIND-KEY/files/            what the stage made, and nothing else
+TAME_HOME/artifacts/.partial-KIND-KEY/         being built, or left by one that was killed
+TAME_HOME/artifacts/.fetched-KIND-KEY/         on its way from TAME_STORE, which several machines share: tasks/store/remote_store.py
+TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel lets go when it dies
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from configs.errors import TameError
+from tasks.runtime.child_process import KilledError
+from tasks.runtime.home import home as home
+from tasks.store import remote_store
+from tasks.store.digests import sha256_file, sha256_files
+from tasks.store.lease import lease
+from tasks.store.remote_store import AwayError, DamagedError, Manifest, Remote, Shared
+
+log = logging.getLogger("tame.store")
+
+KEY_LENGTH = 24  # hex digits of sha256: 96 bits
+
+
+class Artifact(Manifest):
+    """A complete artifact on this machine. `path` is its files/ folder."""
+
+    path: str
+    stamps: dict[str, int]
+    """Modification time of each file, ns: with the size, what a cache hit is checked by."""
+
+
+class Made(BaseModel):
+    """What a stage returns from building: things to remember, and the sha256 of files it hashed while writing them."""
+
+    meta: dict[str, Any] = {}
+    digests: dict[str, str] = {}
+
+
+def key_of(inputs: dict[str, Any]) -> str:
+    """The key of everything that decides an artifact's bytes: sha256 over canonical JSON."""
+    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """One sha256 for a set of files, from their names and sha256s."""
+    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def find(kind: str, inputs: dict[str, Any]) -> Artifact | None:
+    """The artifact made from `inputs`, if it is here, complete, and its files have the size and time they had."""
+    return _read(_place(kind, inputs))
+
+
+def where(kind: str, inputs: dict[str, Any]) -> str | None:
+    """Where the artifact made from `inputs` is: `the cache`, the URL of the shared store, or None: it has to be made.
+
+    Raises:
+        TameError: the shared store does not answer.
+    """
+    place = _place(kind, inputs)
+    if _read(place):
+        return "the cache"
+    remote = remote_store.connect()
+    try:
+        return remote.url if remote and remote_store.manifest(remote, place.name) else None
+    except DamagedError:
+        return None
+
+
+def check() -> None:
+    """See that TAME_STORE can be used, unless that was seen in the last hour.
+
+    Raises:
+        BadInputError: it cannot. AwayError: it does not answer.
+    """
+    url = os.environ.get("TAME_STORE", "")
+    seen = home() / "stores" / hashlib.sha256(url.encode()).hexdigest()[:KEY_LENGTH]
+    with contextlib.suppress(OSError):
+        if 0 <= time.time() - seen.stat().st_mtime < 3600:
+            return
+    if (remote := remote_store.connect()) is None:
+        return
+    remote_store.check(remote)
+    seen.parent.mkdir(parents=True, exist_ok=True)
+    seen.touch()
+
+
+def build(
+    kind: str, inputs: dict[str, Any], make: Callable[[Path], Made], keep_partial: bool = False, shared: bool = True
+) -> tuple[Artifact, bool]:
+    """The artifact made from `inputs`, built by `make(folder)` unless it is there, and whether it was there.
+
+    `make` fills a folder that is empty, or, with `keep_partial`, holds what a killed run of the same inputs left. When
+    two processes want the same artifact, one builds and the other waits. When `make` raises, nothing stays behind.
+
+    With TAME_STORE, the same holds for all machines: what one has made, the others fetch, and what is returned is what
+    stands in the shared store. `shared=False` keeps to this machine what is cheap or means nothing on another.
+
+    Raises:
+        TameError: the store cannot be written, or has no space left; the shared one does not answer: what was made is
+            kept, and the next run uploads it. Whatever `make` raises.
+    """
+    place = _place(kind, inputs)
+    if artifact := _read(place):
+        os.utime(place / "manifest.json")  # when it was last used, for prune
+        return artifact, True
+    partial = place.parent / f".partial-{place.name}"
+    with _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"):
+        if artifact := _read(place):
+            return artifact, True
+        try:
+            if place.exists():
+                log.warning("%s does not verify; it is made again", place)
+                _remove(place)
+            if (remote := remote_store.connect() if shared else None) is None:
+                _made(kind, inputs, partial, make, keep_partial)
+                return _take(partial, place), False
+            with contextlib.suppress(DamagedError):
+                if artifact := _fetched(remote, place):
+                    return artifact, True
+            with lease(remote, place.name):
+                try:
+                    if artifact := _fetched(remote, place):
+                        return artifact, True
+                except DamagedError as error:
+                    log.warning("%s; it is made again", error)
+                    remote_store.discard(remote, place.name)
+                made = _made(kind, inputs, partial, make, keep_partial)
+                return _published(remote, made, partial, place), False
+        except OSError as error:
+            _clear(partial)
+            raise TameError(_os_error(error, place.parent)) from error
+        except (KilledError, AwayError, KeyboardInterrupt):  # what is finished is taken up by the next run
+            if not keep_partial:
+                _clear(partial)
+            raise
+        except BaseException:
+            _clear(partial)
+            raise
+
+
+def artifacts() -> Iterator[Artifact]:
+    """Every complete artifact, oldest first."""
+    found = [a for place in _folder().glob("[!.]*") if (a := _manifest(place))]
+    yield from sorted(found, key=lambda artifact: (artifact.created, artifact.key))
+
+
+def verify(artifact: Artifact) -> list[str]:
+    """Read every file of `artifact` and compare digests: what is wrong, a line each, naming the file."""
+    wrong = []
+    for name, expected in artifact.files.items():
+        path = Path(artifact.path) / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif (actual := sha256_file(path)) != expected:
+            wrong.append(
+                f"{path} has sha256 {actual[:12]}…, but {expected[:12]}… was written; remove it with cache prune"
+            )
+    extra = {p.relative_to(artifact.path).as_posix() for p in _walk(Path(artifact.path))} - set(artifact.files)
+    return wrong + [f"{Path(artifact.path) / name} was not made by tame" for name in sorted(extra)]
+
+
+def remove(artifact: Artifact) -> bool:
+    """Remove an artifact unless a process is building it, and say whether it was removed."""
+    place = Path(artifact.path).parent
+    try:
+        with FileLock(_lock_path(place), timeout=0):
+            _remove(place)
+            return True
+    except Timeout:
+        return False
+
+
+def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]]:
+    """Remove what killed runs left, what is damaged, and what was not used for so many days: (removed, kept)."""
+    sweep()
+    removed: list[Artifact] = []
+    kept: list[Artifact] = []
+    for artifact in list(artifacts()):
+        idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
+        old = older_than_days is not None and idle >= older_than_days * 86_400
+        gone = (old or bool(verify(artifact))) and remove(artifact)
+        (removed if gone else kept).append(artifact)
+    return removed, kept
+
+
+def sweep() -> int:
+    """Remove what killed runs left: partial folders and removals that nobody holds. How many there were."""
+    swept = 0
+    for rubbish in [path for kind in ("partial", "fetched", "removed") for path in _folder().glob(f".{kind}-*")]:
+        try:
+            with FileLock(_lock_path(rubbish.parent / rubbish.name.split("-", 1)[1]), timeout=0):
+                _remove(rubbish)
+                swept += 1
+        except Timeout:
+            continue
+    for lock in _folder().glob(".locks/*"):
+        if not (_folder() / lock.name).exists():
+            try:
+                with FileLock(lock, timeout=0):
+                    lock.unlink(missing_ok=True)
+            except Timeout:
+                continue
+    return swept
+
+
+def _folder() -> Path:
+    return home() / "artifacts"
+
+
+def _place(kind: str, inputs: dict[str, Any]) -> Path:
+    return _folder() / f"{kind}-{key_of({'kind': kind, **inputs})}"
+
+
+def _lock_path(place: Path) -> Path:
+    return place.parent / ".locks" / place.name
+
+
+@contextmanager
+def _lock(place: Path, waiting: str) -> Iterator[None]:
+    path = _lock_path(place)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s", waiting)
+            lock.acquire()
+    except OSError as error:
+        raise TameError(_os_error(error, place.parent)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(place: Path) -> Artifact | None:
+    """The artifact at `place`, if its manifest is there and every file has the size and time that it says."""
+    artifact = _manifest(place)
+    if artifact is None:
+        return None
+    for name, size in artifact.sizes.items():
+        try:
+            stat = (Path(artifact.path) / name).stat()
+        except OSError:
+            return None
+        if (stat.st_size, stat.st_mtime_ns) != (size, artifact.stamps[name]):
+            return None
+    return artifact
+
+
+def _manifest(place: Path) -> Artifact | None:
+    try:
+        content = json.loads((place / "manifest.json").read_bytes())
+        return Artifact.model_validate({**content, "path": str(place / "files")})
+    except (OSError, ValueError):
+        return None
+
+
+def _made(
+    kind: str, inputs: dict[str, Any], partial: Path, make: Callable[[Path], Made], keep_partial: bool
+) -> Artifact:
+    """Build into `partial`, unless it was built there and only not taken into its place."""
+    if artifact := _read(partial):
+        return artifact
+    if not keep_partial:
+        _remove(partial)
+    (partial / "files").mkdir(parents=True, exist_ok=True)
+    return _seal(kind, inputs, partial, make(partial / "files"))
+
+
+def _clear(partial: Path) -> None:
+    """Remove what was being built, unless it is complete and waits for the shared store."""
+    if _read(partial) is None:
+        _remove(partial)
+
+
+def _seal(kind: str, inputs: dict[str, Any], partial: Path, made: Made) -> Artifact:
+    files = partial / "files"
+    names = sorted(path.relative_to(files).as_posix() for path in _walk(files))
+    unhashed = [name for name in names if name not in made.digests]
+    digests = {**sha256_files(files, unhashed), **{name: made.digests[name] for name in names if name in made.digests}}
+    stats = {name: (files / name).stat() for name in names}
+    artifact = Artifact(
+        kind=kind,
+        key=key_of({"kind": kind, **inputs}),
+        path=str(files),
+        digest=digest_of(digests),
+        bytes=sum(stat.st_size for stat in stats.values()),
+        files=digests,
+        sizes={name: stat.st_size for name, stat in stats.items()},
+        stamps={name: stat.st_mtime_ns for name, stat in stats.items()},
+        inputs=inputs,
+        meta=made.meta,
+        created=time.time(),
+    )
+    _write(partial, artifact)
+    return artifact
+
+
+def _write(folder: Path, artifact: Artifact) -> None:
+    """See that the files in `folder` are on the disk, and then their manifest."""
+    files, manifest = folder / "files", folder / "manifest.json"
+    for name in artifact.files:
+        fsync(files / name)
+    manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}))
+    for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, folder):
+        fsync(path)
+
+
+def _take(folder: Path, place: Path) -> Artifact:
+    """Rename a complete artifact into its place."""
+    folder.rename(place)
+    fsync(place.parent)
+    artifact = _manifest(place)
+    assert artifact is not None
+    return artifact
+
+
+def _fetched(remote: Remote, place: Path) -> Artifact | None:
+    """The artifact at `place`, brought from the shared store, if it has one."""
+    there = remote_store.manifest(remote, place.name)
+    if there is None:
+        return None
+    if digest_of(there.files) != there.digest:
+        raise DamagedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
+    started, folder = time.monotonic(), place.parent / f".fetched-{place.name}"
+    files = folder / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    need_space(folder, there.bytes, f"fetch {there.kind} from {remote.url}")
+    remote_store.fetch(remote, there, files)
+    for path in [path for path in _walk(files) if path.relative_to(files).as_posix() not in there.files]:
+        path.unlink()  # of an earlier upload
+    stamps = {name: (files / name).stat().st_mtime_ns for name in there.files}
+    _write(folder, Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
+    seconds = time.monotonic() - started
+    level = logging.INFO if there.bytes > 1e6 else logging.DEBUG
+    log.log(level, "fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
+    return _take(folder, place)
+
+
+def _published(remote: Remote, made: Artifact, partial: Path, place: Path) -> Artifact:
+    """Upload what was made, and take into `place` what then stands in the shared store: another machine may have won."""
+    ours = Shared.model_validate(made.model_dump(include=set(Shared.model_fields)))
+    if remote_store.publish(remote, ours, Path(made.path)).digest == made.digest:
+        return _take(partial, place)
+    log.warning("%s %s: another machine was done first; its files are taken", made.kind, made.key[:8])
+    _remove(partial)
+    artifact = _fetched(remote, place)
+    assert artifact is not None
+    return artifact
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir())
+
+
+def fsync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(place: Path) -> None:
+    """Out of sight in one step, then gone: a kill in between leaves rubbish that says so by its name."""
+    if not place.exists():
+        return
+    if not place.name.startswith("."):
+        removed = place.parent / f".removed-{place.name}"
+        shutil.rmtree(removed, ignore_errors=True)
+        place.rename(removed)
+        place = removed
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _os_error(error: OSError, folder: Path) -> str:
+    where = error.filename or folder
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(folder if folder.exists() else home().parent).free
+        return f"{where}: no space left ({free / 1e9:.1f} GB free); make room, or set TAME_HOME to a larger disk"
+    return f"{where}: {error.strerror or error}; make it writable, or set TAME_HOME to a folder that is"
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Refuse work that the disk cannot hold. `size` in bytes.
+
+    Raises:
+        TameError: fewer bytes are free where `folder` is, or will be.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise TameError(
+            f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk"
+        )

@@ -1,0 +1,366 @@
+"""Artifacts shared by machines, at TAME_STORE: a bucket or a mounted folder with the store's rules, complete or absent.
+
+TAME_STORE/KIND-KEY/manifest.json     created last, and never over another: who comes second takes the first one's files
+TAME_STORE/KIND-KEY/UPLOAD/           the files of one upload; none is ever written twice
+TAME_STORE/KIND-KEY/lease.N           held by the machine that builds: tasks/store/lease.py
+"""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from configs.errors import BadInputError, TameError, named_line
+from tasks.store.digests import sha256_now
+
+log = logging.getLogger("tame.store")
+
+T = TypeVar("T")
+
+PATIENCE = 150.0  # seconds that storage may be away
+DRIVERS = {"s3": "tame[s3]", "gs": "tame[gcs]", "file": "fsspec"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    # One file takes 4 × 16 MiB of memory on its way in, 4 × 50 MiB on its way out; `patiently` tries again, nobody else.
+    "s3": {"default_block_size": 16 * 2**20, "max_concurrency": 4, "config_kwargs": {"retries": {"max_attempts": 0}}},
+}
+AT_ONCE = 4  # files on their way
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
+"""Errors of the drivers that waiting does not mend."""
+
+
+class AwayError(TameError):
+    """The shared store did not answer for longer than anybody should wait."""
+
+
+class DamagedError(TameError):
+    """A shared artifact that is not what its manifest says."""
+
+
+class Remote(NamedTuple):
+    """A shared store: its URL for people, the file system that reads it, and the path in that."""
+
+    url: str
+    fs: Any
+    root: str
+    local: bool
+
+
+class Manifest(BaseModel):
+    """What is known of a complete artifact on any machine. `digest` covers names, sizes and contents of all its files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    key: str
+    digest: str
+    bytes: int
+    files: dict[str, str]
+    """sha256 of each file, by its path within the folder."""
+    sizes: dict[str, int]
+    inputs: dict[str, Any]
+    meta: dict[str, Any]
+    """What the stage wants to remember: small, JSON."""
+    created: float
+
+
+class Shared(Manifest):
+    """A shared artifact, and the upload that it came by."""
+
+    upload: str = ""
+
+    @property
+    def name(self) -> str:
+        """KIND-KEY."""
+        return f"{self.kind}-{self.key}"
+
+
+def connect() -> Remote | None:
+    """The store that TAME_STORE names, or None. Opens nothing yet.
+
+    Raises:
+        BadInputError: a URL that tame cannot share artifacts by, or a driver that is not installed.
+    """
+    url = os.environ.get("TAME_STORE", "").strip()
+    return _connect(url) if url else None
+
+
+@functools.cache
+def _connect(url: str) -> Remote:
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "file", url
+    if "@" in rest.partition("/")[0]:
+        raise BadInputError("TAME_STORE: it holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, …)")
+    if scheme not in DRIVERS or not rest.strip("/"):
+        raise BadInputError(
+            f"TAME_STORE {url}: expected s3://bucket/prefix, gs://bucket/prefix, file:///path or a path"
+        )
+    import fsspec
+
+    try:
+        fs = fsspec.filesystem(scheme, use_listings_cache=False, **OPTIONS.get(scheme, {}))
+    except ImportError:
+        raise BadInputError(f"TAME_STORE {url}: its driver is missing; pip install '{DRIVERS[scheme]}'") from None
+    fs.retries = 1
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback at every attempt
+    root = str(Path(rest).expanduser().absolute()) if scheme == "file" else rest.rstrip("/")
+    return Remote(url.rstrip("/"), fs, root, scheme == "file")
+
+
+def check(remote: Remote) -> None:
+    """See that `remote` can be listed, written and deleted, and that nothing in it is created over another.
+
+    Raises:
+        BadInputError: it is not there, or refuses one of these. AwayError: it does not answer.
+    """
+    if remote.local and not Path(remote.root).is_dir():
+        raise BadInputError(f"TAME_STORE {remote.url}: no such folder; mount it, or make it")
+    folder = f"{remote.root}/.check-{uuid.uuid4().hex[:12]}"
+    try:
+        first = create(remote, f"{folder}/probe", b"first")
+        second = create(remote, f"{folder}/probe", b"second")
+        listed = sizes(remote, folder)
+        delete(remote, folder)
+    except AwayError:
+        raise
+    except TameError as error:
+        raise BadInputError(str(error)) from None
+    if not first or second or not listed:
+        raise BadInputError(
+            f"TAME_STORE {remote.url}: two machines could both create one object there; use S3, GCS, or another mount"
+        )
+
+
+def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None) -> T:
+    """Call `what` again, less and less often, while storage is away. FileNotFoundError and FileExistsError pass.
+
+    Raises:
+        AwayError: it was away for `limit` seconds, by default `patience()`. TameError: it refuses. OSError: a disk is full.
+    """
+    limit = patience() if limit is None else limit
+    started, pause = time.monotonic(), 0.2
+    while True:
+        try:
+            return what()
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, TameError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            if not _passes(error):
+                raise TameError(
+                    f"TAME_STORE {remote.url}: {named_line(error)}; give access to list, read, write and delete there"
+                ) from error
+            away = time.monotonic() - started
+            if away + pause > limit:
+                raise AwayError(
+                    f"TAME_STORE {remote.url}: no answer for {away:.0f} s ({named_line(error)}); what is finished is kept on "
+                    "this machine, run again when it answers"
+                ) from error
+            if pause > 1:
+                log.warning(
+                    "%s does not answer (%s); trying for %.0f s more", remote.url, named_line(error), limit - away
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 15)
+
+
+def patience() -> float:
+    """Seconds that storage may be away: PATIENCE, or TAME_STORE_PATIENCE."""
+    return float(os.environ.get("TAME_STORE_PATIENCE") or PATIENCE)
+
+
+def create(remote: Remote, path: str, content: bytes) -> bool:
+    """Write a small object unless there is one, all of it or nothing, and say whether it is this one that is there.
+
+    Raises:
+        TameError: there is no such bucket or folder. As `patiently`.
+    """
+
+    def once() -> bool:
+        try:
+            if remote.local:
+                _link(Path(path), content)
+            else:
+                remote.fs.pipe_file(path, content, mode="create")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise TameError(
+                f"TAME_STORE {remote.url}: {named_line(error)}; make the bucket or mount the folder, or correct its name"
+            ) from None
+        except Exception as error:
+            if not _exists(error):
+                raise
+            return False
+        return True
+
+    return patiently(remote, once) or read(remote, path) == content  # an answer that was lost was a success
+
+
+def read(remote: Remote, path: str) -> bytes | None:
+    """A small object, or None where there is none."""
+    try:
+        return bytes(patiently(remote, lambda: remote.fs.cat_file(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def sizes(remote: Remote, path: str) -> dict[str, int]:
+    """Bytes of every object at or below `path`, by its name below the store's root."""
+    found = patiently(remote, lambda: remote.fs.find(path, detail=True))
+    return {name[len(remote.root) + 1 :]: entry["size"] for name, entry in found.items()}
+
+
+def delete(remote: Remote, path: str) -> None:
+    """Remove an object, or all below a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        patiently(remote, lambda: remote.fs.rm(path, recursive=True))
+
+
+def manifest(remote: Remote, name: str) -> Shared | None:
+    """The manifest of the shared artifact `name`, or None: nobody has made it.
+
+    Raises:
+        DamagedError: there is one, but not one of tame's.
+    """
+    content = read(remote, f"{remote.root}/{name}/manifest.json")
+    if content is None:
+        return None
+    try:
+        shared = Shared.model_validate_json(content)
+    except ValidationError:
+        raise DamagedError(f"{remote.url}/{name}/manifest.json is not a manifest") from None
+    parts = [PurePosixPath(file).parts for file in (*shared.files, shared.upload)]
+    plain = all(part and part[0] != "/" and ".." not in part for part in parts)
+    if shared.name != name or not plain or shared.files.keys() != shared.sizes.keys():
+        raise DamagedError(f"{remote.url}/{name}/manifest.json does not describe that artifact")
+    return shared
+
+
+def fetch(remote: Remote, shared: Shared, folder: Path) -> None:
+    """Bring the files of a shared artifact into `folder`, but for those that a killed fetch has left there whole.
+
+    Raises:
+        DamagedError: a file is missing, or has another sha256; the message names it. AwayError.
+    """
+
+    def one(name: str) -> None:
+        target, path = folder / name, f"{remote.root}/{shared.name}/{shared.upload}/{name}"
+        if target.is_file() and sha256_now(target) == shared.files[name]:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            patiently(remote, lambda: remote.fs.get_file(path, str(target)))
+        except FileNotFoundError:
+            raise DamagedError(f"{url_of(remote, path)} is missing") from None
+        if (actual := sha256_now(target)) != shared.files[name]:
+            target.unlink()
+            raise DamagedError(f"{url_of(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
+
+    each(one, shared.files)
+
+
+def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
+    """Upload the files in `folder` and then their manifest: the manifest that stands, which may be another machine's.
+
+    Raises:
+        TameError: a file is not what it was when it was made, or the storage is full. AwayError: nothing is published.
+    """
+    shared = shared.model_copy(update={"upload": uuid.uuid4().hex[:12]})
+    place = f"{remote.root}/{shared.name}"
+    upload = f"{place}/{shared.upload}"
+
+    def one(name: str) -> None:
+        if (actual := sha256_now(folder / name)) != shared.files[name]:
+            raise TameError(f"{folder / name} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…; run again")
+        put(remote, folder / name, f"{upload}/{name}")
+
+    try:
+        each(one, shared.files)
+    except OSError as error:
+        what = "make room there" if error.errno in FULL else "see that it is there"
+        raise TameError(f"TAME_STORE {remote.url}: {named_line(error)}; {what}") from error
+    there = sizes(remote, upload)
+    if missing := [n for n, size in shared.sizes.items() if there.get(f"{shared.name}/{shared.upload}/{n}") != size]:
+        raise AwayError(f"{url_of(remote, upload)}/{missing[0]} did not arrive whole; run again")
+    while not create(remote, f"{place}/manifest.json", shared.model_dump_json(indent=1).encode()):
+        if (first := manifest(remote, shared.name)) is not None:
+            delete(remote, upload)
+            return first
+    for name in {n.split("/")[1] for n in sizes(remote, place) if n.count("/") > 1} - {shared.upload}:
+        delete(remote, f"{place}/{name}")  # what killed builders have left
+    return shared
+
+
+def put(remote: Remote, source: Path, path: str) -> None:
+    """Upload one file."""
+    if remote.local:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    patiently(remote, lambda: remote.fs.put_file(str(source), path))
+    if remote.local:
+        with Path(path).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def discard(remote: Remote, name: str) -> None:
+    """Take a shared artifact out of sight in one step, its manifest, and then away; leases stay."""
+    place = f"{remote.root}/{name}"
+    delete(remote, f"{place}/manifest.json")
+    for upload in {n.split("/")[1] for n in sizes(remote, place) if n.count("/") > 1}:
+        delete(remote, f"{place}/{upload}")
+
+
+def url_of(remote: Remote, path: str) -> str:
+    """A path in the store, for people."""
+    return remote.url + path.removeprefix(remote.root)
+
+
+def each(one: Callable[[str], T], files: dict[str, str]) -> list[T]:
+    """Call `one` for every file, some at a time; the first error ends it, and is raised when those under way have ended."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        return list(pool.map(one, files))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _link(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, and never over another: a hard link is made whole, or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:  # no hard links: SMB, FUSE; a reader may meet half a manifest, and comes again
+            file.write(content)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _exists(error: BaseException) -> bool:
+    """Whether a conditional write was refused because there is an object: some S3 servers say no more than 412."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return isinstance(error, FileExistsError) or response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error of a driver may be gone if it is tried again: not one of permission, of credentials, of names."""
+    refused = isinstance(error, PermissionError | ValueError | TameError) or type(error).__name__ in FINAL
+    if isinstance(error, OSError):
+        refused |= error.errno in (errno.EINVAL, errno.EROFS, errno.EPERM, errno.ENOTSUP) or "Forbidden" in str(error)
+    return not refused

@@ -1,0 +1,302 @@
+"""A result as MLflow shows it: a parent run a release, nested runs for the baseline and each variant.
+
+Everything is found before it is made and carries the release's own time, so that writing a result again, or a later
+one of the same release, adds what is new and duplicates nothing. Tags that searches use: `kind` (release, baseline,
+variant), `variant`, `status`, `verdict` (passed, rejected, failed), `source_commit`, `hub_commit`, `prefect_run`.
+"""
+
+import hashlib
+import json
+import re
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from tasks.evaluate import evidence
+from tasks.report import formatting, plots
+from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
+from tasks.track import registry
+
+MAX_STEPS = 500
+"""Points of a stepped metric; of a longer curve every n-th is logged."""
+COLUMNS = (
+    *("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement"),
+    *("decode_tokens_per_second", "peak_memory_bytes"),
+)
+"""What people compare variants by, in MLflow's table and over time."""
+VIEW = {"selectedColumns": ["tags.`verdict`", *(f"metrics.`{name}`" for name in COLUMNS)]}
+TAGS = {
+    "tame": "true",
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.sharedViewState.variants": json.dumps(VIEW),
+}
+"""Of an experiment: that it is tame's, that its page shows runs rather than conversations, and, for the address with
+?viewStateShareKey=variants, the columns to show."""
+
+
+class Release(NamedTuple):
+    """Which release it is, the MLflow run that it has, and the tags that tell whether its process lives."""
+
+    name: str
+    run_id: str | None
+    life: dict[str, str]
+
+
+def experiment(client: Any, name: str) -> str:
+    """The id of the experiment `name`, made or restored where it has to be."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.file_utils import path_to_local_file_uri
+
+    from tasks.runtime.home import home
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = re.match(
+            "(sqlite|postgresql|mysql|mssql)", client.tracking_uri
+        )  # else a server, which has a place of its own
+        folder = home() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
+        try:
+            made = client.create_experiment(name, path_to_local_file_uri(str(folder)) if database else None, tags=TAGS)
+            return str(made)
+        except MlflowException:  # another process made it in between
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    for key in TAGS.keys() - found.tags.keys():
+        client.set_experiment_tag(found.experiment_id, key, TAGS[key])
+    return str(found.experiment_id)
+
+
+def open_release(client: Any, experiment_id: str, name: str, tags: dict[str, str], release: str) -> str:
+    """The id of the release's run, RUNNING: the one that it had, or a new one."""
+    found = client.search_runs([experiment_id], f"tags.kind = 'release' and tags.release = '{release}'", max_results=1)
+    tags = {"kind": "release", "release": release, "mlflow.source.name": "tame", **tags}
+    if not found:
+        return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+    run_id = found[0].info.run_id
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+    client.update_run(run_id, status="RUNNING")
+    return str(run_id)
+
+
+def running(client: Any) -> list[Any]:
+    """All releases' runs that say they are running."""
+    ids = [found.experiment_id for found in client.search_experiments(filter_string="tags.tame = 'true'")]
+    if not ids:
+        return []
+    return list(client.search_runs(ids, "attributes.status = 'RUNNING' and tags.kind = 'release'"))
+
+
+def close(client: Any, run: Any, status: str) -> None:
+    """Close a release's run, and those under it that are still open."""
+    for child in _children(client, run.info.experiment_id, run.info.run_id).values():
+        if child.info.status == "RUNNING":
+            client.set_terminated(child.info.run_id, status)
+    client.set_terminated(run.info.run_id, status)
+
+
+def write(client: Any, result: Result, release: Release, report: str | None, final: bool) -> str:
+    """Make MLflow show `result` under the release's run, found or made where it is not known or gone; the run's id."""
+    run_id = release.run_id
+    experiment_id = experiment(client, registry.experiment_name(result.recipe))
+    if run_id is None or not _exists(client, run_id):
+        run_id = open_release(client, experiment_id, result.recipe["name"], release.life, release.name)
+    began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
+    ended = began + int(result.seconds * 1000)
+    children = _children(client, experiment_id, run_id)
+    for order, measured in enumerate(formatting.rows(result)):
+        if not final and getattr(measured, "error", None) == NOT_REACHED:
+            continue
+        run = children.get(measured.name)
+        if run is None:
+            tags = {"mlflow.parentRunId": run_id, "variant": measured.name}
+            # MLflow's table shows the latest first: a millisecond apart, they stand in the recipe's order.
+            run = client.create_run(experiment_id, start_time=began - order, tags=tags, run_name=measured.name)
+        _write_measured(client, result, measured, run, began, ended)
+    _batch(client, run_id, _release_metrics(result), params(result), _release_tags(result), began)
+    if final:
+        client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
+        if report:
+            client.log_text(run_id, report, "report.html")
+            for name, plot in plots.files(report).items():
+                client.log_text(run_id, plot, f"plots/{name}")
+        failed = any(variant.status == "failed" for variant in result.variants)
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED", ended)
+    return run_id
+
+
+def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
+    """Everything that decided the numbers, flat: the variant's spec, `evaluate.*`, `source.*`, `version.*`, …"""
+    source = result.source.model_dump(include={"model", "revision", "commit", "digest", "licence"})
+    flat: dict[str, str] = {
+        **formatting.flat("evaluate", result.recipe.get("evaluate") or {}),
+        **formatting.flat("gate", result.recipe.get("gate") or {}),
+        **formatting.flat("source", source),
+        **formatting.flat("version", result.versions),
+        **formatting.flat("hardware", result.hardware),
+    }
+    if measured is not None:
+        flat |= formatting.flat("protocol", measured.protocol)
+    if isinstance(measured, ResultVariant):
+        flat |= formatting.flat("", measured.spec) | {"bits": registry.bits(measured)}
+    return flat
+
+
+def metric_key(name: str) -> str:
+    """The metric's name in MLflow: the contract's, but for characters that MLflow refuses (the comma of some tasks)."""
+    return re.sub(r"[^\w./ :-]", "-", name)
+
+
+def _write_measured(client: Any, result: Result, measured: Measured, run: Any, began: int, ended: int) -> None:
+    """Make `run` show the baseline or a variant, unless it does. Times in ms since 1970."""
+    content = hashlib.sha256(f"{measured.model_dump_json()}{result.versions}".encode()).hexdigest()
+    if run.data.tags.get("tame.content") == content:
+        return
+    run_id, experiment_id = run.info.run_id, run.info.experiment_id
+    dataset = _dataset(measured)
+    if dataset is not None:
+        _log_dataset(client, run_id, dataset)
+    model = (
+        registry.model(client, result, measured, experiment_id, run_id) if isinstance(measured, ResultVariant) else None
+    )
+    _batch(client, run_id, measured.metrics, params(result, measured), _tags(result, measured), began, model, dataset)
+    _log_windows(client, run_id, measured, began)
+    _log_layers(client, run_id, measured, began)
+    if isinstance(measured, ResultVariant) and model is not None and registry.verdict(measured) == "passed":
+        registry.register(client, result, measured, model, run_id)
+    status = "FAILED" if isinstance(measured, ResultVariant) and measured.status == "failed" else "FINISHED"
+    client.set_terminated(run_id, status, ended)
+    client.set_tag(run_id, "tame.content", content)
+
+
+def _tags(result: Result, measured: Measured) -> dict[str, str]:
+    tags: dict[str, str] = {"kind": "baseline", "mlflow.note.content": "\n\n".join(measured.notes)}
+    if isinstance(measured, ResultVariant):
+        reasons = "; ".join(measured.gate.reasons) if measured.gate else ""
+        commit = re.search(r"/commit/([0-9a-f]{7,64})", measured.published or "")
+        tags |= {
+            "kind": "variant",
+            "status": measured.status,
+            "verdict": registry.verdict(measured),
+            "reasons": reasons or measured.error or "",
+            "published": measured.published or "",
+            "hub_commit": commit.group(1) if commit else "",
+            "artifact_digest": measured.artifact.digest if measured.artifact else "",
+            "artifact_path": measured.artifact.path if measured.artifact else "",
+            "cached": " ".join(measured.cached),
+        }
+    return {**tags, **_release_of(result)}
+
+
+def _release_tags(result: Result) -> dict[str, str]:
+    return {
+        "headline": formatting.headline(result),
+        "verdict": formatting.outcome(result).lower(),
+        "mlflow.note.content": formatting.markdown(result),
+        **_release_of(result),
+    }
+
+
+def _release_of(result: Result) -> dict[str, str]:
+    return {
+        "source_model": result.source.model,
+        "source_commit": result.source.commit or "",
+        "source_digest": result.source.digest,
+        "prefect_run": result.prefect_run or "",
+        "started": result.started,
+        "mlflow.source.name": f"tame {result.versions.get('tame', '')}".strip(),
+    }
+
+
+def _release_metrics(result: Result) -> dict[str, float]:
+    counts = dict.fromkeys(("published", "passed", "rejected", "failed"), 0.0)
+    for variant in result.variants:
+        counts[variant.status] += 1
+    return {"seconds": result.seconds, **{f"variants_{status}": count for status, count in counts.items()}}
+
+
+def _batch(
+    client: Any,
+    run_id: str,
+    metrics: dict[str, float],
+    params: dict[str, str],
+    tags: dict[str, str],
+    timestamp: int,
+    model: Any = None,
+    dataset: Any = None,
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    linked: dict[str, Any] = {"run_id": run_id}
+    if model is not None:
+        linked["model_id"] = model.model_id
+    if dataset is not None:
+        linked |= {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
+    entries = [Metric(metric_key(name), value, timestamp, 0, **linked) for name, value in metrics.items()]
+    known = client.get_run(run_id).data.params
+    fresh = [Param(key, value[:6000]) for key, value in params.items() if key not in known]
+    labels = [RunTag(key, value[:7900]) for key, value in tags.items()]
+    for start in range(0, max(len(entries), len(fresh), len(labels)), 100):
+        part = slice(start, start + 100)
+        client.log_batch(run_id, entries[part], fresh[part], labels[part])
+
+
+def _log_windows(client: Any, run_id: str, measured: Measured, timestamp: int) -> None:
+    """The loss and the divergence of each window of the text, as curves: `window/loss`, `window/kl`."""
+    from mlflow.entities import Metric
+
+    entries = []
+    for name, values in evidence.windows(measured.evidence).items():
+        every = -(-len(values) // MAX_STEPS)
+        entries += [Metric(f"window/{name}", values[i], timestamp, i) for i in range(0, len(values), every)]
+    for start in range(0, len(entries), 1000):
+        client.log_batch(run_id, entries[start : start + 1000])
+
+
+def _log_layers(client: Any, run_id: str, measured: Measured, timestamp: int) -> None:
+    """The error of the weights as a curve over depth for each kind of layer, `layer_error/self_attn.q_proj`."""
+    from mlflow.entities import Metric
+
+    kinds: dict[tuple[str, int], list[float]] = {}
+    for layer in evidence.layers(measured.evidence):
+        kinds.setdefault((layer.kind, layer.depth), []).append(layer.error)
+    entries = [
+        Metric(metric_key(f"layer_error/{kind}"), sum(errors) / len(errors), timestamp, depth)
+        for (kind, depth), errors in kinds.items()
+    ]
+    for start in range(0, len(entries), 1000):
+        client.log_batch(run_id, entries[start : start + 1000])
+
+
+def _dataset(measured: Measured) -> Any:
+    """The evaluation text as MLflow's data set, by the digest of its content."""
+    from mlflow.entities import Dataset
+
+    text = measured.protocol.get("text")
+    if not isinstance(text, dict) or "sha256" not in text:
+        return None
+    return Dataset(str(text.get("name"))[:500], text["sha256"][:36], "text", json.dumps(text))
+
+
+def _log_dataset(client: Any, run_id: str, dataset: Any) -> None:
+    from mlflow.entities import DatasetInput, InputTag
+
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
+
+
+def _children(client: Any, experiment_id: str, run_id: str) -> dict[str, Any]:
+    found = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    return {run.data.tags["variant"]: run for run in found if "variant" in run.data.tags}
+
+
+def _exists(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise

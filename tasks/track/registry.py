@@ -1,0 +1,115 @@
+"""Variants in MLflow's model registry: weights by reference and digest, and aliases that answer "which one?"."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from tasks.report import formatting
+from tasks.result import Result, ResultVariant
+
+
+def experiment_name(recipe: dict[str, Any]) -> str:
+    """The experiment of a recipe: `track.experiment`, else the recipe's name."""
+    return str((recipe.get("track") or {}).get("experiment") or recipe["name"])
+
+
+def model_name(recipe: dict[str, Any]) -> str:
+    """The registered model of a recipe: its experiment's name, without what MLflow forbids in one."""
+    return re.sub(r"[/:.%\"']", "-", experiment_name(recipe))
+
+
+def bits(variant: ResultVariant) -> str:
+    """4 or 8, by the method."""
+    return "8" if variant.spec.get("method") == "int8" else "4"
+
+
+def verdict(variant: ResultVariant) -> str:
+    """Passed, rejected or failed; what was published passed."""
+    return "passed" if variant.status == "published" else variant.status
+
+
+def model(client: Any, result: Result, variant: ResultVariant, experiment_id: str, run_id: str) -> Any:
+    """The variant as an MLflow model that lies elsewhere: found or made, never a copy of the weights."""
+    import mlflow
+    from mlflow.entities import LoggedModelOutput
+
+    if variant.artifact is None:
+        return None
+    tags = {
+        "artifact_digest": variant.artifact.digest,
+        "artifact_path": variant.artifact.path,
+        "published": variant.published or "",
+        "verdict": verdict(variant),
+    }
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'", max_results=1)
+    if found:
+        client.set_logged_model_tags(found[0].model_id, tags)
+        return found[0]
+    model = mlflow.create_external_model(
+        name=re.sub(r"[/:.%\"']", "-", f"{result.recipe['name']}-{variant.name}"),
+        source_run_id=run_id,
+        tags=tags,
+        params={"base_model": result.source.model, **formatting.flat("", variant.spec)},
+        model_type="bitsandbytes",
+        experiment_id=experiment_id,
+    )
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+    return model
+
+
+def register(client: Any, result: Result, variant: ResultVariant, model: Any, run_id: str) -> None:
+    """Register a variant that passed, once for the same weights, and move the aliases.
+
+    `newest` (MLflow reserves `latest`) is the least damaged variant of the newest release, `best` that of all releases
+    measured as this one was (numbers of another text or window do not compare), `best-4bit` and `best-8bit` that among
+    their kind. Least damaged: the lowest mean KL divergence, then perplexity ratio, then size.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = model_name(result.recipe)
+    try:
+        client.create_registered_model(name, tags={"base_model": result.source.model, "tame": "true"})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    assert variant.artifact is not None
+    digest = variant.artifact.digest
+    known = client.search_model_versions(f"name = '{name}' and tags.artifact_digest = '{digest}'", max_results=1)
+    tags: dict[str, str] = {
+        "artifact_digest": digest,
+        "bits": bits(variant),
+        "measured_as": _measured_as(result),
+        "published": variant.published or "",
+        "release": result.started,
+        "variant": variant.name,
+        **{key: repr(variant.metrics[key]) for key in ("kl_mean", "perplexity_ratio") if key in variant.metrics},
+        "size_bytes": repr(variant.metrics.get("size_bytes", float(variant.artifact.bytes))),
+    }
+    if known:
+        version = known[0].version
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value)
+    else:
+        source = f"models:/{model.model_id}"
+        version = client.create_model_version(name, source, run_id, tags=tags, model_id=model.model_id).version
+    alike = client.search_model_versions(f"name = '{name}' and tags.measured_as = '{tags['measured_as']}'")
+    newest = [other for other in alike if other.tags["release"] == max(each.tags["release"] for each in alike)]
+    chosen = {"newest": newest, "best": alike}
+    chosen |= {f"best-{kind}bit": [other for other in alike if other.tags["bits"] == kind] for kind in ("4", "8")}
+    for alias, among in chosen.items():
+        if among:
+            client.set_registered_model_alias(name, alias, min(among, key=_damage).version)
+
+
+def _damage(version: Any) -> tuple[float, float, float]:
+    none = float("inf")
+    kl, ratio, size = (float(version.tags.get(key, none)) for key in ("kl_mean", "perplexity_ratio", "size_bytes"))
+    return kl, ratio, size
+
+
+def _measured_as(result: Result) -> str:
+    """A digest of what makes numbers comparable: the same base model's name and the same way of measuring."""
+    protocol = result.baseline.protocol if result.baseline else {}
+    content = json.dumps([result.source.model, result.recipe.get("evaluate"), protocol], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
