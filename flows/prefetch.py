@@ -6,7 +6,8 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Source
-from tasks.download.task import Snapshot, download_task
+from tasks.download.task import download_task
+from tasks.values import Snapshot
 
 
 def _run_name() -> str:

@@ -10,8 +10,8 @@ from prefect.states import Completed, Failed, State
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
 from tasks import result as results
-from tasks.download.task import Snapshot, download_task
-from tasks.evaluate.task import Evaluation, baseline_task, evaluate_task
+from tasks.download.task import download_task
+from tasks.evaluate.task import baseline_task, evaluate_task
 from tasks.gate import gate_task
 from tasks.plan import plan_task
 from tasks.publish.card import release_files
@@ -23,6 +23,7 @@ from tasks.result import Result, ResultVariant
 from tasks.runtime import ownership as attempts
 from tasks.store import artifacts as store
 from tasks.track import task as track
+from tasks.values import Evaluation, Snapshot
 
 
 def _run_name() -> str:

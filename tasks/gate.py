@@ -3,19 +3,9 @@
 import math
 
 from prefect import task
-from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Gate
-
-
-class Verdict(BaseModel):
-    """Whether every limit was kept; `reasons` has a line for each one that was not, `checked` one for each that was."""
-
-    model_config = ConfigDict(frozen=True)
-
-    passed: bool
-    reasons: list[str]
-    checked: list[str] = []
+from tasks.values import Verdict
 
 
 def judge(metrics: dict[str, float], gate: Gate) -> Verdict:

@@ -4,14 +4,12 @@ A result begins with every variant failed, as `not reached`, and each stage that
 whatever happens, what is written says what is true so far.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -19,15 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
 from tasks.download.checkpoint import read_tensors
-from tasks.gate import Verdict
 from tasks.runtime.device import hardware, versions
 from tasks.store import artifacts as store
-
-if TYPE_CHECKING:
-    from tasks.download.task import Snapshot
-    from tasks.evaluate.task import Evaluation
-    from tasks.publish.task import Published
-    from tasks.quantize.task import Quantized
+from tasks.values import Evaluation, Published, Quantized, Snapshot, Verdict
 
 
 class _Value(BaseModel):

@@ -14,10 +14,10 @@ import pytest
 
 from configs.errors import TameError
 from configs.schema import Evaluate, Samples, Speed, TextSource
-from tasks.download.task import Snapshot
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
+from tasks.values import Snapshot
 from tests.models import tiny
 
 SPEC = Evaluate(

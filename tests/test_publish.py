@@ -17,10 +17,11 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks.download.hub import UnreachableError
 from tasks.publish import client
-from tasks.publish.task import Published, check, preflight, publish, publish_folder
+from tasks.publish.task import check, preflight, publish, publish_folder
 from tasks.runtime.progress import silent
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
+from tasks.values import Published
 from tests.hub import Hub
 
 REPO = "me/tiny-nf4"
@@ -118,7 +119,7 @@ def test_the_same_again_is_three_questions_and_no_answer_changes_anything(hub: H
     before, log = remote(hub), list(hub.model(REPO).log)
     hub.requests.clear()
     again = release(folder)
-    assert (again.already, again.cached, again.uploaded, again.commit) == (True, True, [], first.commit)
+    assert (again.already, again.uploaded, again.commit) == (True, [], first.commit)
     assert (writes(hub), len(hub.requests)) == ([], 3)
     assert release(folder, extra=documents(folder, run="second")).already  # other run ids: the same release
     assert (writes(hub), remote(hub), hub.model(REPO).log) == ([], before, log)

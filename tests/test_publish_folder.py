@@ -11,9 +11,10 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks.publish import folder
 from tasks.publish.repo import Wanted
-from tasks.publish.task import Published, check, preflight, publish
+from tasks.publish.task import check, preflight, publish
 from tasks.runtime.progress import silent
 from tasks.store.digests import sha256_files
+from tasks.values import Published
 from tests.hub import Hub
 from tests.test_publish import documents, files
 

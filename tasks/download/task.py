@@ -26,6 +26,7 @@ from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store import remote_store
 from tasks.store.digests import sha256_file, sha256_files
+from tasks.values import Snapshot
 
 log = logging.getLogger("tame.download")
 
@@ -35,26 +36,6 @@ OTHERS = (
 )  # fmt: skip
 NEVER = ("*.safetensors.index.json", "*.bin.index.json", "trainer_state.json", "training_args*", "tame.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-class Snapshot(BaseModel):
-    """A source, pinned and on disk. `files` has the sha256 of every file that was taken, by its path in the folder."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    model: str
-    """As the recipe names it."""
-    name: str
-    """Short name, for repo templates and titles: Qwen3-1.7B."""
-    revision: str | None
-    commit: str | None
-    """The Hub commit; None for local sources."""
-    files: dict[str, str]
-    digest: str
-    """sha256 over `files`: what every key downstream is made from."""
-    trust_remote_code: bool = False
-    cached: bool = False
 
 
 class Found(BaseModel):

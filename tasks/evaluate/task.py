@@ -7,10 +7,8 @@ from typing import Any
 
 from prefect import task
 from prefect.states import Completed, State
-from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Evaluate
-from tasks.download.task import Snapshot
 from tasks.evaluate import comparison, lm_eval_run, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Work, measure
@@ -19,28 +17,10 @@ from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
+from tasks.values import Evaluation, Snapshot
 
 STAGE = 3  # raise it when what a part measures, or how, changes
 Parts = dict[str, store.Artifact]
-
-
-class Evaluation(BaseModel):
-    """What was measured of the baseline or of a variant."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    metrics: dict[str, float]
-    """By the contract's names; intervals are `<name>_low` and `<name>_high`, 95 %."""
-    protocol: dict[str, Any]
-    """What makes the numbers comparable."""
-    notes: list[str]
-    samples: list[dict[str, Any]]
-    """{prompt, baseline, answer, diverges_at} for each prompt; diverges_at is a character offset or None."""
-    path: str
-    """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, flips.json, layers.json, evaluation.json."""
-    digest: str
-    cached: bool
 
 
 def evaluate_baseline(

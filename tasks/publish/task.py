@@ -7,7 +7,6 @@ from pathlib import Path
 
 from prefect import State, task
 from prefect.states import Completed
-from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
@@ -16,38 +15,20 @@ from tasks.download.hub import UnreachableError, endpoint
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
+from tasks.publish.card import plain_files
+from tasks.publish.check import problems
 from tasks.publish.client import connect, wait
 from tasks.publish.hub import Release
 from tasks.publish.repo import TAG, Wanted
 from tasks.publish.signing import signer
 from tasks.runtime.progress import Progress, show
 from tasks.store.digests import sha256_files
+from tasks.values import Published
 
 log = logging.getLogger("tame.publish")
 
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds before each further attempt, after the client's own."""
-
-
-class Published(BaseModel):
-    """What was published, and where. `commit` is None for folders; `uploaded` names the files that had to be moved."""
-
-    model_config = ConfigDict(frozen=True)
-
-    to: str
-    repo: str
-    url: str
-    commit: str | None
-    visibility: str
-    """`private`, `public`, or `local` for a folder."""
-    uploaded: list[str]
-    already: bool
-    """Whether nothing had to be done."""
-
-    @property
-    def cached(self) -> bool:
-        """Names the Prefect state."""
-        return self.already
 
 
 def preflight(
@@ -194,10 +175,6 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
         BadInputError: there is no such folder, it holds no model, or the preflight fails.
         As `publish`.
     """
-    from tasks.publish.card import (
-        plain_files,
-    )  # not above: a card is made from a result, and a result knows this module
-
     names = (
         sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
     )
@@ -222,8 +199,6 @@ def check(repo: str, source: str | None = None, progress: Progress = show) -> li
     Raises:
         As `tasks.publish.check.problems`.
     """
-    from tasks.publish.check import problems  # not above: it reads cards, and those are made from results
-
     return problems(repo, source, progress)
 
 
@@ -274,6 +249,3 @@ def publish_task(
     if not done.already:
         _tell_lineage(done, extra)
     return Completed(name="Cached" if done.already else "Completed", data=done)
-
-
-__all__ = ["Published", "check", "preflight", "publish", "publish_folder", "publish_task"]

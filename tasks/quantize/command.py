@@ -14,12 +14,13 @@ from configs.schema import Variant
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
 from tasks.quantize.run import work
-from tasks.quantize.task import Quantized, summarize
+from tasks.quantize.task import summarize
 from tasks.runtime.child_process import KilledError, isolated
 from tasks.runtime.device import pick
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
+from tasks.values import Quantized
 
 log = logging.getLogger("tame.quantize")
 

@@ -8,55 +8,20 @@ from typing import Any
 
 from prefect import task
 from prefect.states import Completed, State
-from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Variant
 from tasks.download.checkpoint import check_source
-from tasks.download.task import Snapshot
 from tasks.quantize.run import work
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, pick
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
+from tasks.values import Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
 
 VERSION = 3  # of this stage: raise it when the same inputs give other bytes
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
-
-
-class Left(BaseModel):
-    """Tensors that stay in 16 or 32 bits: a module's name, with `*` for layer numbers, and why."""
-
-    model_config = ConfigDict(frozen=True)
-
-    module: str
-    tensors: int
-    parameters: int
-    reason: str
-
-
-class Quantized(BaseModel):
-    """A quantized checkpoint. `files` has the sha256 of each, `digest` covers them all."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    digest: str
-    bytes: int
-    files: dict[str, str]
-    parameters: int
-    bits_per_weight: float
-    """8 * bytes of the weight files / parameters."""
-    quantized_share: float
-    """Of the parameters, how many are quantized: 0 to 1."""
-    left: list[Left]
-    """What is not, largest first."""
-    notes: list[str]
-    """Sentences that a user of the model should know."""
-    seconds: float
-    """What it took, when it was made."""
-    cached: bool
 
 
 def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[str, Any]:

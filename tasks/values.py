@@ -1,0 +1,100 @@
+"""The values that pass between the stages, in the order in which they are made.
+
+Small, frozen, and never models or tensors. This file imports nothing of tasks/, so that a stage can know what another one
+makes without knowing how.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Snapshot(_Value):
+    """A source, pinned and on disk. `files` has the sha256 of every file that was taken, by its path in the folder."""
+
+    path: str
+    model: str
+    """As the recipe names it."""
+    name: str
+    """Short name, for repo templates and titles: Qwen3-1.7B."""
+    revision: str | None
+    commit: str | None
+    """The Hub commit; None for local sources."""
+    files: dict[str, str]
+    digest: str
+    """sha256 over `files`: what every key downstream is made from."""
+    trust_remote_code: bool = False
+    cached: bool = False
+
+
+class Unquantized(_Value):
+    """Modules that stay in 16 or 32 bits: a module's name, with `*` for layer numbers, and why."""
+
+    module: str
+    tensors: int
+    parameters: int
+    reason: str
+
+
+class Quantized(_Value):
+    """A quantized checkpoint. `files` has the sha256 of each, `digest` covers them all."""
+
+    path: str
+    digest: str
+    bytes: int
+    files: dict[str, str]
+    parameters: int
+    bits_per_weight: float
+    """8 * bytes of the weight files / parameters."""
+    quantized_share: float
+    """Of the parameters, how many are quantized: 0 to 1."""
+    left: list[Unquantized]
+    """What is not quantized, largest first."""
+    notes: list[str]
+    """Sentences that a user of the model should know."""
+    seconds: float
+    """What it took, when it was made."""
+    cached: bool
+
+
+class Evaluation(_Value):
+    """What was measured of the baseline or of a variant."""
+
+    name: str
+    metrics: dict[str, float]
+    """By the contract's names; intervals are `<name>_low` and `<name>_high`, 95 %."""
+    protocol: dict[str, Any]
+    """What makes the numbers comparable."""
+    notes: list[str]
+    samples: list[dict[str, Any]]
+    """{prompt, baseline, answer, diverges_at} for each prompt; diverges_at is a character offset or None."""
+    path: str
+    """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, flips.json, layers.json, evaluation.json."""
+    digest: str
+    cached: bool
+
+
+class Verdict(_Value):
+    """Whether every limit was kept; `reasons` has a line for each one that was not, `checked` one for each that was."""
+
+    passed: bool
+    reasons: list[str]
+    checked: list[str] = []
+
+
+class Published(_Value):
+    """What was published, and where. `commit` is None for folders; `uploaded` names the files that had to be moved."""
+
+    to: str
+    repo: str
+    url: str
+    commit: str | None
+    visibility: str
+    """`private`, `public`, or `local` for a folder."""
+    uploaded: list[str]
+    already: bool
+    """Whether nothing had to be done."""
