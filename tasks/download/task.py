@@ -20,6 +20,8 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks.download import hub
 from tasks.download.checkpoint import INDEX, WEIGHTS, check_source, read_header, refuse_quantized, weight_files
+from tasks.download.gguf import check_gguf, read_gguf
+from tasks.download.gguf_convert import dequantize
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import versions
 from tasks.runtime.progress import Progress, show
@@ -79,10 +81,7 @@ def look(source: Source, quantized: bool = False) -> Found:
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadInputError(f"source.model {source.model}: not a .gguf file; give a folder, a .gguf or a Hub repo")
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise BadInputError(f"source.model {path}: starts with {magic!r}, not b'GGUF'; download it again")
+        check_gguf(read_gguf(path))
         return Found(
             kind="gguf", name=path.stem, path=str(path), commit=None, files={path.name: path.stat().st_size}, config={}
         )
@@ -318,12 +317,12 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
 
     def make(folder: Path) -> store.Made:
         store.need_space(folder, 5 * gguf.stat().st_size, f"dequantize {gguf.name}")
-        from tasks.download.gguf import dequantize
-
-        isolated(f"dequantize {gguf.name}", dequantize, gguf, folder, progress=progress)
-        return store.Made(meta={"gguf": gguf.name})
+        notes = isolated(f"dequantize {gguf.name}", dequantize, gguf, folder, progress=progress)
+        return store.Made(meta={"gguf": gguf.name, "notes": notes})
 
     artifact, cached = store.build("dequantized", inputs, make)
+    for note in artifact.meta.get("notes", []):
+        log.warning("%s", note)
     return Snapshot(
         path=artifact.path,
         model=source.model,
@@ -340,7 +339,7 @@ def _dequantized_inputs(gguf: Path) -> dict[str, Any]:
     known = versions()
     return {
         "gguf": sha256_file(gguf),
-        "stage": 1,
+        "stage": 2,  # what the file lacks is refused, and what transformers does not read of it is set or refused
         "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
     }
 
