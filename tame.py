@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, without_credentials
 
 log = logging.getLogger("tame")
 
@@ -372,7 +372,7 @@ def _say(error: BaseException | str, debug: bool, code: int) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"tame: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"tame: {without_credentials(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 

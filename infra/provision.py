@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, bare_address, line
 from tasks.fleet import work_queues
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def connect() -> "Iterator[SyncPrefectClient]":
         end = time.monotonic() + HEALTHY_WITHIN
         while error := client.api_healthcheck():
             if time.monotonic() > end:
-                raise TameError(f"{client.api_url} does not answer: {' '.join(str(error).split())}")
+                raise TameError(f"{bare_address(str(client.api_url))} does not answer: {line(error)}")
             time.sleep(0.3)
         yield client
 

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, bare_address
 from tasks.fleet import work_queues
 from tasks.runtime.device import gpus
 from tasks.runtime.home import home
@@ -193,11 +192,11 @@ def _workers(client: "SyncPrefectClient", since: datetime) -> int:
 
 
 def _prefect() -> str:
-    return os.environ["PREFECT_API_URL"].removesuffix("/api")
+    return bare_address(os.environ["PREFECT_API_URL"]).removesuffix("/api")
 
 
 def _mlflow() -> str:
-    return re.sub(r"//[^/@]*@", "//", os.environ["MLFLOW_TRACKING_URI"])
+    return bare_address(os.environ["MLFLOW_TRACKING_URI"])
 
 
 def _free_port(host: str, wanted: int) -> int:

@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, bare_address
 from tasks.fleet import work_queues
 from tasks.runtime.device import LIMIT, gpus
 
@@ -45,7 +45,9 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
         try:
             client.read_work_pool(pool)
         except ObjectNotFound:
-            raise TameError(f"{client.api_url} has no work pool {pool!r}; `tame provision` makes it") from None
+            raise TameError(
+                f"{bare_address(str(client.api_url))} has no work pool {pool!r}; `tame provision` makes it"
+            ) from None
         if limit:
             with suppress(ObjectAlreadyExists):  # by another worker of this machine, at the same time
                 client.upsert_global_concurrency_limit_by_name(limit, 1)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, without_credentials
 from configs.schema import Recipe
 from tasks.download.checkpoint import read_tensors
 from tasks.runtime.device import hardware, versions
@@ -236,7 +236,7 @@ def sizes_of(folder: Path, names: list[str]) -> dict[str, float]:
 
 def one_line(error: BaseException) -> str:
     """An error as one line for a person. What tame did not foresee is named by its class."""
-    text = " ".join(str(error).split())
+    text = without_credentials(" ".join(str(error).split()))
     return text if isinstance(error, TameError) else f"{type(error).__name__}: {text}"
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from configs.errors import BadInputError, TameError, named_line
+from configs.errors import BadInputError, TameError, bare_address, named_line
 from tasks.store.digests import sha256_now
 
 log = logging.getLogger("tame.store")
@@ -99,7 +99,7 @@ def _connect(url: str) -> Remote:
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "file", url
-    if "@" in rest.partition("/")[0]:
+    if bare_address(url) != url:
         raise BadInputError("TAME_STORE: it holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, …)")
     if scheme not in DRIVERS or not rest.strip("/"):
         raise BadInputError(

@@ -25,7 +25,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from prefect import task
 
-from configs.errors import TameError, named_line
+from configs.errors import TameError, bare_address, named_line
 from configs.schema import Recipe
 from tasks.result import Result
 from tasks.runtime.home import home
@@ -336,7 +336,7 @@ def _rest(run_id: str) -> None:
 
 def place() -> str:
     """The server's address without the credentials that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", _uri())
+    return bare_address(_uri())
 
 
 @task(name="log to MLflow", task_run_name="log {what}")
