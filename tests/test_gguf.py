@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,6 @@ def test_a_scaling_of_positions_that_transformers_does_not_read_is_kept(
             "llama.attention.clamp_kqv is 8, which transformers' LlamaConfig has no name for",
         ),
         ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping is 30"),
-        ({"split.count": 2, "split.no": 0}, "one of 2 parts of a model"),
     ],
 )
 def test_a_gguf_whose_settings_cannot_be_kept_is_refused(
@@ -190,3 +190,45 @@ def test_a_truncated_gguf_is_refused_at_the_first_look(tiny_llama: Path, tmp_pat
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(TameError, match="truncated"):
         look(Source(model=str(path)))
+
+
+def test_all_parts_of_a_split_gguf_are_read(tame_home: Path, tmp_path: Path) -> None:
+    model = tiny(tmp_path / "model", zoo("llama"), spread=True)
+    first = write(tmp_path / "x.gguf", model, per_part=8)
+    assert len(list(tmp_path.glob("x-*-of-00003.gguf"))) == 3
+    snapshot = download(Source(model=str(first)))
+    assert snapshot.name == "x"
+    assert same_model(Path(snapshot.path), model)
+    assert not list(tame_home.rglob("*.gguf"))
+    assert len(look(Source(model=str(first))).files) == 3
+    second = tmp_path / "x-00002-of-00003.gguf"
+    assert download(Source(model=str(second))).digest == snapshot.digest
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("missing", "x-00003-of-00003.gguf is missing, one of its 3 parts"),
+        ("renamed", "its split.count says 3 parts, its name 1"),
+        ("twice", "it does not say that it is part 2 of 3"),
+        ("other model's", "split.tensors.count says 21"),
+        ("truncated", "truncated"),
+    ],
+)
+def test_a_split_gguf_that_is_not_whole_is_refused(tiny_llama: Path, tmp_path: Path, what: str, said: str) -> None:
+    first = write(tmp_path / "x.gguf", tiny_llama, per_part=8)
+    second, third = (tmp_path / f"x-0000{number}-of-00003.gguf" for number in (2, 3))
+    if what == "missing":
+        third.unlink()
+    elif what == "renamed":
+        first = first.rename(tmp_path / "y.gguf")
+    elif what == "twice":
+        shutil.copy(first, second)
+    elif what == "other model's":
+        write(tmp_path / "y.gguf", tiny_llama, per_part=8, without=("output.weight",))
+        shutil.copy(tmp_path / "y-00003-of-00003.gguf", third)
+    else:
+        third.write_bytes(third.read_bytes()[:-40])
+    with pytest.raises(TameError) as error:
+        look(Source(model=str(first)))
+    assert said in str(error.value)

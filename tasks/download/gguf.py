@@ -19,12 +19,12 @@ VERSIONS = (2, 3)  # version 1 counted in 32 bits and is of some weeks of 2023
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufTensor(NamedTuple):
-    """A tensor of a .gguf: bytes `start` to `end` of the file."""
+    """A tensor of a .gguf: bytes `start` to `end` of `file`."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     """As torch and numpy have it, the last dimension contiguous; the file has it the other way round."""
@@ -40,6 +40,8 @@ class GgufHeader(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    entries: dict[str, tuple[int, int]]
+    """Where each entry of the metadata, its key included, begins and ends."""
 
     @property
     def architecture(self) -> str:
@@ -78,14 +80,11 @@ def check_gguf(header: GgufHeader) -> None:
         TameError: tensors that every model has are missing.
     """
     where = f"source.model {header.path}"
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        raise TameError(f"{where}: it has no general.architecture, so it is no model or damaged; download it again")
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise BadInputError(f"{where}: its general.type is {kind!r}; give the .gguf of a whole model")
-    if (parts := header.metadata.get("split.count", 0)) > 1:
-        raise BadInputError(
-            f"{where}: one of {parts} parts of a model (split.count); join them with `llama-gguf-split --merge`, "
-            "or give the original model"
-        )
     for key in ("pooling_type", "attention.causal"):
         if (value := header.setting(key)) is not None and value != {"attention.causal": True}.get(key, 0):
             raise BadInputError(
@@ -119,13 +118,13 @@ class _Parser:
             )
         tensor_count, entry_count = self.count(24), self.count(13)
         metadata: dict[str, Any] = {}
+        entries = {}
         for _ in range(entry_count):
-            key = self.string()
+            start, key = self.at, self.string()
             if key in metadata:
                 raise ValueError(f"the key {key!r} comes twice")
             metadata[key] = self.value(self.number("<I"))
-        if not isinstance(metadata.get("general.architecture"), str):
-            raise ValueError("no general.architecture")
+            entries[key] = (start, self.at)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
             raise ValueError(f"general.alignment {alignment!r}")
@@ -139,7 +138,7 @@ class _Parser:
             shape = tuple(self.number("<Q") for _ in range(dimensions))
             found[name] = (shape[::-1], self.number("<I"), self.number("<Q"))
         begin = -(-self.at // alignment) * alignment
-        return GgufHeader(self.path, metadata, self.tensors(found, begin, alignment))
+        return GgufHeader(self.path, metadata, self.tensors(found, begin, alignment), entries)
 
     def tensors(
         self, found: dict[str, tuple[tuple[int, ...], int, int]], begin: int, alignment: int
@@ -157,7 +156,7 @@ class _Parser:
             if offset % alignment:
                 raise ValueError(f"{name!r} begins at {offset}, no multiple of {alignment}")
             start = begin + offset
-            tensors[name] = GgufTensor(name, shape, kind, start, start + math.prod(shape) // block * nbytes)
+            tensors[name] = GgufTensor(self.path, name, shape, kind, start, start + math.prod(shape) // block * nbytes)
         before = begin
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
             if tensor.start < before:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError, line
-from tasks.download.gguf import GgufHeader, GgufTensor, check_gguf, read_gguf
+from tasks.download.gguf import GgufHeader, GgufTensor, check_gguf
+from tasks.download.gguf_parts import as_one, join, model_name, read_parts
 from tasks.runtime.progress import Progress
 
 log = logging.getLogger("tame.download")
@@ -56,17 +57,22 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> list[str]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     progress(f"dequantize {gguf.name}", 0, 3)
-    header = read_gguf(gguf)
+    parts = read_parts(gguf)
+    header = as_one(parts)
     check_gguf(header)
+    whole = gguf
+    if len(parts) > 1:
+        whole = folder / f"{model_name(gguf)}.gguf"
+        join(parts, whole)
     try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = AutoConfig.from_pretrained(whole.parent, gguf_file=whole.name)
         _apply_settings(config, header)
         frequencies = _apply_rope(config, header)
         # dequantize=True: without it, transformers keeps the weights packed and cannot save them.
         model, report = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
+            whole.parent,
             config=config,
-            gguf_file=gguf.name,
+            gguf_file=whole.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
@@ -75,13 +81,15 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> list[str]:
         notes = _refuse_incomplete(model, report, header)
         if frequencies is not None:
             _check_frequencies(model, header, frequencies)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
     except TameError:
         raise
     except Exception as error:  # whatever a file can break in the constructors of many models
         raise TameError(
             f"{gguf}: transformers cannot read it ({type(error).__name__}: {line(error)}); give the original model"
         ) from error
+    if len(parts) > 1:
+        whole.unlink()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
@@ -291,7 +299,7 @@ def _floats(header: GgufHeader, tensor: GgufTensor) -> list[float]:
 
     if tensor.kind != 0:
         raise BadInputError(f"{header.path}: {tensor.name} is not F32; give the original model")
-    with header.path.open("rb") as file:
+    with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         return [float(value) for value in np.frombuffer(file.read(tensor.end - tensor.start), dtype="<f4")]
 

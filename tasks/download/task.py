@@ -20,8 +20,9 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks.download import hub
 from tasks.download.checkpoint import INDEX, WEIGHTS, check_source, read_header, refuse_quantized, weight_files
-from tasks.download.gguf import check_gguf, read_gguf
+from tasks.download.gguf import check_gguf
 from tasks.download.gguf_convert import dequantize
+from tasks.download.gguf_parts import as_one, model_name, part_paths, read_parts
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import versions
 from tasks.runtime.progress import Progress, show
@@ -81,9 +82,14 @@ def look(source: Source, quantized: bool = False) -> Found:
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadInputError(f"source.model {source.model}: not a .gguf file; give a folder, a .gguf or a Hub repo")
-        check_gguf(read_gguf(path))
+        check_gguf(as_one(read_parts(path)))
         return Found(
-            kind="gguf", name=path.stem, path=str(path), commit=None, files={path.name: path.stat().st_size}, config={}
+            kind="gguf",
+            name=model_name(path),
+            path=str(path),
+            commit=None,
+            files={part.name: part.stat().st_size for part in part_paths(path)},
+            config={},
         )
     names = [
         p.relative_to(path).as_posix()
@@ -316,7 +322,9 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
     inputs = _dequantized_inputs(gguf)
 
     def make(folder: Path) -> store.Made:
-        store.need_space(folder, 5 * gguf.stat().st_size, f"dequantize {gguf.name}")
+        parts = part_paths(gguf)
+        copies = 5 if len(parts) == 1 else 6  # four bits become 16; and parts are joined
+        store.need_space(folder, copies * sum(part.stat().st_size for part in parts), f"dequantize {gguf.name}")
         notes = isolated(f"dequantize {gguf.name}", dequantize, gguf, folder, progress=progress)
         return store.Made(meta={"gguf": gguf.name, "notes": notes})
 
@@ -326,7 +334,7 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
     return Snapshot(
         path=artifact.path,
         model=source.model,
-        name=gguf.stem,
+        name=model_name(gguf),
         revision=None,
         commit=None,
         files=artifact.files,
@@ -338,7 +346,7 @@ def _dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
 def _dequantized_inputs(gguf: Path) -> dict[str, Any]:
     known = versions()
     return {
-        "gguf": sha256_file(gguf),
+        "gguf": [sha256_file(part) for part in part_paths(gguf)],
         "stage": 2,  # what the file lacks is refused, and what transformers does not read of it is set or refused
         "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
     }
