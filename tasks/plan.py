@@ -84,7 +84,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
     tokens = None
     if folder := tokenizer_folder(recipe.source, found):
-        tokens = check_text(text, window, folder)
+        tokens = check_text(text, window, folder, recipe.source.trust_remote_code)
     elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
         raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)

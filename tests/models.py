@@ -1,6 +1,7 @@
 """Tiny random models of any architecture, with a real tokenizer, made in a second."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,56 @@ def tiny(
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder, **save)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+MODEL_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+TOKENIZER_CODE = """
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    model_input_names = ["input_ids", "attention_mask"]
+    vocab_size = 256
+
+    def get_vocab(self):
+        return {chr(code): code for code in range(256)} | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return [chr(byte) for byte in text.encode()]
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return bytes(map(ord, tokens)).decode(errors="replace")
+
+    def save_vocabulary(self, save_directory, filename_prefix=None):
+        return ()
+"""
+
+
+def with_own_code(folder: Path) -> Path:
+    """Make of the tiny Llama in `folder` a model whose architecture and tokenizer are code in its own folder."""
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own_model.py").write_text(MODEL_CODE)
+    (folder / "tokenizer.json").unlink()
+    (folder / "own_tokenizer.py").write_text(TOKENIZER_CODE)
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**own, "eos_token": "\x00"}))
     return folder
 
 

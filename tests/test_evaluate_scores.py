@@ -11,7 +11,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import TextSource
 from tasks.evaluate.model import Loaded
 from tasks.evaluate.text import load_text
-from tests.models import VOCABULARY, tiny
+from tests.models import VOCABULARY, tiny, with_own_code
 
 WINDOW, TOKENS = 64, 64 * 9
 TEXT = load_text(TextSource(builtin="python-docs")).text
@@ -160,6 +160,21 @@ def test_heads_that_scale_cap_or_project_give_the_models_own_logits(which: int, 
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_baseline_with_code_of_its_own_is_read_again_for_its_head(tmp_path: Path) -> None:
+    from tasks.evaluate.model import load
+    from tasks.evaluate.perplexity import score_baseline, score_variant
+
+    base, other = (with_own_code(tiny(tmp_path / name, seed=seed)) for seed, name in enumerate(("base", "other")))
+    folders = [tmp_path / "scores" / name for name in ("base", "other")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    score_baseline(load(base, "cpu", trust_remote_code=True), TEXT, WINDOW, TOKENS, 4, folders[0])
+    variant = load(other, "cpu", trust_remote_code=True)
+    score_variant(variant, folders[0], base, 4, folders[1], trust_remote_code=True)
+    assert "its output head differs from the baseline's" in variant.notes
+    assert np.load(folders[1] / "windows.npz")["kl"].mean() > 0
+
+
 def test_another_vocabulary_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     import transformers as t
 
@@ -198,8 +213,8 @@ def test_less_memory_means_smaller_batches(
     with caplog.at_level(logging.INFO, "tame"):
         score_baseline(loaded, TEXT, WINDOW, TOKENS, 8, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["protocol"]["batch_size"] == 2
-    assert "trying 4 windows" in caplog.text
-    assert "trying 2 windows" in caplog.text
+    assert "trying 4 at a time (window of 64 tokens)" in caplog.text
+    assert "trying 2 at a time" in caplog.text
     limit = 0
     with pytest.raises(TameError, match="no memory for one window of 64 tokens"):
         score_baseline(loaded, TEXT, WINDOW, TOKENS, 8, tmp_path)

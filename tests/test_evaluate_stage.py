@@ -103,6 +103,25 @@ def test_two_models_under_one_path_never_see_each_others_numbers(
     assert evaluate_baseline(third, ALONE).cached  # the same weights at another path are the same input
 
 
+def test_another_bitsandbytes_measures_quantized_models_again_and_no_others(
+    tiny_llama: Path, tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.evaluate import task
+    from tasks.runtime.device import versions
+
+    base = snapshot_of(tiny_llama)
+    evaluate_baseline(base, ALONE)
+    installed = versions()
+    monkeypatch.setattr(task, "versions", lambda: {**installed, "bitsandbytes": "99", "accelerate": "99"})
+    assert evaluate_baseline(base, ALONE).cached
+    quantized = shutil.copytree(tiny_llama, tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    assert task._deciding_versions(quantized)["bitsandbytes"] == "99"
+    monkeypatch.setattr(task, "versions", lambda: {**installed, "torch": "99"})
+    assert not evaluate_baseline(base, ALONE).cached
+
+
 def test_a_killed_evaluation_says_so_and_leaves_nothing_half_done(tiny_llama: Path, tame_home: Path) -> None:
     def kill_the_child() -> None:
         while not (children := multiprocessing.active_children()):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, TameError
 from configs.schema import Evaluate, TextSource
 from tasks.evaluate.lm_eval_index import check_tasks, find_tasks, inputs_of, work_of
 from tests.models import tiny
@@ -93,6 +93,38 @@ def test_scores_are_those_of_plain_lm_eval(ran, own_tasks: Path) -> None:
     assert ours["own_choice"]["version"] == 3
     rows = [json.loads(line) for line in (root / "1" / "own_choice.jsonl").read_text().splitlines()]
     assert [row["acc"] for row in rows] == [sample["acc"] for sample in plain["samples"]["own_choice"]]
+
+
+def test_the_batch_size_that_fitted_is_the_one_that_is_recorded(ran, own_tasks: Path, tmp_path: Path) -> None:
+    import torch
+
+    from tasks.evaluate.lm_eval_run import run_tasks
+
+    root, loaded = ran
+    limit = 1
+
+    def short_of_memory(module, arguments) -> None:
+        if arguments[0].shape[0] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    spec = spec_of(own_tasks)
+    work = work_of(spec.tasks, find_tasks(spec.tasks, spec.task_path))
+    hook = loaded.model.model.embed_tokens.register_forward_pre_hook(short_of_memory)
+    try:
+        run_tasks(loaded, work, spec, tmp_path, floor=True)
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert spec.batch_size == 4
+        assert result["protocol"]["batch_size"] == 1
+        assert (
+            result["tasks"]["own_choice"]["metrics"]
+            == (json.loads((root / "1" / "result.json").read_text())["tasks"]["own_choice"]["metrics"])
+        )
+        assert "floor" not in result["tasks"]["own_choice"]  # no memory for a second batch shape
+        limit = 0
+        with pytest.raises(TameError, match="no memory for one item of a task"):
+            run_tasks(loaded, work, spec, tmp_path)
+    finally:
+        hook.remove()
 
 
 def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts, tokens and statistics: nothing here imports torch."""
+"""Texts, tokens and statistics."""
 
 import math
 from pathlib import Path
@@ -11,6 +11,7 @@ from configs.schema import TextSource
 from tasks.evaluate.comparison import _diverges_at
 from tasks.evaluate.statistics import interval, mcnemar
 from tasks.evaluate.text import LoadedText, check_text, load_text
+from tests.models import tiny, with_own_code
 
 
 def test_files_are_joined_by_a_blank_line_and_keyed_by_content(tmp_path: Path) -> None:
@@ -57,6 +58,14 @@ def test_check_text_counts_and_refuses(tiny_llama: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadInputError, match="not a tokenizer"):
         check_text(loaded("word"), 2, tmp_path)
+
+
+def test_a_tokenizer_that_is_code_is_counted_with_where_it_is_trusted(tmp_path: Path) -> None:
+    folder = with_own_code(tiny(tmp_path / "own"))
+    text = LoadedText(text="zwölf", name="mine", digest="", revision=None)
+    assert check_text(text, 6, folder, trust_remote_code=True) == 6  # a byte each
+    with pytest.raises(BadInputError, match="no tokenizer that loads"):
+        check_text(text, 6, folder)
 
 
 def test_mcnemar_is_the_exact_binomial() -> None:

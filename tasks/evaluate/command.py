@@ -20,7 +20,7 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
     text = load_text(spec.text)
     for source in [model, *([baseline] if baseline else [])]:
         if folder := tokenizer_folder(source, look(source, quantized=True)):
-            check_text(text, spec.window, folder)
+            check_text(text, spec.window, folder, source.trust_remote_code)
     check_tasks(spec.tasks, spec.task_path)
     snapshot = download(model, quantized=True)
     sizes = sizes_of(Path(snapshot.path), list(snapshot.files))

@@ -9,7 +9,8 @@ from typing import Any
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Evaluate
 from tasks.evaluate.lm_eval_index import TaskWork
-from tasks.evaluate.model import Loaded, body_of, head_of, out_of_memory, quiet
+from tasks.evaluate.model import Loaded, body_of, head_of, quiet
+from tasks.evaluate.scoring import backing_off
 from tasks.runtime.progress import Progress, silent
 
 STAGE = 2  # raise it when what is kept of an item changes
@@ -38,7 +39,9 @@ def run_tasks(
     datasets.disable_progress_bars()
     loaded_tasks = _load_tasks(work, spec)
     progress("tasks", 0, 1)
-    results = _evaluate(loaded, loaded_tasks, spec.batch_size, spec.task_limit)
+    results, batch = backing_off(
+        lambda size: _evaluate(loaded, loaded_tasks, size, spec.task_limit), spec.batch_size, "item of a task"
+    )
     summary: dict[str, dict[str, Any]] = {}
     for name, items in results["samples"].items():
         rows = [_row(item) for item in items]
@@ -65,11 +68,11 @@ def run_tasks(
         if name not in results["samples"]
     }
     if floor:
-        for name, flips in _floor(loaded, work, spec, results["samples"]).items():
+        for name, flips in _floor(loaded, work, spec, batch, results["samples"]).items():
             summary[name]["floor"] = flips
     progress("tasks", 1, 1)
     protocol = {
-        "batch_size": spec.batch_size,
+        "batch_size": batch,
         "limit": spec.task_limit,
         "weights": loaded.weights,
         "dtype": loaded.dtype,
@@ -116,17 +119,10 @@ def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) ->
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
-    while True:
-        try:
-            model = _adapter(loaded, batch_size)
-            for task in found["tasks"].values():
-                task._instances = None
-            with torch.inference_mode():
-                return evaluate(model, task_dict=found, limit=limit, bootstrap_iters=0, log_samples=True)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or batch_size == 1:
-                raise
-        batch_size //= 2
+    for task in found["tasks"].values():
+        task._instances = None  # of a run that had no memory for its batches
+    with torch.inference_mode():
+        return evaluate(_adapter(loaded, batch_size), task_dict=found, limit=limit, bootstrap_iters=0, log_samples=True)
 
 
 def _adapter(loaded: Loaded, batch_size: int) -> Any:
@@ -211,10 +207,15 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, samples: Any) -> dict[str, dict[str, int]]:
+def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, batch: int, samples: Any) -> dict[str, dict[str, int]]:
     """For each task: of how many items, and how many change between right and wrong in another batch shape."""
     limit = min(FLOOR_ITEMS, spec.task_limit or FLOOR_ITEMS)
-    again = _evaluate(loaded, _load_tasks(work, spec), 1 if spec.batch_size > 1 else 2, limit)["samples"]
+    found = _load_tasks(work, spec)
+    other = 1 if batch > 1 else 2
+    results, used = backing_off(lambda size: _evaluate(loaded, found, size, limit), other, "item of a task")
+    if used == batch:  # there is memory for one batch shape only
+        return {}
+    again = results["samples"]
     floors = {}
     for name, items in again.items():
         metric, only = items[0]["metrics"][0], items[0]["filter"]

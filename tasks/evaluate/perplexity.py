@@ -7,6 +7,7 @@ The baseline leaves its final hidden states, from which the output head makes th
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def score_baseline(
         with (folder / HIDDEN).open("wb") as file:
             return score(loaded, head, tokens, batch, None, progress, Kept(file))
 
-    positions, batch = backing_off(run, batch_size, len(tokens), window)
+    positions, batch = _backing_off(run, batch_size, tokens)
     np.savez(folder / REFERENCE, log_sum=positions.log_sum, top=positions.top)
     few = tokens[: max(1, FLOOR_TOKENS // window)]
     reference = Reference(folder / HIDDEN, head, positions.log_sum, positions.top, head.weight.shape[1])
@@ -87,7 +88,13 @@ def score_baseline(
 
 
 def score_variant(
-    loaded: Loaded, baseline: Path, baseline_model: Path, batch_size: int, folder: Path, progress: Progress = silent
+    loaded: Loaded,
+    baseline: Path,
+    baseline_model: Path,
+    batch_size: int,
+    folder: Path,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
 ) -> None:
     """Score the baseline's tokens with a variant, and compare both at every position.
 
@@ -98,6 +105,7 @@ def score_variant(
         batch_size: Windows in a batch.
         folder: Gets windows.npz and result.json.
         progress: Told windows.
+        trust_remote_code: Whether the baseline may run code of its own, should its head be read.
 
     Raises:
         BadInputError: the two do not share a vocabulary.
@@ -106,15 +114,21 @@ def score_variant(
     tokens = np.load(baseline / TOKENS)
     known = json.loads((baseline / RESULT).read_bytes())
     head = _checked_head(loaded, tokens)
-    theirs = _same_vocabulary(loaded, head, known, baseline_model)
+    theirs = _same_vocabulary(loaded, head, known, baseline_model, trust_remote_code)
     kept = np.load(baseline / REFERENCE)
 
     def run(batch: int) -> Positions:
         reference = Reference(baseline / HIDDEN, theirs, kept["log_sum"], kept["top"], known["width"])
         return score(loaded, head, tokens, batch, reference, progress)
 
-    positions, batch = backing_off(run, batch_size, tokens.shape[0], tokens.shape[1])
+    positions, batch = _backing_off(run, batch_size, tokens)
     _write(folder, positions, {"protocol": _protocol(loaded, tokens, tokens.shape[1], batch), "notes": loaded.notes})
+
+
+def _backing_off(run: Callable[[int], Positions], batch_size: int, tokens: Array) -> tuple[Positions, int]:
+    windows, window = tokens.shape
+    remedy = "lower evaluate.window, or use a larger device"
+    return backing_off(run, min(batch_size, windows), f"window of {window} tokens", remedy)
 
 
 def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
@@ -162,7 +176,9 @@ def _checked_head(loaded: Loaded, tokens: Array) -> Head:
     )
 
 
-def _same_vocabulary(loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path) -> Head:
+def _same_vocabulary(
+    loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path, trust_remote_code: bool
+) -> Head:
     """The baseline's head: the variant's own where they are equal, as bitsandbytes leaves it, else read again."""
     digest = hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest()
     rows = known["head"]["vocabulary"]
@@ -174,7 +190,7 @@ def _same_vocabulary(loaded: Loaded, head: Head, known: dict[str, Any], baseline
     if _digest(head) == known["head"]:
         return head
     loaded.notes.append("its output head differs from the baseline's")
-    theirs = head_of(load(baseline_model, "cpu").model)
+    theirs = head_of(load(baseline_model, "cpu", trust_remote_code).model)
     assert theirs is not None
     theirs.weight = theirs.weight.detach().to(loaded.device)
     theirs.bias = None if theirs.bias is None else theirs.bias.detach().to(loaded.device)

@@ -100,7 +100,13 @@ def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None
             score_baseline(loaded, work.text, spec.window, spec.max_tokens, spec.batch_size, folders["scores"], told)
         else:
             score_variant(
-                loaded, Path(work.baseline), Path(str(work.baseline_model)), spec.batch_size, folders["scores"], told
+                loaded,
+                Path(work.baseline),
+                Path(str(work.baseline_model)),
+                spec.batch_size,
+                folders["scores"],
+                told,
+                work.trust_remote_code,
             )
     if "tasks" in folders and work.tasks:
         from tasks.evaluate.lm_eval_run import run_tasks

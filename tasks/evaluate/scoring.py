@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ LOGITS_BYTES = {
     "cuda": 1.3e9,
 }  # float32 logits at a time: what stays in a CPU's cache, what a GPU can spare
 Array = NDArray[Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,25 @@ class Kept:
             self.waiting = None
 
 
-def backing_off(run: Callable[[int], Positions], batch_size: int, windows: int, window: int) -> tuple[Positions, int]:
-    """Run with ever smaller batches until one fits. All windows share one size: int8 depends on what shares the batch."""
+def backing_off(
+    run: Callable[[int], Result], batch_size: int, unit: str, remedy: str = "use a larger device"
+) -> tuple[Result, int]:
+    """Call `run(batch size)` with ever smaller batches until one fits in memory: its result, and the size that fitted.
+
+    All of a run shares one size, because an int8 layer's output depends on what else is in the batch.
+
+    Args:
+        run: Does all the work anew, in batches of the size that it is given.
+        batch_size: The size to begin with.
+        unit: What a batch consists of, in the singular, for the log and the error: `window of 64 tokens`.
+        remedy: What the error advises when not even a batch of one fits.
+
+    Raises:
+        TameError: there is no memory for a batch of one.
+    """
     import torch
 
-    batch = min(batch_size, windows)
+    batch = batch_size
     while True:
         try:
             return run(batch), batch
@@ -215,11 +230,9 @@ def backing_off(run: Callable[[int], Positions], batch_size: int, windows: int, 
             if not out_of_memory(error):
                 raise
         if batch == 1:
-            raise TameError(
-                f"no memory for one window of {window} tokens; lower evaluate.window, or use a larger device"
-            )
+            raise TameError(f"no memory for one {unit}; {remedy}")
         batch = (batch + 1) // 2
-        log.info("no memory for the batch; trying %d windows at a time", batch)
+        log.info("no memory for the batch; trying %d at a time (%s)", batch, unit)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

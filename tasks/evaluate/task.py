@@ -20,6 +20,8 @@ from tasks.store import artifacts as store
 from tasks.values import Evaluation, Snapshot
 
 STAGE = 3  # raise it when what a part measures, or how, changes
+DECIDING = ("torch", "transformers", "tokenizers")
+"""The libraries that decide the numbers of any model. Those that load or place its weights do not change them."""
 Parts = dict[str, store.Artifact]
 
 
@@ -100,9 +102,7 @@ def _parts(
         "trust_remote_code": work.trust_remote_code,
         "device": name_of(work.device),
         "stage": STAGE,
-        "versions": {
-            name: found for name, found in versions().items() if name not in ("tame", "python", "lm_eval", "datasets")
-        },
+        "versions": _deciding_versions(Path(work.model)),
     }
     wanted: list[tuple[str, dict[str, Any]]] = [("scores", {**common, **scores})]
     if spec.tasks:
@@ -122,6 +122,13 @@ def _parts(
             isolated(f"evaluate {work.label}", measure, work.model_copy(update={"folders": folders}), progress=progress)
 
     return _build_together(wanted, run)
+
+
+def _deciding_versions(model: Path) -> dict[str, str]:
+    """The versions of the libraries that decide what a model computes: bitsandbytes' only where the model is quantized."""
+    quantized = json.loads((model / "config.json").read_bytes()).get("quantization_config") is not None
+    names = {*DECIDING, *(("bitsandbytes",) if quantized else ())}
+    return {name: found for name, found in versions().items() if name in names}
 
 
 def _build_together(

@@ -53,8 +53,10 @@ def load_text(spec: TextSource) -> LoadedText:
     return LoadedText(text=text, name=name, digest=hashlib.sha256(text.encode()).hexdigest(), revision=revision)
 
 
-def check_text(text: LoadedText, window: int, tokenizer_folder: Path) -> int:
-    """Count tokens until `window` of them are certain: what was counted, at least `window`. Imports no transformers.
+def check_text(text: LoadedText, window: int, tokenizer_folder: Path, trust_remote_code: bool = False) -> int:
+    """Count tokens until `window` of them are certain: what was counted, at least `window`.
+
+    transformers is imported only for a tokenizer that is not in a tokenizer.json.
 
     Raises:
         BadInputError: the text is shorter than one window, the window longer than the model's positions, or there is no
@@ -63,9 +65,9 @@ def check_text(text: LoadedText, window: int, tokenizer_folder: Path) -> int:
     if (positions := max_positions(tokenizer_folder)) is not None and window > positions:
         raise BadInputError(f"evaluate.window {window}: the model takes {positions} tokens at most; lower it")
     start = text.text[: window * CHARACTERS_PER_TOKEN]
-    count = _count(start, tokenizer_folder)
+    count = _count(start, tokenizer_folder, trust_remote_code)
     if count < window and len(start) < len(text.text):
-        count = _count(text.text, tokenizer_folder)
+        count = _count(text.text, tokenizer_folder, trust_remote_code)
     if count < window:
         raise BadInputError(
             f"evaluate.text {text.name}: {count} tokens, less than one window of {window}; lower evaluate.window or give more text"
@@ -86,7 +88,7 @@ def max_positions(folder: Path) -> int | None:
     return None
 
 
-def _count(text: str, folder: Path) -> int:
+def _count(text: str, folder: Path, trust_remote_code: bool) -> int:
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
@@ -102,7 +104,8 @@ def _count(text: str, folder: Path) -> int:
     from transformers import AutoTokenizer
 
     try:
-        return len(AutoTokenizer.from_pretrained(str(folder))(text)["input_ids"])
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return len(tokenizer(text)["input_ids"])
     except Exception as error:
         raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
 
