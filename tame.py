@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError, without_credentials
+from configs.method_names import METHODS
 
 log = logging.getLogger("tame")
 
@@ -74,7 +75,7 @@ def quantize(options: argparse.Namespace) -> int:
     from configs.load import explain
     from configs.schema import Source, Variant
 
-    compute = None if options.method == "int8" else options.compute_dtype
+    compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
     variant = _checked(Variant, explain, **asked)
     from tasks.download.task import download
@@ -254,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(quantize, "quantize a model, and nothing else")
     command.add_argument("source", metavar="SOURCE", help="a folder, a .gguf or a Hub repo")
     command.add_argument("out", metavar="OUT", help="a folder that is absent or empty")
-    command.add_argument("--method", required=True, choices=("nf4", "fp4", "int8"))
+    command.add_argument("--method", required=True, choices=tuple(METHODS))
     command.add_argument("--double-quant", action="store_true", help="quantize the 4-bit scales too")
     dtypes = ("float32", "bfloat16", "float16")
     command.add_argument(

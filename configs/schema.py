@@ -10,7 +10,18 @@ import hashlib
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from configs.method_names import METHODS, OPTIONS
 
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
@@ -64,16 +75,34 @@ class Source(Spec):
     )
 
 
+def _known_method(method: Any) -> str:
+    """`method`, if there is one of that name; the error is what a Literal of the names would give."""
+    if isinstance(method, str) and method in METHODS:
+        return method
+    *others, last = map(repr, METHODS)
+    raise PydanticCustomError(
+        "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
+    )
+
+
+Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": list(METHODS), "type": "string"})]
+NOT_GIVEN = {"double_quant": {"const": False}, "compute_dtype": EMPTY}
+
+
 class Variant(Spec):
     """One way of quantizing."""
 
     RULES = [
         {
-            "if": {"properties": {"method": {"const": "int8"}}},
-            "then": {"properties": {"double_quant": {"const": False}, "compute_dtype": EMPTY}},
+            "if": {"properties": {"method": {"const": method}}},
+            "then": {"properties": {option: NOT_GIVEN[option] for option in OPTIONS if option not in takes}},
         }
+        for method, takes in METHODS.items()
+        if OPTIONS.keys() - takes
     ]
-    method: Literal["int8", "nf4", "fp4"] = Field(description="bitsandbytes format.", examples=["nf4"])
+    method: Method = Field(
+        description="Format of the quantized weights: int8, nf4 and fp4 have 8 and 4 bits a weight.", examples=["nf4"]
+    )
     double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
     compute_dtype: DTYPES | None = Field(
         None,
@@ -94,9 +123,9 @@ class Variant(Spec):
 
     @model_validator(mode="after")
     def _fits_method(self) -> Self:
-        for option in ("double_quant", "compute_dtype"):
-            if self.method == "int8" and getattr(self, option):
-                raise ValueError(f"{option} belongs to the 4-bit methods nf4 and fp4, not to int8; leave it out")
+        for option, takers in OPTIONS.items():
+            if getattr(self, option) and option not in METHODS[self.method]:
+                raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
         return self
 
 
