@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
@@ -430,7 +432,22 @@ def test_the_token_is_written_nowhere(
     assert token.encode() not in stored + public
 
 
-def test_a_folder_of_ones_own_is_published_and_checked(hub: Hub, folder: Path) -> None:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two real shards with their index, and no model."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    for tensor, shard in shards.items():
+        save_file({tensor: torch.arange(8)}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 8}\n')
+    (folder / "LICENSE").write_text("Do as you like.\n")
+    return folder
+
+
+def test_a_folder_of_ones_own_is_published_and_checked(hub: Hub, checkpoint: Path) -> None:
+    folder = checkpoint
     done = publish_folder(folder, "mine-nf4", False, silent)
     assert (done.repo, done.visibility, done.already) == ("me/mine-nf4", "public", False)
     assert remote(hub, "me/mine-nf4").keys() == {*files(folder), "README.md", "tame.json"}
@@ -442,12 +459,94 @@ def test_a_folder_of_ones_own_is_published_and_checked(hub: Hub, folder: Path) -
     (folder / "generation_config.json").write_text("{}")
     with pytest.raises(BadInputError, match=r"generation_config\.json was changed: .* its tame\.json"):
         publish_folder(folder, "changed", False, silent)
-    with pytest.raises(BadInputError, match=r"no folder with \.safetensors files"):
-        publish_folder(folder / "more", "mine", True, silent)
+    (folder / "empty").mkdir()
+    for nothing in (folder / "empty", folder / "LICENSE", folder / "missing"):
+        with pytest.raises(BadInputError, match=r"no folder with \.safetensors files"):
+            publish_folder(nothing, "mine", True, silent)
     with pytest.raises(BadInputError, match="tame did not publish this"):
-        check(str(folder / "more"), None, silent)
+        check(str(folder / "empty"), None, silent)
     with pytest.raises(BadInputError, match="me/nothing is not on"):
         check("me/nothing", None, silent)
+
+
+RUBBISH = (".env", ".DS_Store", ".ipynb_checkpoints/config-checkpoint.json", "training_args.bin", "optimizer.pt", "notes.txt",
+           "checkpoint-500/model.safetensors", ".git/config", "tokenizer.pkl", "handler.py", "runs/events.out.1", ".netrc",
+           "wandb-summary.json", "trainer_state.json", "data.parquet")  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["somebody's", "tame's"])
+def test_only_what_a_checkpoint_consists_of_is_published(
+    hub: Hub, checkpoint: Path, caplog: pytest.LogCaptureFixture, ours: bool
+) -> None:
+    if ours:
+        (checkpoint / "more").mkdir()
+        (checkpoint / "more" / "what tame put there").write_text("")
+        for name, content in documents(checkpoint).items():
+            (checkpoint / name).write_bytes(content)
+    wanted = {*files(checkpoint), "README.md", "tame.json"}
+    for name in RUBBISH:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("TOKEN=hf_secret")
+    publish_folder(checkpoint, "mine", False, silent)
+    assert remote(hub, "me/mine").keys() == wanted
+    for name in RUBBISH:
+        assert name.partition("/")[0] in caplog.text or name.startswith(".git")
+    assert check("me/mine", None, silent) == []
+    (checkpoint / "config.json").write_text('{"auto_map": {"AutoModel": "handler.Model"}}')
+    if ours:
+        with pytest.raises(BadInputError, match="was not published by tame"):
+            publish_folder(checkpoint, "mine", False, silent)
+    else:
+        publish_folder(checkpoint, "code", False, silent)
+        assert {"handler.py", "config.json"} < remote(hub, "me/code").keys()
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    shard, index = checkpoint / "model-00002-of-00002.safetensors", checkpoint / "model.safetensors.index.json"
+    elsewhere = shard.rename(tmp_path / "elsewhere")
+
+    def refused(match: str) -> None:
+        with pytest.raises(BadInputError, match=match) as caught:
+            publish_folder(checkpoint, "mine", False, silent)
+        assert "\n" not in str(caught.value)
+
+    refused(r"index\.json names model-00002-of-00002\.safetensors, which is not there")
+    shard.symlink_to(tmp_path / "gone")
+    refused("model-00002-of-00002.safetensors: a link to .*gone, which is not there")
+    shard.unlink()
+    shard.symlink_to(elsewhere)  # as the Hub's cache does
+    publish_folder(checkpoint, "whole", True, silent)
+    stray = checkpoint / "tokenizer.model"
+    stray.symlink_to(tmp_path / "gone")
+    refused(r"tokenizer\.model: a link to .*gone")
+    stray.unlink()
+    extra = checkpoint / "model-00003-of-00003.safetensors"
+    save_file({"c": torch.arange(8)}, extra)
+    refused(r"model-00003-of-00003\.safetensors is a shard that no index names")
+    single = extra.rename(checkpoint / "model.safetensors")
+    refused(r"holds model\.safetensors and model-00001-of-00002\.safetensors, .* two checkpoints")
+    single.unlink()
+    index.write_text(index.read_text().replace('"b"', '"another"'))
+    refused("does not hold another, which the index places there")
+    index.write_text("{}")
+    refused("no weight_map")
+    index.unlink()
+    refused("is a shard that no index names")
+    for path in checkpoint.glob("*.safetensors"):
+        path.unlink()
+    (checkpoint / "model.safetensors").write_bytes(b"\xff" * 100)
+    refused(r"model\.safetensors: the header claims")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "tiny-00001-of-00002.gguf").write_bytes(b"GGUF")
+    refused(r"tiny-00002-of-00002\.gguf is not there")
+    assert [name for _, name in hub.repos] == ["me/whole"]
+
+
+def test_a_card_that_is_not_utf_8_is_refused(hub: Hub, checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_bytes("# Modèle\n".encode("latin-1"))
+    with pytest.raises(BadInputError, match=r"README\.md: byte 5 is not UTF-8"):
+        publish_folder(checkpoint, "mine", False, silent)
+    assert hub.requests == []
 
 
 def test_a_check_finds_a_changed_byte_and_a_missing_or_added_file(hub: Hub, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def problems(repo: str, source: str | None, progress: Progress) -> list[str]:
         BadInputError: there is no such repo or folder, or tame did not publish it.
     """
     if Path(repo).expanduser().is_dir():
-        return _in_folder(Path(repo).expanduser(), source)
+        return problems_in_folder(Path(repo).expanduser(), source)
     api = connect(required=False)
     there = look(api, repo)
     if there is None:
@@ -35,7 +36,7 @@ def problems(repo: str, source: str | None, progress: Progress) -> list[str]:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:
         _download(api, there, Path(folder), progress)
-        return _in_folder(Path(folder), source)
+        return problems_in_folder(Path(folder), source)
 
 
 def _download(api: Any, there: Repo, folder: Path, progress: Progress) -> None:
@@ -54,7 +55,8 @@ def _download(api: Any, there: Repo, folder: Path, progress: Progress) -> None:
     progress(f"check {there.id}", total, total)
 
 
-def _in_folder(folder: Path, source: str | None) -> list[str]:
+def problems_in_folder(folder: Path, source: str | None = None, names: Iterable[str] | None = None) -> list[str]:
+    """`problems` of a folder; of all files in it, or of `names` alone."""
     try:
         told = json.loads((folder / provenance.NAME).read_bytes())
         expected = {**told["artifact"]["files"], **told["documents"]}
@@ -66,13 +68,15 @@ def _in_folder(folder: Path, source: str | None) -> list[str]:
     wrong = []
     if store.digest_of(told["artifact"]["files"]) != digest:
         wrong.append(f"{provenance.NAME}: the digests of the files do not make the digest of the whole: it was changed")
-    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    there = (
+        {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if names is None else set(names)
+    )
     for name in sorted(expected):
-        if name not in names:
+        if name not in there:
             wrong.append(f"{name} is missing")
         elif (found := _sha256(folder / name)) != expected[name]:
             wrong.append(f"{name} was changed: sha256 {found[:12]}…, published was {expected[name][:12]}…")
-    more = names - set(expected) - {provenance.NAME, SIGNATURE, ".gitattributes"}
+    more = there - set(expected) - {provenance.NAME, SIGNATURE, ".gitattributes"}
     wrong += [f"{name} was not published by tame" for name in sorted(more)]
     wrong += _card(folder, told)
     if signature := signing.problem(folder):

@@ -44,6 +44,14 @@ def legal(repo: str) -> None:
         ) from None
 
 
+def utf8(card: Path) -> None:
+    """See that a card is text that the Hub can read."""
+    try:
+        card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{card}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+
+
 @functools.cache
 def account(address: str, token: str) -> dict[str, Any]:
     """Who the token belongs to, asked once: the Hub answers this seldom to those who ask often."""

@@ -16,8 +16,9 @@ from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
-from tasks.publish.check import problems
+from tasks.publish.check import problems, problems_in_folder
 from tasks.publish.client import connect, wait
+from tasks.publish.contents import contents, summary
 from tasks.publish.hub import Release
 from tasks.publish.repo import TAG, Wanted
 from tasks.publish.signing import signer
@@ -169,25 +170,28 @@ def _told(done: Published) -> Published:
 def publish_folder(folder: Path, repo: str, private: bool = True, progress: Progress = show) -> Published:
     """Publish any folder that holds a model to the Hub repo `repo`: `tame publish FOLDER REPO`.
 
-    A folder without a card or tame.json gets them, with what its files tell.
+    Only what a checkpoint consists of is published, and what is left out is said. A folder without a card or tame.json gets
+    them, with what its files tell.
 
     Raises:
-        BadInputError: there is no such folder, it holds no model, or the preflight fails.
+        BadInputError: there is no such folder, it holds no model or not a whole one, or the preflight fails.
         As `publish`.
     """
-    names = (
-        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    )
-    names = [name for name in names if not any(part in (".git", ".cache", "__pycache__") for part in name.split("/"))]
-    if not any(name.endswith((".safetensors", ".gguf")) for name in names):
-        raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
     checks.legal(repo)
+    names, left_out = contents(folder)
+    if "README.md" in names:
+        checks.utf8(folder / "README.md")
     api = connect()
     repo = checks.full_name(repo, api)
     checks.may_write(api, repo)
     checks.free(api, repo, private, None)
-    files = sha256_files(folder, names)
-    if provenance.NAME in files and (wrong := check(str(folder))):
+    try:
+        files = sha256_files(folder, names)
+    except OSError as error:
+        raise BadInputError(f"{error.filename}: {error.strerror}; make it readable, or remove it") from None
+    if left_out:
+        log.warning("not published, as they are no part of a checkpoint: %s", summary(left_out))
+    if provenance.NAME in files and (wrong := problems_in_folder(folder, names=names)):
         raise BadInputError(f"{folder}: {wrong[0]}; what is published has to be what its {provenance.NAME} tells of")
     extra = {} if provenance.NAME in files else plain_files(folder, files, repo)
     return publish(folder, files, extra, repo, Publish(to="hub", repo=repo, private=private), progress=progress)
