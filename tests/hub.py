@@ -53,6 +53,7 @@ class Hub:
         self.part_size = part_size
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, dict[str, Any]] = {}
+        self.renamed: dict[str, str] = {}
         self.granted: set[tuple[str, str]] = set()
         self.requests: list[str] = []
         self.faults: list[Fault] = []
@@ -121,6 +122,11 @@ class Hub:
         content[len(content) // 2] ^= 1
         new = self.keep(bytes(content), path)
         repo.files(revision)[path] = new if honest else replace(old, place=new.place)
+
+    def rename(self, name: str, to: str) -> None:
+        """Give a model repo another name; whoever asks for the old one is sent there."""
+        repo = self.repos.pop(("models", name))
+        repo.id, self.repos["models", to], self.renamed[name] = to, repo, to
 
     def grant(self, user: str, name: str) -> None:
         """Let `user` download from the gated repo `name`."""

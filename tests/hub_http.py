@@ -151,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
         return bool(who and owner in (who["user"], *who["orgs"]) and (not write or who["role"] == "write"))
 
     def _repo(self, kind: str, repo_id: str, write: bool = False, files: bool = False) -> Repo:
+        if repo_id in self.hub.renamed:
+            raise Answer(307, None, Location=self.path.replace(repo_id, self.hub.renamed[repo_id], 1))
         repo = self.hub.repos.get((kind or "models", repo_id))
         who = self._who()
         if repo is None or (repo.private and not self._may(repo_id, write=False)):

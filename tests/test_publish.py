@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -391,6 +392,54 @@ def test_a_target_that_is_not_ours(hub: Hub, folder: Path) -> None:
     with pytest.raises(BadInputError, match="same for two variants"):
         preflight(recipe(), {"int8": "me/tiny", "nf4": "me/Tiny"}, "mit", False, 0)
     assert writes(hub) == []
+
+
+def test_a_renamed_repo_is_not_followed(hub: Hub, folder: Path, checkpoint: Path) -> None:
+    release(folder)
+    hub.rename(REPO, "me/precious")
+    before = remote(hub, "me/precious")
+    hub.requests.clear()
+    said = "me/tiny-nf4 was renamed to me/precious.* give me/precious, or a new name"
+    with pytest.raises(BadInputError, match=said):
+        preflight(recipe(), TARGETS, "mit", False, 0)
+    with pytest.raises(BadInputError, match=said):
+        publish_folder(checkpoint, REPO, False, silent)
+    with pytest.raises(TameError, match=said) as caught:
+        release(folder, extra=documents(folder, "# Another card\n", limit=0.2))
+    assert not isinstance(caught.value, BadInputError)  # in a run, work has been done by then
+    assert (writes(hub), remote(hub, "me/precious")) == ([], before)
+    assert check(REPO, None, silent) == []  # reading harms nobody
+
+
+def test_a_repo_that_is_renamed_meanwhile_is_not_shown(hub: Hub, folder: Path) -> None:
+    renamed = []
+
+    def somebody(what: str, done: int, total: int) -> None:
+        if what.startswith("verify") and not renamed:
+            renamed.append(hub.rename(REPO, "me/precious"))
+
+    with pytest.raises(TameError, match="was renamed to me/precious"):
+        publish(folder, files(folder), documents(folder), REPO, PUBLIC, progress=somebody, pauses=())
+    assert hub.model("me/precious").private
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("Private repository storage limit reached, please upgrade your plan", "/settings/billing"),
+        ("Your organization's policy does not allow public models?", "owner's settings"),
+        ("Discussions are disabled for this repo", f"allow discussions on .*{REPO}/settings"),
+        ("You don't have the rights to write to it", "a token in HF_TOKEN that may"),
+    ],
+)
+def test_a_refusal_says_what_the_hub_said(hub: Hub, folder: Path, said: str, remedy: str) -> None:
+    release(folder)
+    hub.fail("POST .*/commit/", 403, times=99, headers={"X-Error-Message": said})
+    with pytest.raises(TameError) as caught:
+        release(folder, extra=documents(folder, "# Another card\n", limit=0.2))
+    assert said in str(caught.value)
+    assert re.search(remedy, str(caught.value))
+    assert ("HF_TOKEN" in str(caught.value)) == ("HF_TOKEN" in remedy)
 
 
 def test_a_release_of_another_model_is_replaced_only_with_a_warning(hub: Hub, folder: Path) -> None:

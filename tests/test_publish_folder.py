@@ -103,6 +103,22 @@ def test_files_of_others_are_left_alone(artifact: Path, tmp_path: Path) -> None:
     assert not put(artifact, target).already
 
 
+@pytest.mark.parametrize("there", ["empty", "missing", "release"])
+def test_a_link_is_followed_and_stays(artifact: Path, tmp_path: Path, there: str) -> None:
+    target, link = tmp_path / "disk" / "tiny-nf4", tmp_path / "link"
+    target.parent.mkdir()
+    if there == "empty":
+        target.mkdir()
+    if there == "release":
+        put(artifact, target, documents(artifact, limit=0.3))
+    link.symlink_to(target)
+    assert put(artifact, link).url == str(link)
+    assert link.readlink() == target
+    assert content(target) == content(artifact) | documents(artifact)
+    assert put(artifact, link).already
+    assert [path.name for path in target.parent.iterdir()] == ["tiny-nf4"]
+
+
 def test_preflight_of_a_folder(tmp_path: Path, tame_home: Path) -> None:
     recipe = Recipe.model_validate(
         {"name": "r", "source": {"model": "org/m"}, "variants": [{"method": "nf4"}], "publish": {"to": "folder"}}

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -125,9 +126,7 @@ def _refused(repo: str, error: Any) -> TameError:
     if code == 401:
         return _bad_token()
     if code == 403:
-        return BadInputError(
-            f"the token in HF_TOKEN may not write to {repo} ({said}); use one that may, or another name"
-        )
+        return BadInputError(f"{repo}: the Hub at {endpoint()} refuses it: {said}; {_remedy(repo, said)}")
     if code in (408, 429) or code >= 500:
         later = UnreachableError(f"the Hub at {endpoint()} answers {code}")
         later.after = _asked_to_wait(error.response.headers)  # type: ignore[attr-defined]
@@ -136,6 +135,18 @@ def _refused(repo: str, error: Any) -> TameError:
         return ChangedError(f"{repo} changed while it was being published ({said}); run it again")
     kind = MissingError if code == 404 else TameError
     return kind(f"{repo}: the Hub at {endpoint()} answers {code} ({said})")
+
+
+def _remedy(repo: str, said: str) -> str:
+    """What to do about a 403, which the Hub gives for more than a token that may not write."""
+    words = said.lower()
+    if "discussion" in words or "pull request" in words:
+        return f"a published repo is changed by a pull request: allow discussions on {endpoint()}/{repo}/settings"
+    if any(word in words for word in ("storage", "quota", "limit", "billing", "upgrade")):
+        return f"remove what is not needed any more, or see {endpoint()}/settings/billing"
+    if any(word in words for word in ("rights", "permission", "write", "token", "authorized", "credentials")):
+        return "use a token in HF_TOKEN that may, or another name"
+    return "see its owner's settings, or give another name"
 
 
 def _bad_token() -> BadInputError:
@@ -151,18 +162,18 @@ def _said(error: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """The first line of `text`, short, and without the token."""
+    """`text` on one line, without the token, and without the queries of addresses, which may sign a download."""
     from huggingface_hub import get_token
 
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    line = "; ".join(part for part in (line.strip(" -") for line in text.splitlines()) if part) or "no reason given"
     for secret in {get_token(), os.environ.get("HF_TOKEN")} - {None, ""}:
         line = line.replace(str(secret), "hf_…")
-    return line.split("?")[0][:300]
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:2000]
 
 
 def _asked_to_wait(headers: Mapping[str, str]) -> float:
     """Seconds, from Retry-After (a number or a date, RFC 9110) or the Hub's own RateLimit header."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers
 
     given = headers.get("Retry-After", "").strip()
     if given.isdecimal():

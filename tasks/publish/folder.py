@@ -36,6 +36,7 @@ def put(
         TameError: `target` holds something that tame did not put there; a file is not what was measured.
         OSError: it cannot be written.
     """
+    target = target.resolve()  # a link stays one, and what it leads to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = store.home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
     lock.parent.mkdir(parents=True, exist_ok=True)

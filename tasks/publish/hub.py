@@ -17,7 +17,7 @@ from configs.errors import TameError
 from tasks.download.hub import endpoint
 from tasks.publish import provenance
 from tasks.publish.client import TIMEOUT, ChangedError, MissingError, ask, connect, explained
-from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look
+from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look, not_renamed
 from tasks.publish.transfer import content, upload
 from tasks.publish.verify import verify, verify_proposal
 from tasks.runtime.progress import Progress
@@ -70,6 +70,7 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
     """
     api = connect()
     there = look(api, release.repo) or _create(api, release.repo)
+    not_renamed(release.repo, there.id)
     if not there.ours:
         raise TameError(f"{there.id} holds files that tame did not put there; give another name, or empty it")
     wanted = _wanted(api, there, release, sign)
@@ -194,8 +195,9 @@ def _merge(api: Any, there: Repo, number: int) -> str:
 
 def _still(api: Any, repo: str, commit: str) -> None:
     """See that nobody else changed `repo` meanwhile."""
-    now = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT)).sha
-    if now != commit:
+    info = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT))
+    not_renamed(repo, info.id)
+    if (now := info.sha) != commit:
         raise TameError(f"{repo} changed while it was published ({now[:12]}, not {commit[:12]}); run it again")
 
 

@@ -13,6 +13,7 @@ from configs.errors import BadInputError, TameError
 from tasks.download.hub import endpoint
 from tasks.publish import provenance
 from tasks.publish.client import TIMEOUT, MissingError, ask
+from tasks.publish.repo import not_renamed
 from tasks.publish.transfer import content
 
 # Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
@@ -33,7 +34,7 @@ CONDITIONAL = (
 def legal(repo: str) -> None:
     """See that the Hub allows the name."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -94,6 +95,7 @@ def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
         info = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT))
     except (RepositoryNotFoundError, MissingError):
         return []
+    not_renamed(repo, info.id)
     names = {sibling.rfilename for sibling in info.siblings or []}
     if not names - {".gitattributes"}:
         return []
@@ -140,7 +142,7 @@ def licence(model: str, licence: str | None, gated: bool, known: bool) -> list[s
 
 def folder(target: Path) -> None:
     """See that the folder can be made, or written, and holds nothing of somebody else's."""
-    at = target
+    at = target = target.resolve()
     while not at.exists():
         at = at.parent
     if not at.is_dir():

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.errors import BadInputError
 from tasks.publish import provenance
 from tasks.publish.client import TIMEOUT, MissingError, ask
 from tasks.publish.transfer import fetch
@@ -92,6 +93,18 @@ def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
     except (RepositoryNotFoundError, MissingError):
         return None
     return Repo(id=info.id, private=bool(info.private), head=info.sha, files=files, tags=tags)
+
+
+def not_renamed(repo: str, found: str) -> None:
+    """See that the Hub, asked for `repo`, has not answered with another repo, as it does when one was renamed.
+
+    Raises:
+        BadInputError: it has; what is published there would replace what stands there now.
+    """
+    if repo.lower() != found.lower():
+        raise BadInputError(
+            f"{repo} was renamed to {found}, and what is published would replace what is there; give {found}, or a new name"
+        )
 
 
 def _tags(api: Any, repo: str) -> dict[str, str]:

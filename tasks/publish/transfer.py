@@ -71,7 +71,7 @@ def upload(
 def _choose_transfer(api: Any, repo: str) -> None:
     """Large files go by Xet where the Hub has it. Where it has not, the client does not find out by itself."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_DISABLE_XET or endpoint() == "https://huggingface.co":
         return
@@ -98,7 +98,7 @@ def fetch(
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers
 
     if size > TOO_LARGE:
         return ""
@@ -156,7 +156,7 @@ class _Hasher:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no warnings of the client's own: tame shows its own progress."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()
     disable_progress_bars()
