@@ -109,11 +109,10 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
     out.mkdir()
     cuda = options.device.startswith("cuda")
     if who == "tame":
-        from tasks.quantize.quiet import import_libraries
-        from tasks.quantize.run import work
+        import bitsandbytes
 
-        import_libraries()
         import tasks.quantize.engine  # noqa: F401
+        from tests.models import quantize
     else:
         import bitsandbytes  # noqa: F401
         import transformers  # noqa: F401
@@ -125,7 +124,7 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
     before, started = peak(), time.perf_counter()
     if who == "tame":
-        work(source, out, variant_of(method), device=options.device, workers=options.workers)
+        quantize(source, out, variant_of(method), device=options.device, workers=options.workers)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             source, quantization_config=bnb_config(method), device_map={"": options.device}
@@ -143,12 +142,12 @@ def one(who: str, method: str, options: argparse.Namespace) -> None:
 
 def exactness(options: argparse.Namespace) -> None:
     """Compare every tensor, and the file, with what transformers saves."""
-    from tasks.quantize.quiet import import_libraries
-    from tasks.quantize.run import work
-    from tests.models import ZOO, tiny, zoo
-
-    import_libraries()
     import transformers
+
+    from tasks.quantize.quiet import quieten
+    from tests.models import ZOO, quantize, tiny, zoo
+
+    quieten()
 
     methods = ("int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
     print(
@@ -172,7 +171,7 @@ def exactness(options: argparse.Namespace) -> None:
                 mine, theirs = folder / method, folder / f"{method}-transformers"
                 mine.mkdir()
                 try:
-                    made = work(source, mine, variant_of(method), device=options.device)
+                    made = quantize(source, mine, variant_of(method), device=options.device).model_dump()
                     share = made["quantized"] / made["parameters"]
                     model = cls.from_pretrained(
                         source, quantization_config=bnb_config(method), device_map={"": options.device}

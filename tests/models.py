@@ -5,6 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configs.schema import Variant
+from tasks.quantize.methods import method_of
+from tasks.quantize.protocols import Request, Written
+from tasks.runtime.progress import Progress, silent
+
 VOCABULARY = 512
 
 _IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -228,3 +233,10 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>", model_max_length=512
     )
+
+
+def quantize(source: Path, out: Path, variant: Variant, progress: Progress = silent, **options: Any) -> Written:
+    """Quantize in this process, on the CPU unless told otherwise."""
+    out.mkdir(exist_ok=True)
+    request = Request(source, out, variant, **{"device": "cpu", **options})
+    return method_of(variant).quantize(request, progress)

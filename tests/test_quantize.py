@@ -28,10 +28,9 @@ def variant_of(method: str, **options: Any) -> Variant:
 
 
 def quantized(source: Path, out: Path, variant: Variant, **options: Any) -> dict[str, Any]:
-    from tasks.quantize.run import work
+    from tests.models import quantize
 
-    out.mkdir(exist_ok=True)
-    return work(source, out, variant, device=options.pop("device", "cpu"), **options)
+    return quantize(source, out, variant, **options).model_dump()
 
 
 def by_transformers(source: Path, out: Path, variant: Variant, skip: list[str] | None = None, **save: Any) -> Path:
@@ -97,15 +96,25 @@ def test_the_bytes_are_transformers_own_on_a_gpu(method: str, tmp_path: Path) ->
     assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of(method)))
 
 
-def test_double_quant_of_weights_that_torch_averages_with_several_threads(tmp_path: Path) -> None:
+def test_double_quantization_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    """The mean of many scales does: torch splits it over its threads. It is that of one thread."""
+    import torch
     import transformers
 
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=6144, num_hidden_layers=1, num_attention_heads=4
     )
     source = tiny(tmp_path / "source", config)
-    quantized(source, tmp_path / "mine", variant_of("nf4-dq"))
-    assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("nf4-dq")))
+    alone = by_transformers(source, tmp_path / "alone", variant_of("nf4-dq"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        quantized(source, tmp_path / "mine", variant_of("nf4-dq"))
+        together = by_transformers(source, tmp_path / "together", variant_of("nf4-dq"))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(tmp_path / "mine", alone)
+    assert tensors(together) != tensors(alone)
 
 
 def test_weights_are_cast_to_the_models_dtype_first(tmp_path: Path) -> None:
@@ -225,12 +234,9 @@ def test_config_keeps_what_it_had(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: str) -> None:
     import torch
+    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
     from tasks.quantize.methods import bitsandbytes_4bit, bitsandbytes_8bit
-    from tasks.quantize.quiet import import_libraries
-
-    import_libraries()
-    from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
     weights = torch.randn(1200, 320, generator=torch.Generator().manual_seed(1))
     weights *= torch.logspace(-6, 3, 1200)[:, None]
@@ -241,10 +247,10 @@ def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: 
         weights[24:32] *= 1e-44 if method != "int8" else 1
     block = weights.to(getattr(torch, dtype))
     if method == "int8":
-        codes, scales = bitsandbytes_8bit.rows(block, variant_of(method))
+        codes, scales = bitsandbytes_8bit.quantize_rows(block, variant_of(method))
         expected, expected_scales, _ = int8_vectorwise_quant(block.half())
     else:
-        codes, scales = bitsandbytes_4bit.rows(block, variant_of(method))
+        codes, scales = bitsandbytes_4bit.quantize_rows(block, variant_of(method))
         expected, state = quantize_4bit(block, quant_type=method)
         expected_scales = state.absmax
         assert bitsandbytes_4bit._agrees(method, block.dtype)
@@ -262,7 +268,7 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(bitsandbytes_4bit, "_table", lambda method: (table, bounds + 0.001, order))
     monkeypatch.setattr(bitsandbytes_4bit, "_agrees", functools.cache(bitsandbytes_4bit._agrees.__wrapped__))
     block = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
-    codes, _ = bitsandbytes_4bit.rows(block, variant_of("nf4"))
+    codes, _ = bitsandbytes_4bit.quantize_rows(block, variant_of("nf4"))
     assert torch.equal(codes, quantize_4bit(block, quant_type="nf4")[0])
     assert "rounds nf4 differently" in caplog.text
 

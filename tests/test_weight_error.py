@@ -9,14 +9,11 @@ import pytest
 from configs.schema import Variant
 from tasks.evaluate import evidence
 from tasks.evaluate.weight_error import comparable, layer_errors
-from tests.models import tiny, zoo
+from tests.models import quantize, tiny, zoo
 
 
 def quantized(source: Path, out: Path, variant: Variant) -> Path:
-    from tasks.quantize.run import work
-
-    out.mkdir()
-    work(source, out, variant, device="cpu", workers=1)
+    quantize(source, out, variant, workers=1)
     return out
 
 
@@ -83,14 +80,11 @@ def test_a_gpu_finds_the_same_errors(variant: dict[str, Any], tiny_llama: Path, 
 
 
 def test_shards_of_either_side_and_float32_sources(tmp_path: Path) -> None:
-    from tasks.quantize.run import work
-
     one = tiny(tmp_path / "one", dtype="float32")
     many = tiny(tmp_path / "many", dtype="float32", max_shard_size="100KB")
     variant = Variant(method="nf4")
     plain = errors(one, quantized(one, tmp_path / "made", variant), tmp_path / "a")
-    (tmp_path / "sharded").mkdir()
-    work(many, tmp_path / "sharded", variant, device="cpu", max_shard_size=100_000)
+    quantize(many, tmp_path / "sharded", variant, max_shard_size=100_000)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert errors(many, tmp_path / "sharded", tmp_path / "b") == pytest.approx(plain, rel=1e-6)
 

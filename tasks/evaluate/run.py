@@ -67,9 +67,9 @@ def _measure(work: Work, progress: Progress) -> None:
         _measure_model(work, folders, told)
     if "layers" in folders:
         from tasks.evaluate.weight_error import layer_errors
-        from tasks.quantize.quiet import import_libraries
+        from tasks.quantize.quiet import quieten
 
-        import_libraries()
+        quieten()
         source, made = Path(str(work.baseline_model)), Path(work.model)
         layer_errors(source, made, work.device, folders["layers"], work.trust_remote_code, told)
 

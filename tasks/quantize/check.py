@@ -1,32 +1,33 @@
 """Is what was written what transformers will load? Checked before the checkpoint counts."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from configs.errors import TameError
+from tasks.download.checkpoint import Stored, read_header
+from tasks.quantize.protocols import TensorFormat
+
+if TYPE_CHECKING:
+    from tasks.quantize.layout import Layout
 
 
-def check_written(folder: Path, expected: dict[str, Any], quantized: set[str], trust_remote_code: bool = False) -> None:
+def check_written(folder: Path, layout: "Layout", tensor_format: TensorFormat, trust_remote_code: bool = False) -> None:
     """Read the headers back, and have transformers build the model that it would load them into.
-
-    `expected` has a meta tensor for each name that must be there (a text's length may differ); `quantized` the model's
-    names of the weights that must be loaded as quantized ones.
 
     Raises:
         TameError: a tensor is missing, too many, or of another dtype or shape; a loader would see other layers quantized.
     """
-    from tasks.download.checkpoint import Stored, read_header
     from tasks.quantize.shards import NAMES
     from tasks.quantize.skeleton import reloaded
 
     found: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= read_header(path, path.name)
-    wrong = sorted(found.keys() ^ expected.keys())
-    for name in found.keys() & expected.keys():
-        tensor = expected[name]
+    wrong = sorted(found.keys() ^ layout.outputs.keys())
+    for name in found.keys() & layout.outputs.keys():
+        tensor = layout.outputs[name]
         same_shape = found[name].shape == tuple(tensor.shape) or (
-            ".quant_state." in name and len(found[name].shape) == 1
+            name in layout.growing and len(found[name].shape) == 1
         )
         if found[name].dtype != NAMES[tensor.dtype] or not same_shape:
             wrong.append(name)
@@ -34,11 +35,12 @@ def check_written(folder: Path, expected: dict[str, Any], quantized: set[str], t
         raise TameError(
             f"{folder}: {wrong[0]} is not what was to be written; this is a fault of tame, please report it"
         )
-    differ = sorted(reloaded(folder, trust_remote_code) ^ quantized)
+    differ = sorted(reloaded(folder, tensor_format, trust_remote_code) ^ layout.quantized)
     if differ:
+        how = "unquantized" if differ[0] in layout.quantized else "quantized"
         raise TameError(
-            f"{folder}: transformers would load {differ[0]} {'un' if differ[0] in quantized else ''}quantized, other than it "
-            "was written; this is a fault of tame, please report it"
+            f"{folder}: transformers would load {differ[0]} {how}, other than it was written; this is a fault of tame, please "
+            "report it"
         )
 
 
@@ -53,15 +55,14 @@ def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bo
 
     quieten()
     import torch
-    from transformers import AutoConfig
 
-    from tasks.quantize.skeleton import model_class
+    from tasks.quantize.transformers_adapter import model_class, read_model_config
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
     if size * 1.5 > free:
         return None, f"{size / 1e9:.1f} GB do not fit in {free / 1e9:.1f} GB of free memory"
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    config = read_model_config(folder, trust_remote_code)
     cls = model_class(config, folder, trust_remote_code)
     try:
         model = cls.from_pretrained(folder, device_map={"": device}, local_files_only=True)

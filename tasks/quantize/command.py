@@ -13,7 +13,8 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Variant
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
-from tasks.quantize.run import work
+from tasks.quantize.methods import method_of
+from tasks.quantize.protocols import Request
 from tasks.quantize.task import summarize
 from tasks.runtime.child_process import KilledError, isolated
 from tasks.runtime.device import pick
@@ -60,25 +61,24 @@ def quantize_folder(
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{partial}.lock", timeout=0):
             try:
-                made = isolated(
-                    f"quantize {variant.label}",
-                    work,
-                    source,
-                    partial,
-                    variant,
+                request = Request(
+                    source=source,
+                    out=partial,
+                    variant=variant,
                     device=chosen,
                     workers=workers,
                     max_shard_size=limit,
                     trust_remote_code=trust_remote_code,
-                    progress=progress,
                 )
+                quantize = method_of(variant).quantize
+                written = isolated(f"quantize {variant.label}", quantize, request, progress=progress)
                 if forward:
                     _forward(partial, chosen, variant, trust_remote_code)
                 names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
                 for name in [*names, "."]:
                     store.fsync(partial / name)
-                files = sha256_files(partial, [name for name in names if name not in made["digests"]])
-                files |= made["digests"]
+                files = sha256_files(partial, [name for name in names if name not in written.digests])
+                files |= written.digests
                 partial.rename(out)
                 store.fsync(out.parent)
             except KilledError:  # what is finished is taken up by the next run
@@ -96,7 +96,8 @@ def quantize_folder(
         files,
         sum((out / name).stat().st_size for name in files),
         store.digest_of(files),
-        {**made, "seconds": time.monotonic() - started},
+        written,
+        time.monotonic() - started,
         cached=False,
     )
 

@@ -1,7 +1,7 @@
 """The work itself: read a piece, quantize it, write it, with several tensors in flight; flat in memory, and restartable.
 
 Every thread takes the next tensor and owns its buffers. Reading, copying to and from a GPU, and writing overlap because
-threads do; on a GPU all kernels and copies share its default stream, which bitsandbytes' 4-bit kernels insist on.
+threads do; on a GPU all kernels and copies share its default stream, which some formats' kernels insist on.
 """
 
 import hashlib
@@ -13,12 +13,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from itertools import zip_longest
 from pathlib import Path
 
-import torch
-
 from configs.errors import TameError
 from configs.schema import Variant
 from tasks.quantize.journal import Journal
 from tasks.quantize.layout import Job
+from tasks.quantize.protocols import TensorFormat
 from tasks.quantize.shards import Shard
 from tasks.quantize.tensor import Sources, Worker
 from tasks.runtime.device import cores
@@ -32,6 +31,7 @@ def stream(
     folder: Path,
     jobs: list[Job],
     files: list[Shard],
+    tensor_format: TensorFormat,
     variant: Variant,
     devices: list[str],
     workers: int,
@@ -53,7 +53,7 @@ def stream(
     """
     shards = {name: shard for shard in files for name in shard.tensors}
     jobs = [piece for job in jobs for piece in job.split(COPY)]
-    waiting = Counter(shards[name].path for job in jobs for name in job.parts.values())
+    waiting = Counter(shards[name].path for job in jobs for name in job.outputs)
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in _order(jobs, shards, files, workers):
         todo.put(job)
@@ -64,7 +64,6 @@ def stream(
     written = {job.key: threading.Event() for job in jobs}
     digests: dict[str, Future[str]] = {}
     known = dict(journal.digests)
-    threads = torch.get_num_threads()
     sources = Sources(folder)
 
     def sha256(shard: Shard, spans: list[tuple[int, threading.Event]]) -> str:
@@ -78,7 +77,7 @@ def stream(
         with lock:
             sofar += job.source.end - job.source.start
             progress(f"quantize {variant.label}", sofar, total)
-            for name in job.parts.values():
+            for name in job.outputs:
                 shard = shards[name]
                 waiting[shard.path] -= 1
                 if anew:
@@ -90,7 +89,7 @@ def stream(
         written[job.key].set()
 
     def work(number: int) -> None:
-        worker = Worker(sources, shards, variant, devices[number % len(devices)], journal, threads)
+        worker = Worker(sources, shards, tensor_format, variant, devices[number % len(devices)], journal)
         while not stopped.is_set():
             try:
                 job = todo.get_nowait()
@@ -112,7 +111,7 @@ def stream(
                 if shard.path.name in known:
                     continue
                 (name,) = shard.tensors
-                pieces = sorted((job for job in jobs if name in job.parts.values()), key=lambda job: job.at)
+                pieces = sorted((job for job in jobs if name in job.outputs), key=lambda job: job.at)
                 ends = [shard.data + job.at for job in pieces[1:]] + [shard.end]
                 spans = [(end, written[job.key]) for end, job in zip(ends, pieces, strict=True)]
                 digests[shard.path.name] = hashing.submit(sha256, shard, spans)
@@ -135,7 +134,7 @@ def _order(jobs: list[Job], shards: dict[str, Shard], files: list[Shard], severa
     """
     of_file: dict[Path, list[Job]] = {shard.path: [] for shard in files}
     for job in sorted(jobs, key=lambda job: job.source.start - job.source.end):
-        of_file[shards[job.parts[""]].path].append(job)
+        of_file[shards[job.output].path].append(job)
     alone = [job for shard in _alone(files) for job in sorted(of_file.pop(shard.path), key=lambda job: job.at)]
     queues = list(of_file.values())
     mixed = (

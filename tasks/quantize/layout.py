@@ -1,13 +1,7 @@
-"""What the quantized checkpoint will be, before any weight is read: which tensor becomes what, decided on the meta device.
+"""What the quantized checkpoint will be, before any weight is read: which tensor becomes what, decided on the meta device."""
 
-What is quantized is what transformers quantizes: its own quantizer replaces the linear layers of a model without weights,
-its own conversion mappings rename the checkpoint's keys on the way in and out. Nothing here knows an architecture.
-"""
-
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +9,11 @@ import torch
 from configs.errors import BadInputError, TameError
 from configs.schema import Variant
 from tasks.download.checkpoint import Stored
-from tasks.quantize.methods import bitsandbytes_4bit, bitsandbytes_8bit
+from tasks.quantize import transformers_adapter
+from tasks.quantize.protocols import Method, TensorFormat
 from tasks.quantize.shards import NAMES
-from tasks.quantize.skeleton import left_out, skeleton
+from tasks.quantize.skeleton import Skeleton, left_out, skeleton
+from tasks.values import Unquantized
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -31,21 +27,28 @@ class Job:
     """One tensor of the source, and what is written for it."""
 
     source: Stored
-    parts: dict[str, str]
-    """Names in the output by what the method calls them; "" is the tensor itself, or its codes."""
+    output: str
+    """The output that is the tensor itself, or its codes."""
     quantized: bool
     """Whether the weight is quantized, rather than copied or cast."""
     dtype: torch.dtype
     """What the tensor is cast to before anything else."""
     shape: tuple[int, ...]
     transposed: bool = False
+    parts: dict[str, str] = field(default_factory=dict)
+    """For a quantized weight: all outputs by what the format calls them, the codes first."""
     at: int = 0
     """For a piece of a tensor that is copied: where it begins in the output, in bytes."""
 
     @property
+    def outputs(self) -> list[str]:
+        """All that is written, the codes first."""
+        return list(self.parts.values()) or [self.output]
+
+    @property
     def key(self) -> str:
         """Names the job among all others."""
-        return f"{self.parts['']}@{self.at}"
+        return f"{self.output}@{self.at}"
 
     def split(self, size: int) -> list["Job"]:
         """The same as several jobs of at most `size` bytes, if it is a copy; weights are quantized by one thread each."""
@@ -76,50 +79,54 @@ class Layout:
     quantized: set[str]
     """The model's names of the weights that are."""
     quantized_parameters: int
-    left: list[dict[str, Any]]
+    left: list[Unquantized]
     notes: list[str]
-
-
-def method_of(variant: Variant) -> ModuleType:
-    """The module that knows the variant's format."""
-    return bitsandbytes_8bit if variant.method == "int8" else bitsandbytes_4bit
+    growing: set[str]
+    """Outputs whose length is known only when they are made."""
 
 
 def lay_out(
-    folder: Path, variant: Variant, tensors: dict[str, Stored] | None, trust_remote_code: bool = False
+    folder: Path,
+    method: Method,
+    variant: Variant,
+    tensors: dict[str, Stored] | None,
+    trust_remote_code: bool = False,
 ) -> Layout:
     """Decide what becomes of every tensor of the checkpoint in `folder`; without `tensors`, of one that has all it needs.
 
     Raises:
-        BadInputError: an architecture that transformers does not know or would not quantize.
+        BadInputError: an architecture that transformers does not know, or of which nothing would be quantized.
         TameError: tensors missing or of unexpected shapes or dtypes.
     """
-    model, quantizer, dtype = skeleton(folder, variant, tensors or {}, trust_remote_code)
+    tensor_format = method.tensor_format()
+    assert tensor_format is not None
+    whole = skeleton(folder, tensor_format, variant, tensors or {}, trust_remote_code)
+    model = whole.model
     if tensors is None:
         tensors = _complete(model)
-    sources, fused = _match(model, quantizer, tensors)
-    saved = _saved(model, sources, fused, tensors, folder)
-    wanted = {name for name in saved if quantizer.param_needs_quantization(model, name)}
-    left, notes = left_out(model, saved, wanted, variant)
+    sources, fused = transformers_adapter.match(model, whole.selection.quantizer, tensors)
+    saved = _saved(model, sources, fused, folder)
+    wanted = {name for name in saved if whole.selection.includes(name)}
+    left, notes = left_out(whole, saved, wanted, variant, method.family)
     if not wanted:
-        largest = next((entry for entry in left if entry["reason"] not in ("embedding", "output head")), left[0])
+        largest = next((entry for entry in left if entry.reason not in ("embedding", "output head")), left[0])
         raise BadInputError(
-            f"{folder}: transformers quantizes no layer of {type(model).__name__}: {largest['module']} is "
-            f"{largest['reason']}; choose another model"
+            f"{folder}: transformers quantizes no layer of {type(model).__name__}: {largest.module} is "
+            f"{largest.reason}; choose another model"
         )
     notes += _dropped(model, sources, tensors)
-    targets = _target_dtypes(model, saved, wanted, dtype)
-    jobs, written = _jobs(model, variant, saved, wanted, targets, sources, tensors, folder)
+    written = _written(whole, tensor_format, variant, saved, wanted)
+    jobs = _jobs(whole, written, saved, sources, tensors, folder)
     generation = None
     if model.can_generate() and not (folder / "generation_config.json").exists():
         generation = model.generation_config.to_diff_dict()
     return Layout(
         jobs=jobs,
-        outputs=written,
+        outputs={name: output.tensor for name, output in written.items()},
         config={
             "architectures": [type(model).__name__],
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantization_config": quantizer.quantization_config.to_dict(),
+            "dtype": str(whole.dtype).removeprefix("torch."),
+            "quantization_config": whole.selection.quantization_config,
         },
         generation_config=generation,
         parameters=sum(tensor.numel() for tensor in saved.values()),
@@ -127,147 +134,113 @@ def lay_out(
         quantized_parameters=sum(saved[name].numel() for name in wanted),
         left=left,
         notes=notes,
+        growing={name for name, output in written.items() if output.part and tensor_format.grows(output.part, variant)},
     )
 
 
-def _match(model: Any, quantizer: Any, tensors: dict[str, Stored]) -> tuple[dict[str, list[Stored]], set[str]]:
-    """Which tensors each of the model's is loaded from, and which of the model's transformers computes from several.
-
-    The same renaming, in the same order, as transformers' loading of a checkpoint. Tensors that match nothing are dropped,
-    as there.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    conversions = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    expected = model.state_dict()
-    prefix = model.base_model_prefix
-    sources: dict[str, list[Stored]] = {}
-    fused: set[str] = set()
-    for original in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(original, renamings, converters, prefix, expected)
-        if name not in expected and original in expected:
-            name, pattern = rename_source_key(original, [], [], prefix, expected)
-        if name not in expected:
-            continue
-        sources.setdefault(name, []).append(tensors[original])
-        if pattern is not None:
-            targets = by_pattern[pattern].target_patterns
-            fused |= {name.replace(targets[0], target) for target in targets}
-    model._weight_conversions = [c for c in conversions if c.was_used()]
-    return sources, fused
-
-
-def _saved(
-    model: Any, sources: dict[str, list[Stored]], fused: set[str], tensors: dict[str, Stored], folder: Path
-) -> dict[str, torch.Tensor]:
+def _saved(model: Any, sources: dict[str, list[Stored]], fused: set[str], folder: Path) -> dict[str, torch.Tensor]:
     """What `save_pretrained` would save, under the model's own names, before quantization: without tied duplicates."""
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
     state = dict(model.state_dict())
     missing = set(state) - sources.keys() - fused
-    for name, other in list(model.all_tied_weights_keys.items()):
+    tied = transformers_adapter.tied(model)
+    for name, other in list(tied.items()):
         if name in sources and other in sources:  # both stored: transformers ties them only if they are equal
             if _same_bytes(folder, sources[name][0], sources[other][0]):
                 missing.add(name)
             else:
-                model.all_tied_weights_keys.pop(name)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in sorted(missing):
-        if name in parameters and not any(re.search(pattern, name) for pattern in ignored):
-            raise TameError(
-                f"{folder}: no tensor for {name} {list(state[name].shape)} of {type(model).__name__}; transformers would "
-                "fill it with random numbers. Is it the right architecture in config.json? Download the model again"
-            )
-    state = remove_tied_weights_from_state_dict(state, model)
+                tied.pop(name)
+    transformers_adapter.tie(model, missing)
+    for name in transformers_adapter.made_up(model, missing):
+        raise TameError(
+            f"{folder}: no tensor for {name} {list(state[name].shape)} of {type(model).__name__}; transformers would "
+            "fill it with random numbers. Is it the right architecture in config.json? Download the model again"
+        )
+    state = transformers_adapter.without_tied(model, state)
     return {name: tensor for name, tensor in state.items() if name not in missing}
 
 
-def _target_dtypes(
-    model: Any, saved: dict[str, torch.Tensor], wanted: set[str], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
-    """What each tensor is cast to on loading: the model's dtype, but for those that insist on another."""
-    plan = model._get_dtype_plan(dtype)
-    kept = {re.compile(pattern.replace("*", ".*")): kind for pattern, kind in plan.items()}
-    targets = {}
+@dataclass(frozen=True)
+class _Output:
+    """A tensor that is written."""
+
+    tensor: torch.Tensor
+    """A meta tensor."""
+    weight: str | None
+    """The weight of the model that it is, or that it belongs to; None for one that transformers splits off on saving."""
+    dtype: torch.dtype
+    """What the weight is cast to before anything else."""
+    part: str = ""
+    """What the format calls it, below the module; empty where the weight is not quantized."""
+    codes: bool = True
+    """Whether it is the weight itself, or its codes."""
+
+
+def _written(
+    whole: Skeleton, tensor_format: TensorFormat, variant: Variant, saved: dict[str, torch.Tensor], wanted: set[str]
+) -> dict[str, _Output]:
+    """All that is written, by name, in the order in which `save_pretrained` goes through it."""
+    kept = transformers_adapter.kept_dtypes(whole.model, whole.dtype)
+    state: dict[str, torch.Tensor] = {}
+    outputs: dict[int, _Output] = {}
     for name, tensor in saved.items():
-        insisted = next((kind for pattern, kind in kept.items() if pattern.search(name)), None)
-        targets[name] = insisted or (dtype if name in wanted else tensor.dtype)
-    return targets
+        if name not in wanted:
+            state[name] = torch.empty(tensor.shape, dtype=kept(name) or tensor.dtype, device="meta")
+            outputs[id(state[name])] = _Output(state[name], name, state[name].dtype)
+            continue
+        module, dtype = name.rpartition(".")[0], kept(name) or whole.dtype
+        parts = tensor_format.outputs((tensor.shape[0], tensor.shape[1]), dtype, variant)
+        for number, (part, stored) in enumerate(parts.items()):
+            state[f"{module}.{part}"] = stored
+            outputs[id(stored)] = _Output(stored, name, dtype, part, codes=number == 0)
+    return {
+        name: outputs.get(id(tensor), _Output(tensor, None, tensor.dtype))
+        for name, tensor in transformers_adapter.reverted(whole.model, state).items()
+    }
 
 
 def _jobs(
-    model: Any,
-    variant: Variant,
+    whole: Skeleton,
+    written: dict[str, _Output],
     saved: dict[str, torch.Tensor],
-    wanted: set[str],
-    targets: dict[str, torch.dtype],
     sources: dict[str, list[Stored]],
     tensors: dict[str, Stored],
     folder: Path,
-) -> tuple[list[Job], dict[str, torch.Tensor]]:
-    """A job for each tensor of the source that is written, and all that is written."""
-    from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
-    from transformers.pytorch_utils import Conv1D
-
-    outputs = method_of(variant).outputs
-    state: dict[str, torch.Tensor] = {}
-    origin: dict[int, tuple[str, str]] = {}
-    for name, tensor in saved.items():
-        parts = {"": torch.empty(tensor.shape, dtype=targets[name], device="meta")}
-        if name in wanted:
-            parts = outputs(tuple(tensor.shape), targets[name], variant)
-        for suffix, part in parts.items():
-            written = name + suffix if suffix.startswith(".") or not suffix else name.removesuffix("weight") + suffix
-            state[written] = part
-            origin[id(part)] = (name, suffix)
-    jobs: dict[str, Job] = {}
-    if model._weight_conversions:
-        reverted = revert_weight_conversion(model, state)
-    else:  # it would only sort them, and compile a pattern for each name: as long as all else here
-        reverted = {name: state[name] for name in sorted(state, key=dot_natural_key)}
-    for written, tensor in reverted.items():
-        name, suffix = origin.get(id(tensor), (written, ""))
-        if id(tensor) in origin:
-            if len(sources[name]) != 1:
-                raise TameError(
-                    f"{folder}: {', '.join(t.name for t in sources[name])} all become {name}; remove all but one"
-                )
-            source = sources[name][0]
-        elif written in tensors and tensors[written].shape == tuple(tensor.shape):
-            source = tensors[written]  # fused on loading and split on saving: the same tensor again
+) -> list[Job]:
+    """A job for each tensor of the source that is written."""
+    model_name = type(whole.model).__name__
+    parts: dict[str, dict[str, str]] = {}
+    for name, output in sorted(written.items(), key=lambda item: not item[1].codes):
+        if output.weight and output.part:
+            parts.setdefault(output.weight, {})[output.part] = name
+    jobs = []
+    for name, output in written.items():
+        if not output.codes:
+            continue
+        if output.weight:
+            if len(sources[output.weight]) != 1:
+                several = ", ".join(tensor.name for tensor in sources[output.weight])
+                raise TameError(f"{folder}: {several} all become {output.weight}; remove all but one")
+            source = sources[output.weight][0]
+        elif name in tensors and tensors[name].shape == tuple(output.tensor.shape):
+            source = tensors[name]  # fused on loading and split on saving: the same tensor again
         else:
             raise BadInputError(
-                f"{folder}: transformers rewrites {written} of {type(model).__name__} on loading in a way that cannot be "
+                f"{folder}: transformers rewrites {name} of {model_name} on loading in a way that cannot be "
                 "streamed; tame does not quantize this architecture"
             )
-        if name in jobs:
-            jobs[name].parts[suffix] = written
-            continue
-        transposed = name in wanted and issubclass(model.get_submodule(name.rpartition(".")[0]).source_cls, Conv1D)
-        shape = tuple(saved[name].shape) if name in wanted else tuple(tensor.shape)
+        quantized = bool(output.part)
+        shape = tuple((saved[str(output.weight)] if quantized else output.tensor).shape)
+        transposed = quantized and str(output.weight).rpartition(".")[0] in whole.transposed
         stored = shape[::-1] if transposed else shape
         if source.shape != stored:
             raise TameError(
-                f"{folder / source.file}: {source.name} has shape {list(source.shape)}, {type(model).__name__} expects "
+                f"{folder / source.file}: {source.name} has shape {list(source.shape)}, {model_name} expects "
                 f"{list(stored)}; is it the right config.json?"
             )
-        if source.dtype not in (QUANTIZABLE if name in wanted else DTYPES):
+        if source.dtype not in (QUANTIZABLE if quantized else DTYPES):
             raise TameError(f"{folder / source.file}: {source.name} is {source.dtype}; expected F16, BF16 or F32")
-        jobs[name] = Job(
-            source,
-            {suffix: written},
-            name in wanted,
-            targets[name] if name in wanted else tensor.dtype,
-            shape,
-            transposed,
-        )
-    return list(jobs.values()), reverted
+        jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, parts.get(str(output.weight), {})))
+    return jobs
 
 
 def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, Stored]) -> list[str]:

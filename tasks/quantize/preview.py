@@ -5,10 +5,12 @@ from typing import Any
 
 from configs.schema import Variant
 from tasks.download.checkpoint import INDEX, WEIGHTS, read_tensors
+from tasks.quantize.methods import method_of
+from tasks.quantize.quiet import quieten
 
 
 def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:
-    """For each variant: {parameters, quantized, weight_bytes, left, notes}, as `work` returns them.
+    """For each variant: {parameters, quantized, weight_bytes, left, notes}, as in `Written`.
 
     `weight_bytes` is exact but for headers and a few bytes of double quantization. `folder` needs a config.json alone; the
     weights are then taken to be all that the model has. Takes a few seconds: call it through `isolated`.
@@ -16,21 +18,19 @@ def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = Fal
     Raises:
         BadInputError, TameError: as `lay_out`.
     """
-    from tasks.quantize.quiet import import_libraries
-
-    import_libraries()
+    quieten()
     from tasks.quantize.layout import lay_out
 
     known = read_tensors(folder) if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else None
     found = []
     for variant in variants:
-        layout = lay_out(folder, variant, known, trust_remote_code)
+        layout = lay_out(folder, method_of(variant), variant, known, trust_remote_code)
         found.append(
             {
                 "parameters": layout.parameters,
                 "quantized": layout.quantized_parameters,
                 "weight_bytes": sum(tensor.nbytes for tensor in layout.outputs.values()),
-                "left": layout.left,
+                "left": [entry.model_dump() for entry in layout.left],
                 "notes": layout.notes,
             }
         )

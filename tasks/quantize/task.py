@@ -2,7 +2,6 @@
 
 import logging
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ from prefect.states import Completed, State
 
 from configs.schema import Variant
 from tasks.download.checkpoint import check_source
-from tasks.quantize.run import work
+from tasks.quantize.methods import method_of
+from tasks.quantize.protocols import Request, Written
+from tasks.quantize.run import versions_for
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, pick
 from tasks.runtime.progress import Progress, show
@@ -20,8 +21,7 @@ from tasks.values import Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
 
-VERSION = 3  # of this stage: raise it when the same inputs give other bytes
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
+VERSION = 4  # of this stage: raise it when the same inputs give other bytes
 
 
 def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[s
         "trust_remote_code": snapshot.trust_remote_code,
         "device": device.partition(":")[0],
         "stage": VERSION,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions_for(method_of(variant)),
     }
 
 
@@ -55,47 +55,46 @@ def quantize(
     def make(folder: Path) -> store.Made:
         source = Path(snapshot.path)
         check_source(source)
+        request = Request(
+            source=source,
+            out=folder,
+            variant=variant,
+            device=chosen,
+            workers=workers,
+            names=list(snapshot.files),
+            trust_remote_code=snapshot.trust_remote_code,
+        )
         with held():
             started = time.monotonic()
-            made = isolated(
-                f"quantize {variant.label}",
-                work,
-                source,
-                folder,
-                variant,
-                device=chosen,
-                workers=workers,
-                names=list(snapshot.files),
-                trust_remote_code=snapshot.trust_remote_code,
-                progress=progress,
-            )
+            written = isolated(f"quantize {variant.label}", method_of(variant).quantize, request, progress=progress)
             seconds = time.monotonic() - started
-        digests = made.pop("digests")
-        return store.Made(meta={**made, "seconds": seconds}, digests=digests)
+        meta = written.model_dump(mode="json", exclude={"digests"})
+        return store.Made(meta={**meta, "seconds": seconds}, digests=written.digests)
 
     inputs = quantize_inputs(snapshot, variant, chosen)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)
-    quantized = summarize(artifact.path, artifact.files, artifact.bytes, artifact.digest, artifact.meta, cached)
+    written, seconds = Written(digests={}, **artifact.meta), artifact.meta["seconds"]
+    quantized = summarize(artifact.path, artifact.files, artifact.bytes, artifact.digest, written, seconds, cached)
     for note in [] if cached else quantized.notes:
         log.warning("%s: %s", variant.label, note)
     return quantized
 
 
 def summarize(
-    path: str, files: dict[str, str], size: int, digest: str, made: dict[str, Any], cached: bool
+    path: str, files: dict[str, str], size: int, digest: str, written: Written, seconds: float, cached: bool
 ) -> Quantized:
-    """A `Quantized` from what `work` returned, with the `seconds` it took."""
+    """The value that the next stages get, of a checkpoint in `path`: `size` is that of all files, which `digest` covers."""
     return Quantized(
         path=path,
         digest=digest,
         bytes=size,
         files=files,
-        parameters=made["parameters"],
-        bits_per_weight=8 * made["weight_bytes"] / made["parameters"],
-        quantized_share=made["quantized"] / made["parameters"],
-        left=made["left"],
-        notes=made["notes"],
-        seconds=made["seconds"],
+        parameters=written.parameters,
+        bits_per_weight=8 * written.weight_bytes / written.parameters,
+        quantized_share=written.quantized / written.parameters,
+        left=written.left,
+        notes=written.notes,
+        seconds=seconds,
         cached=cached,
     )
 

@@ -1,6 +1,5 @@
 """What one thread does with one tensor."""
 
-import math
 import os
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from xxhash import xxh3_64
 from configs.errors import TameError
 from configs.schema import Variant
 from tasks.quantize.journal import Done, Journal
-from tasks.quantize.layout import DTYPES, Job, method_of
+from tasks.quantize.layout import DTYPES, Job
+from tasks.quantize.protocols import TensorFormat
 from tasks.quantize.shards import Shard
 
 WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 23}  # quantized at once by a thread
@@ -51,16 +51,18 @@ class Worker:
         self,
         sources: Sources,
         shards: dict[str, Shard],
+        tensor_format: TensorFormat,
         variant: Variant,
         device: str,
         journal: Journal,
-        threads: int,
     ) -> None:
-        self.sources, self.shards, self.variant, self.journal, self.threads = sources, shards, variant, journal, threads
-        self.method = method_of(variant)
+        self.sources, self.shards, self.journal = sources, shards, journal
+        self.tensor_format, self.variant = tensor_format, variant
         self.device = torch.device(device)
         self.buffers: dict[str, tuple[torch.Tensor, memoryview]] = {}
         self.scales = torch.empty(0, device=self.device)
+        # Of this thread alone. A format's sums come out the same on every machine: torch would else split a long one over as
+        # many threads as there are cores, and the last bit of double quantization's mean of the scales depends on that.
         torch.set_num_threads(1)
 
     def do(self, job: Job) -> bool:
@@ -76,13 +78,13 @@ class Worker:
             raise TameError(
                 f"{self._where(job)}: {self.device} is out of memory; use fewer --workers, free some, or use --device cpu"
             ) from error
-        late = {name: self.shards[name].late[name] for name in self._parts(job) if name in self.shards[name].late}
+        late = {name: self.shards[name].late[name] for name in job.outputs if name in self.shards[name].late}
         self.journal.add(job.key, Done(checksum, {name: (text or b"").decode() for name, text in late.items()}))
         return True
 
     def _copy(self, job: Job) -> int:
         """Copy a tensor piece by piece, cast if it has to be. Returns the checksum of what was written."""
-        name, source = job.parts[""], job.source
+        name, source = job.output, job.source
         stored = DTYPES[source.dtype]
         checksum, at = xxh3_64(), job.at
         several = BYTES[self.device.type]
@@ -103,24 +105,22 @@ class Worker:
 
     def _quantize(self, job: Job) -> int:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
-        codes_name = job.parts[""]
-        scale = self._scales(self.method.scales(job.shape))
+        scale = self._scales(self.tensor_format.scale_count((job.shape[0], job.shape[1])))
         checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
-            codes, some = self.method.rows(block, self.variant)
+            codes, some = self.tensor_format.quantize_rows(block, self.variant)
             scale[known : known + len(some)] = some
             known += len(some)
             data = self._host(codes)
             checksum.update(data)
-            self.shards[codes_name].write(codes_name, at, data)
+            self.shards[job.output].write(job.output, at, data)
             at += len(data)
         self._check(job, scale)
-        torch.set_num_threads(self.threads)  # the last bit of bitsandbytes' mean of the scales depends on it
-        rest = self.method.finish(scale, job.shape, job.dtype, self.variant)
-        torch.set_num_threads(1)
-        suffixes = {name: suffix for suffix, name in job.parts.items()}
-        for name in self._parts(job)[1:]:
-            data = _view(rest[suffixes[name]].cpu())
+        packed = self.tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self.variant)
+        for part, name in job.parts.items():
+            if name == job.output:
+                continue
+            data = _view(packed[part].cpu())
             if name not in self.shards[name].late:
                 checksum.update(data)
             self.shards[name].write(name, 0, data)
@@ -130,7 +130,7 @@ class Worker:
         """A weight's rows, a few at a time, on the device and in the job's dtype; with the number of the first."""
         source, (height, width) = job.source, job.shape
         stored = DTYPES[source.dtype]
-        step = self.method.step(width)
+        step = self.tensor_format.row_multiple(width)
         several = max(step, WEIGHTS[self.device.type] // width // step * step)
         if job.transposed:
             whole = self._read(source.file, source.start, source.end - source.start).view(stored).view(width, height).T
@@ -146,28 +146,25 @@ class Worker:
 
     def _check(self, job: Job, scales: torch.Tensor) -> None:
         """Refuse a weight whose scales say that it is broken, or that the format cannot hold it; then find where."""
-        int8 = self.variant.method == "int8"
-        least, most = (float(end) for end in torch.aminmax(scales))  # NaN, if one is
-        if math.isfinite(most) and not (int8 and least == 0):
+        if self.tensor_format.plausible(scales):
             return
+        known = 0
         for row, block in self._blocks(job):
             bad = (~torch.isfinite(block)).nonzero()
             if len(bad):
                 value = block[bad[0][0], bad[0][1]].item()
                 at = [row + int(bad[0][0]), int(bad[0][1])]
                 raise TameError(f"{self._where(job)} has {value} at {at}; the checkpoint is broken, get it again")
-            scale = scales[row : row + len(block)]
-            if int8 and len(lost := (~torch.isfinite(scale) | ((scale == 0) & (block != 0).any(1))).nonzero()):
-                first = int(lost[0])
-                raise TameError(
-                    f"{self._where(job)}: row {row + first} has weights up to {block[first].abs().max().item():.3g}, which "
-                    "float16, that int8 goes through, cannot hold; use nf4 or fp4, or name the module in skip_modules"
-                )
+            count = self.tensor_format.scale_count((block.shape[0], block.shape[1]))
+            if lost := self.tensor_format.fault(block, scales[known : known + count]):
+                first, why = lost
+                raise TameError(f"{self._where(job)}: row {row + first} {why}")
+            known += count
 
     def _written(self, job: Job) -> int:
         """The checksum of what is in the output for a tensor."""
         checksum = xxh3_64()
-        for name in self._parts(job):
+        for name in job.outputs:
             shard = self.shards[name]
             if name in shard.late:
                 continue
@@ -179,10 +176,6 @@ class Worker:
             for start in range(job.at, end, several):
                 checksum.update(os.pread(shard.file, min(several, end - start), shard.at[name] + start))
         return checksum.intdigest()
-
-    def _parts(self, job: Job) -> list[str]:
-        """The names of a job's outputs, the codes first."""
-        return [job.parts[""], *(name for suffix, name in job.parts.items() if suffix)]
 
     def _where(self, job: Job) -> str:
         return f"{self.sources.folder / job.source.file}: {job.source.name}"

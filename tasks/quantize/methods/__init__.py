@@ -1,1 +1,34 @@
-"""One file a family of methods."""
+"""The methods that there are: one file a family of methods, and the one table that names them."""
+
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from configs.schema import Variant
+from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
+from tasks.quantize.protocols import Method
+
+METHODS: dict[str, Method] = {"int8": EightBit(), "nf4": FourBit("nf4"), "fp4": FourBit("fp4")}
+"""By the names of configs/method_names.py."""
+
+
+def method_of(variant: Variant) -> Method:
+    """The method of a variant."""
+    return METHODS[variant.method]
+
+
+def described_by(quantization_config: Any) -> tuple[Method, Variant] | None:
+    """Whose a checkpoint is, and of which variant, by the `quantization_config` of its config.json; None if nobody's."""
+    if not isinstance(quantization_config, dict):
+        return None
+    for method in METHODS.values():
+        with suppress(ValidationError):  # of values that no recipe could ask for
+            if variant := method.describes(quantization_config):
+                return method, variant
+    return None
+
+
+def libraries() -> list[str]:
+    """The libraries of all methods, each once."""
+    return list(dict.fromkeys(name for method in METHODS.values() for name in method.libraries))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.schema import Variant
+from tasks.quantize.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
@@ -25,33 +26,68 @@ UNSURE = 16  # marks cells that hold a bound between two codes
 _local = threading.local()
 
 
-def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
-    """What is stored for a weight of `shape` [out, in], by suffix to its name, as meta tensors.
+def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dtype) -> Selection:
+    """The layers that transformers quantizes."""
+    from transformers import BitsAndBytesConfig
 
-    U8 [ceil(n / 2), 1] codes, two a byte, and what `finish` makes. With double quantization the last entry's length
-    depends on the weights' values.
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=variant.method,
+        bnb_4bit_use_double_quant=variant.double_quant,
+        # transformers' own default is float32, which is what such a checkpoint then computes in, at a fraction of the speed.
+        bnb_4bit_compute_dtype=variant.compute_dtype or dtype,
+        llm_int8_skip_modules=skip,
+    )
+    return select_as_transformers(config, model, dtype)
+
+
+def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:
+    """The layers that transformers would load as quantized."""
+    return select_as_transformers(quantization_config, model, dtype, pre_quantized=True)
+
+
+def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
+    """What is stored for a weight of `shape` [out, in], by name below its module, as meta tensors.
+
+    `weight` has the codes, U8 [ceil(n / 2), 1], two in a byte; the others are what `pack` makes. With double quantization
+    the length of `weight.quant_state.…` depends on the weights' values.
     """
     with torch.device("meta"):
         codes = torch.empty((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8)
-        state = _state(torch.empty(scales(shape)), shape, dtype, variant)
-    return {"": codes, **state}
+        state = _state(torch.empty(scale_count(shape)), shape, dtype, variant)
+    return {"weight": codes, **state}
 
 
-def step(columns: int) -> int:
-    """Rows come in multiples of this, so that no scale's block crosses from one call of `rows` to the next."""
+def grows(name: str, variant: Variant) -> bool:
+    """The JSON text that says how to dequantize has, with double quantization, the mean of the scales in it."""
+    return variant.double_quant and name.startswith("weight.quant_state.")
+
+
+def row_multiple(columns: int) -> int:
+    """So many rows that no block of weights that share a scale crosses from one call of `quantize_rows` to the next."""
     return BLOCK // math.gcd(BLOCK, columns)
 
 
-def scales(shape: tuple[int, int]) -> int:
-    """How many scales a weight of `shape` has."""
+def scale_count(shape: tuple[int, int]) -> int:
+    """One for each block, the last of which may be shorter."""
     return -(-shape[0] * shape[1] // BLOCK)
 
 
-def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize whole rows: their codes, U8 [ceil(n / 2), 1], and scales, F32 [ceil(n / 64)]; on the block's device."""
     if block.device.type == "cpu" and block.numel() % BLOCK == 0 and _agrees(variant.method, block.dtype):
         return _look_up(block, variant.method)
     return _bitsandbytes(block, variant.method)
+
+
+def plausible(scales: torch.Tensor) -> bool:
+    """Whether all scales are finite; NaN and infinite weights make theirs so."""
+    return math.isfinite(float(scales.max()))
+
+
+def fault(block: torch.Tensor, scales: torch.Tensor) -> tuple[int, str] | None:
+    """Nothing finite is too large or too small for 4 bits and a scale in float32."""
+    return None
 
 
 def _bitsandbytes(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,16 +98,14 @@ def _bitsandbytes(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch
     return codes, scales
 
 
-def finish(
-    scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant
-) -> dict[str, torch.Tensor]:
-    """What is stored besides the codes, by suffix: `.absmax`, `.quant_map`, `.quant_state.bitsandbytes__nf4`, ….
+def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
+    """What is stored besides the codes: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`, ….
 
     `scales` are those of the whole weight, F32 [ceil(n / 64)].
     """
     if variant.double_quant:
         return _state(scales, shape, dtype, variant)
-    return {**_without_scales(shape, dtype, variant.method, scales.device), ".absmax": scales}
+    return {**_without_scales(shape, dtype, variant.method, scales.device), "weight.absmax": scales}
 
 
 @functools.lru_cache
@@ -81,7 +115,7 @@ def _without_scales(
     """What is the same for all weights of one shape, on the host. On a fast GPU, making it takes longer than the weight."""
     variant = Variant(method=method, double_quant=False)
     state = _state(torch.zeros(1, device=device), shape, dtype, variant)
-    return {name: tensor.cpu() for name, tensor in state.items() if name != ".absmax"}
+    return {name: tensor.cpu() for name, tensor in state.items() if name != "weight.absmax"}
 
 
 def _state(
@@ -106,7 +140,7 @@ def _state(
         scales, shape=torch.Size(shape), code=code, blocksize=BLOCK, quant_type=variant.method, dtype=dtype, **nested
     )
     with torch.device("cpu"):
-        return {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+        return {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
 def _look_up(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,14 @@
 
 import functools
 import logging
+import math
 import threading
+from typing import Any
 
 import torch
 
 from configs.schema import Variant
+from tasks.quantize.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
@@ -15,27 +18,44 @@ PIECE = 1 << 16  # weights worked on at once on the CPU, so that they stay in it
 _local = threading.local()
 
 
+def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dtype) -> Selection:
+    """The layers that transformers quantizes."""
+    from transformers import BitsAndBytesConfig
+
+    return select_as_transformers(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip), model, dtype)
+
+
+def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:
+    """The layers that transformers would load as quantized."""
+    return select_as_transformers(quantization_config, model, dtype, pre_quantized=True)
+
+
 def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
-    """What is stored for a weight of `shape` [out, in], by suffix to its name, as meta tensors."""
+    """What is stored for a weight of `shape` [out, in], by name below its module, as meta tensors."""
     with torch.device("meta"):
         return {
-            "": torch.empty(shape, dtype=torch.int8),
+            "weight": torch.empty(shape, dtype=torch.int8),
             "SCB": torch.empty(shape[0]),
             "weight_format": torch.empty((), dtype=torch.uint8),
         }
 
 
-def step(columns: int) -> int:
+def grows(name: str, variant: Variant) -> bool:
+    """All lengths follow from the shape."""
+    return False
+
+
+def row_multiple(columns: int) -> int:
     """Rows are independent of each other."""
     return 1
 
 
-def scales(shape: tuple[int, int]) -> int:
-    """How many scales a weight of `shape` has."""
+def scale_count(shape: tuple[int, int]) -> int:
+    """One for each row."""
     return shape[0]
 
 
-def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize whole rows: I8 of the block's shape, and F32 [rows] scales; on the block's device.
 
     A weight w becomes round(w * 127 / scale), the scale being the row's largest magnitude in float16.
@@ -48,10 +68,26 @@ def rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Ten
     return codes, scales
 
 
-def finish(
-    scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant
-) -> dict[str, torch.Tensor]:
-    """What is stored besides the codes, by suffix; format 0 means row-major."""
+def plausible(scales: torch.Tensor) -> bool:
+    """Whether every scale is finite and above zero. A row of zeros has none, and is no fault."""
+    least, most = (float(end) for end in torch.aminmax(scales))  # NaN, if one is
+    return math.isfinite(most) and least != 0
+
+
+def fault(block: torch.Tensor, scales: torch.Tensor) -> tuple[int, str] | None:
+    """The first row that float16 makes infinite, or zero where it is not."""
+    lost = (~torch.isfinite(scales) | ((scales == 0) & (block != 0).any(1))).nonzero()
+    if not len(lost):
+        return None
+    row = int(lost[0])
+    return row, (
+        f"has weights up to {block[row].abs().max().item():.3g}, which float16, that int8 goes through, cannot hold; "
+        "use nf4 or fp4, or name the module in skip_modules"
+    )
+
+
+def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
+    """What is stored besides the codes; format 0 means row-major."""
     return {"SCB": scales, "weight_format": torch.zeros((), dtype=torch.uint8)}
 
 

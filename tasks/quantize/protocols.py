@@ -1,0 +1,193 @@
+"""What tame asks of a method: everything that differs between formats, and nothing else, is behind these two protocols.
+
+A `Method` is what the rest of tame sees. A `TensorFormat` is what the engine needs of a format whose checkpoint is written
+tensor by tensor. A new format is one file in methods/ that answers both, its tests, and a line in `methods.METHODS` and in
+configs/method_names.py. Importing this file, or methods/, imports no torch: a run that finds everything in the cache needs none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.schema import Variant
+from tasks.runtime.progress import Progress, silent
+from tasks.values import Unquantized
+
+if TYPE_CHECKING:
+    import torch
+
+    from tasks.quantize.transformers_adapter import Selection
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be quantized, into what, and how. It is pickled to reach the process that works."""
+
+    source: Path
+    """The folder of a checkpoint in 16 or 32 bits."""
+    out: Path
+    """The folder to fill; it is empty, or holds what a killed run left."""
+    variant: Variant
+    device: str
+    """`cpu`, `cuda:N`, or `cuda` for all GPUs."""
+    workers: int | None = None
+    """Tensors in flight; None takes what the device is good for."""
+    max_shard_size: int | None = None
+    """Largest output file, in bytes; None takes what is quick to hash and to upload."""
+    names: list[str] | None = None
+    """The source's files that may be carried along; None allows all."""
+    trust_remote_code: bool = False
+
+
+class Written(BaseModel):
+    """A quantized checkpoint that was written into a folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    digests: dict[str, str]
+    """sha256 of each weight file."""
+    parameters: int
+    quantized: int
+    """How many of the parameters are quantized."""
+    weight_bytes: int
+    """Size of the weight files."""
+    left: list[Unquantized]
+    """What is not quantized, largest first."""
+    notes: list[str]
+    """Sentences that a user of the model should know."""
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a model card says of a format."""
+
+    quantized_to: str
+    """Ends the sentence "This model was quantized to …"."""
+    install: tuple[str, ...]
+    """Packages that are needed besides transformers and accelerate."""
+    tags: tuple[str, ...]
+    """For the Hub's search."""
+    limits: tuple[str, ...]
+    """Sentences on what this format cannot do."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The weights that a stored tensor stands for, in float32 and piece by piece."""
+
+    piece: "Callable[[int, int], torch.Tensor]"
+    """From (start, count) to that many weights, counted through the whole weight row by row."""
+    multiple: int
+    """Pieces begin at a multiple of this, and all but the last have a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """How a model computes after its quantized layers were replaced by plain ones."""
+
+    weights: str
+    """For the protocol: "4-bit weights dequantized once to bfloat16"."""
+    difference: str
+    """Goes on from `weights` where plain products are rounded otherwise than those of the stored layers; may be empty."""
+
+
+class Method(Protocol):
+    """One method of quantizing, under one name of configs/method_names.py. It is pickled to reach the process that works."""
+
+    @property
+    def family(self) -> str:
+        """What the field calls the checkpoint's format, such as `compressed-tensors`."""
+        ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages that decide the bytes or the arithmetic, besides torch, transformers and safetensors: part of every key."""
+        ...
+
+    def bits(self, variant: Variant) -> int:
+        """Bits of a quantized weight, without its scales."""
+        ...
+
+    def card(self, variant: Variant) -> CardText:
+        """What the model card says of the format."""
+        ...
+
+    def describes(self, quantization_config: dict[str, Any]) -> Variant | None:
+        """The variant that a checkpoint's `quantization_config` describes, or None where it is not this method's."""
+        ...
+
+    def quantize(self, request: Request, progress: Progress = silent) -> Written:
+        """Do what is requested; this runs in a process of its own."""
+        ...
+
+    def tensor_format(self) -> "TensorFormat | None":
+        """The format of a checkpoint that is written tensor by tensor; None where it is not."""
+        ...
+
+    def restore(self, parts: "dict[str, torch.Tensor]", shape: tuple[int, int], device: str) -> Restored:
+        """The weights [out, in] that `parts`, keyed as in `TensorFormat.outputs`, stand for."""
+        ...
+
+    def densify(self, model: Any, free: int) -> Dense | str | None:
+        """Replace the layers of a loaded model by plain ones with the same weights, where that is the same arithmetic.
+
+        `free` is the memory that may be used, in bytes. Returns a sentence where the layers stay for want of it, and None
+        where there are no such layers, or where they compute in another way.
+        """
+        ...
+
+    def altered(self, model: Any) -> bool:
+        """Whether a forward pass has changed the stored weights of a loaded model, so that it must be loaded again."""
+        ...
+
+
+class TensorFormat(Protocol):
+    """A format whose tensors are each made from one tensor of the source, a few rows at a time."""
+
+    def select(self, model: Any, variant: Variant, skip: list[str] | None, dtype: "torch.dtype") -> "Selection":
+        """Choose what is quantized of a model without weights; `skip` names modules that are not, None leaves the usual ones.
+
+        May replace the model's modules by those that the checkpoint will be loaded into.
+        """
+        ...
+
+    def reselect(self, model: Any, quantization_config: Any, dtype: "torch.dtype") -> "Selection":
+        """The same for a checkpoint that is written: what a loader would load as quantized."""
+        ...
+
+    def outputs(self, shape: tuple[int, int], dtype: "torch.dtype", variant: Variant) -> "dict[str, torch.Tensor]":
+        """What is stored for a weight [out, in], as meta tensors, by name below the module. The codes come first."""
+        ...
+
+    def grows(self, name: str, variant: Variant) -> bool:
+        """Whether the length of the output `name` depends on the values of the weights; it is then 1-D."""
+        ...
+
+    def row_multiple(self, columns: int) -> int:
+        """Rows that are quantized together: calls of `quantize_rows` get a multiple of these, but for a weight's last rows."""
+        ...
+
+    def scale_count(self, shape: tuple[int, int]) -> int:
+        """How many scales a weight, or some of its rows, has."""
+        ...
+
+    def quantize_rows(self, block: "torch.Tensor", variant: Variant) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Quantize whole rows: their codes as they are stored, and their scales, F32 and 1-D; on the block's device."""
+        ...
+
+    def plausible(self, scales: "torch.Tensor") -> bool:
+        """Whether the scales of a whole weight say that nothing is wrong with it. If not, `fault` is asked block by block."""
+        ...
+
+    def fault(self, block: "torch.Tensor", scales: "torch.Tensor") -> tuple[int, str] | None:
+        """The first of finite rows that the format cannot hold, and a sentence on it that begins with "has"; or None."""
+        ...
+
+    def pack(
+        self, scales: "torch.Tensor", shape: tuple[int, int], dtype: "torch.dtype", variant: Variant
+    ) -> "dict[str, torch.Tensor]":
+        """What is stored besides the codes, by name below the module, from the scales of the whole weight."""
+        ...

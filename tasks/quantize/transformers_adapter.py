@@ -1,0 +1,222 @@
+"""Everything of transformers' internals that quantizing relies on, in one place, with transformers' own names beside it.
+
+What is quantized is what transformers quantizes: its own quantizer replaces the linear layers of a model without weights, and
+its own conversion mappings rename the checkpoint's tensors on the way in and out. Nothing here knows an architecture.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import BadInputError
+from tasks.download.checkpoint import INDEX, Stored
+
+AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a model is quantized, and what its config.json says of it."""
+
+    quantization_config: dict[str, Any]
+    includes: Callable[[str], bool]
+    """Whether the weight of this name, as the model calls it, is quantized."""
+    quantizer: Any = None
+    """transformers' HfQuantizer, where it is what decides: it may rename tensors too."""
+
+
+def select_as_transformers(config: Any, model: Any, dtype: torch.dtype, pre_quantized: bool = False) -> Selection:
+    """What transformers would quantize by `config`, a QuantizationConfigMixin or what config.json has of one.
+
+    Replaces the model's layers, as `from_pretrained` does before it loads weights.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[])
+    return Selection(
+        quantization_config=quantizer.quantization_config.to_dict(),
+        includes=lambda name: bool(quantizer.param_needs_quantization(model, name)),
+        quantizer=quantizer,
+    )
+
+
+def read_model_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The configuration in a folder, as an object."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that config.json names, or what transformers' auto classes would take.
+
+    Raises:
+        BadInputError: this transformers does not know it.
+    """
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    remote = getattr(config, "auto_map", None) or {}
+    for auto in AUTO:
+        if trust_remote_code and auto in remote:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(remote[auto], str(folder))
+    if name and (known := getattr(transformers, name, None)) is not None:
+        return known
+    for auto in AUTO:
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping.keys():  # noqa: SIM118
+            return mapping[type(config)]
+    raise BadInputError(
+        f"{folder / 'config.json'}: transformers {transformers.__version__} has no {name or config.model_type}; it takes "
+        "language models that this version knows"
+    )
+
+
+def dtype_of(config: Any, folder: Path, tensors: dict[str, Stored]) -> torch.dtype:
+    """The dtype in which `from_pretrained` loads the model, as its `_get_dtype` and `get_state_dict_dtype` find it.
+
+    That is what config.json says, else what the index says, else that of the first floating-point tensor, by name, of the
+    first file, by name.
+    """
+    if (dtype := getattr(config, "dtype", None)) is not None:
+        return _named(dtype)
+    files = {tensor.file for tensor in tensors.values()}
+    if len(files) > 1 and (dtype := json.loads((folder / INDEX).read_bytes()).get("metadata", {}).get("dtype")):
+        return _named(dtype)
+    first = (tensors[name].dtype for name in sorted(tensors) if tensors[name].file == min(files))
+    return next((FLOATS[dtype] for dtype in first if dtype in FLOATS), torch.float32)
+
+
+def _named(dtype: Any) -> torch.dtype:
+    named: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return named
+
+
+def set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Set the dtype of a model and of all its parts, as `_get_dtype` does."""
+    config.dtype = dtype
+    for key in config.sub_configs:
+        if (part := getattr(config, key, None)) is not None:
+            part.dtype = dtype
+
+
+def building(cls: Any, dtype: torch.dtype) -> ExitStack:
+    """The contexts in which `from_pretrained` makes a model and replaces its layers."""
+    stack = ExitStack()
+    for context in cls.get_init_context(dtype, is_quantized=True, _is_ds_init_called=False, allow_all_kernels=None):
+        stack.enter_context(context)
+    return stack
+
+
+def skipped_by_default(model: Any) -> list[str]:
+    """The modules that transformers leaves unquantized where nobody names any."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    names: list[str] = get_keys_to_not_convert(model)
+    return names
+
+
+def is_skipped(module: str, patterns: Iterable[str]) -> bool:
+    """Whether transformers leaves the module unquantized because of these patterns."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(module, list(patterns))
+
+
+def transposed_modules(model: Any) -> set[str]:
+    """The names of modules whose weights are stored as [in, out]: GPT-2's."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Names in the order in which transformers goes through them: layer 2 before layer 10."""
+    from transformers.core_model_loading import dot_natural_key
+
+    return sorted(names, key=dot_natural_key)
+
+
+def match(model: Any, quantizer: Any, tensors: dict[str, Stored]) -> tuple[dict[str, list[Stored]], set[str]]:
+    """Which tensors each of the model's is loaded from, and which of the model's transformers computes from several.
+
+    The same renaming, in the same order, as transformers' loading of a checkpoint. Tensors that match nothing are dropped,
+    as there. The model remembers which conversions it needed, for `reverted`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    expected = model.state_dict()
+    prefix = model.base_model_prefix
+    sources: dict[str, list[Stored]] = {}
+    fused: set[str] = set()
+    for original in natural_order(tensors):
+        name, pattern = rename_source_key(original, renamings, converters, prefix, expected)
+        if name not in expected and original in expected:
+            name, pattern = rename_source_key(original, [], [], prefix, expected)
+        if name not in expected:
+            continue
+        sources.setdefault(name, []).append(tensors[original])
+        if pattern is not None:
+            targets = by_pattern[pattern].target_patterns
+            fused |= {name.replace(targets[0], target) for target in targets}
+    model._weight_conversions = [c for c in conversions if c.was_used()]
+    return sources, fused
+
+
+def reverted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` under the names of a checkpoint, in the order in which `save_pretrained` goes through them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if model._weight_conversions:
+        renamed: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+        return renamed
+    # transformers would only sort them, and compile a pattern for each name: as long as all else here
+    return {name: state[name] for name in natural_order(state)}
+
+
+def tied(model: Any) -> dict[str, str]:
+    """Names of weights that are others' under another name, and whose; taking one out unties it."""
+    names: dict[str, str] = model.all_tied_weights_keys
+    return names
+
+
+def tie(model: Any, missing: set[str]) -> None:
+    """Tie those weights that are missing in the checkpoint and are another one under another name; they leave `missing`."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def made_up(model: Any, missing: set[str]) -> list[str]:
+    """Which of the missing tensors transformers would fill with random numbers, rather than compute or do without."""
+    ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sorted(name for name in missing & parameters if not any(re.search(pattern, name) for pattern in ignored))
+
+
+def without_tied(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` without the second names of tied weights, as `save_pretrained` leaves them out."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    left: dict[str, torch.Tensor] = remove_tied_weights_from_state_dict(state, model)
+    return left
+
+
+def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """A function from a tensor's name to the dtype that the model insists on for it, such as float32 for T5's `wo`."""
+    plan = model._get_dtype_plan(dtype)
+    kept = {re.compile(pattern.replace("*", ".*")): kind for pattern, kind in plan.items()}
+    return lambda name: next((kind for pattern, kind in kept.items() if pattern.search(name)), None)
