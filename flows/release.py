@@ -13,7 +13,7 @@ from tasks import result as results
 from tasks.download.task import download_task
 from tasks.evaluate.task import baseline_task, evaluate_task
 from tasks.gate import gate_task
-from tasks.plan import plan_task
+from tasks.plan import Plan, plan_task
 from tasks.publish.card import release_files
 from tasks.publish.task import publish_task
 from tasks.quantize.task import quantize_task
@@ -60,7 +60,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
     for label, target in plan.targets.items():
         if result.variant(label).status == "passed":
             attempts.check(attempt)
-            result = result.with_variant(_publish(result, label, target, plan.targets, recipe))
+            result = result.with_variant(_publish(result, label, target, plan, recipe))
     return _finish(result, folder, run, attempt)
 
 
@@ -79,7 +79,7 @@ def _measure(
         return results.failed(known, error)
 
 
-def _publish(result: Result, label: str, target: str, targets: dict[str, str], recipe: Recipe) -> ResultVariant:
+def _publish(result: Result, label: str, target: str, plan: Plan, recipe: Recipe) -> ResultVariant:
     variant = result.variant(label)
     assert variant.artifact is not None
     try:
@@ -87,7 +87,7 @@ def _publish(result: Result, label: str, target: str, targets: dict[str, str], r
             label,
             Path(variant.artifact.path),
             variant.artifact.files,
-            release_files(result, label, targets),
+            release_files(result, label, plan.targets, plan.benchmarks),
             target,
             recipe.publish,
         ).result()

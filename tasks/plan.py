@@ -12,6 +12,8 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
 from tasks.download.task import Found, download, local_path, look, tokenizer_folder
 from tasks.fleet.work_queues import check_fits, memory_needed, smallest
+from tasks.publish.benchmarks import Benchmark, Benchmarks
+from tasks.publish.benchmarks import find as find_benchmarks
 from tasks.quantize.preview import preview
 from tasks.quantize.task import quantize_inputs
 from tasks.report.formatting import figure
@@ -30,6 +32,8 @@ class Plan(BaseModel):
     """Hub repo id or absolute folder of each variant, by its label; empty when nothing is published."""
     tokens: int | None
     """Tokens in the evaluation text, where they had to be counted to know that it fills a window."""
+    benchmarks: dict[str, Benchmark]
+    """The Hub's benchmarks that are measured in full, by the metric that is their score."""
     warnings: list[str]
 
 
@@ -76,11 +80,14 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         model = path.stem if path.is_file() else path.resolve().name
     where = targets(recipe, model, out)
     # The token first: with one that the Hub does not accept, every other question is answered with 401.
-    warnings = preflight_publish(recipe, where, None, False, 0) if where else []
+    warnings = preflight_publish(recipe, where, None) if where else []
     found = look(recipe.source)
     check_fits(found, recipe.evaluate, gpus())
+    benchmarks = Benchmarks({}, [])
     if where:
-        warnings = preflight_publish(recipe, where, found.licence, found.gated, found.bytes)
+        warnings = preflight_publish(recipe, where, found)
+        if recipe.evaluate.task_limit is None:
+            benchmarks = find_benchmarks(recipe.evaluate.tasks)
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
     tokens = None
     if folder := tokenizer_folder(recipe.source, found):
@@ -89,7 +96,8 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
     pick()
-    return Plan(found=found, targets=where, tokens=tokens, warnings=warnings)
+    warnings = [*warnings, *benchmarks.notes]
+    return Plan(found=found, targets=where, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
 
 
 def writable(folder: Path) -> None:

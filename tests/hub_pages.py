@@ -5,9 +5,14 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tests.hub_http import Answer, Handler
-from tests.hub_repo import Repo, entry, front_matter
+from tests.hub_repo import Repo, entry, front_matter, front_matter_of
 
+LICENCES = ["mit", "apache-2.0", "llama3.2", "other", *(f"another-{number}" for number in range(60))]
 DATE = "2026-01-01T00:00:00.000Z"
+
+
+def as_list(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
 
 
 class Pages(Handler):
@@ -179,8 +184,12 @@ class Pages(Handler):
         raise Answer(200, {})
 
     def validate_yaml(self) -> None:
-        self._json()
-        raise Answer(200, {"errors": [], "warnings": []})
+        front = front_matter_of(self._json()["content"])
+        licences, languages = (as_list(front.get(key)) for key in ("license", "language"))
+        errors = [
+            f'"license" must be one of [{", ".join(LICENCES)}]' for licence in licences if licence not in LICENCES
+        ] + [f"'{language}' is no language code:\n two letters or three" for language in languages if len(language) > 3]
+        raise Answer(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
 
     def _discuss(self, repo: Repo, title: str, description: str, pull_request: bool) -> int:
         number = len(repo.discussions) + 1

@@ -82,7 +82,11 @@ def entry(path: str, file: File) -> dict[str, Any]:
 
 
 def front_matter(files: dict[str, File]) -> dict[str, Any]:
-    match = re.match(r"---\n(.*?)\n---", files["README.md"].place.read_text(errors="replace"), re.DOTALL)
+    return front_matter_of(files["README.md"].place.read_text(errors="replace"))
+
+
+def front_matter_of(card: str) -> dict[str, Any]:
+    match = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     with contextlib.suppress(yaml.YAMLError):
         return yaml.safe_load(match[1]) or {} if match else {}
     return {}

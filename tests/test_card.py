@@ -2,18 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from configs.errors import TameError
-from tasks.publish import provenance
+from tasks.publish import benchmarks, provenance
+from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card import release_files
 from tasks.report.formatting import figure, label
 from tasks.result import Result
+from tests.hub import Hub
 from tests.results import make
 
 BASE_CARD = {
@@ -161,12 +164,49 @@ def test_results_of_whole_benchmarks_are_told_in_the_hubs_newest_form(result: Re
     metrics = {**result.variants[0].metrics, "task/gsm8k/exact_match": 0.4125}
     recipe = json.loads(json.dumps(result.recipe))
     recipe["evaluate"]["tasks"] = ["gsm8k"]
-    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8")
+    known = {"task/gsm8k/exact_match": Benchmark(dataset="openai/gsm8k", task_id="gsm8k")}
+    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
     entry = parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"]))[0]
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.25)
     recipe["evaluate"]["task_limit"] = 10  # ten questions are not the benchmark
-    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8")
+    files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
     assert list(files) == ["README.md", "tame.json"]
+
+
+EVAL = """
+name: GPQA
+tasks:
+  - {id: gpqa_d1am0nd, config: gpqa_diamond, split: train}
+  - {id: gpqa_main, config: gpqa_main, split: train}
+"""
+
+
+def test_the_ids_of_benchmarks_are_read_from_their_data_sets(
+    tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ["gpqa_diamond_zeroshot", "gsm8k", "mmlu_pro", "piqa"]
+    files = {"Idavidrein/gpqa": EVAL, "openai/gsm8k": "tasks: [{id: only_one}]", "TIGER-Lab/MMLU-Pro": "tasks: 7"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for name, content in files.items():
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "eval.yaml").write_text(content)
+            hub.add_dataset(name, tmp_path / name, gated=name.startswith("Idavidrein"))
+        _, notes = benchmarks.find(tasks)
+        assert "gated" in notes[1]
+        monkeypatch.setenv("HF_TOKEN", hub.token())
+        hub.grant("me", "Idavidrein/gpqa")
+        found, notes = benchmarks.find(tasks)
+        (tmp_path / "openai/gsm8k/eval.yaml").unlink()
+        hub.add_dataset("openai/gsm8k", tmp_path / "openai/gsm8k")
+        assert any("404" in note for note in benchmarks.find(["gsm8k"]).notes)
+    assert {metric: (b.dataset, b.task_id) for metric, b in found.items()} == {
+        "task/gpqa_diamond_zeroshot/acc": ("Idavidrein/gpqa", "gpqa_d1am0nd"),
+        "task/gsm8k/exact_match": ("openai/gsm8k", "only_one"),
+    }
+    said = "the eval.yaml of TIGER-Lab/MMLU-Pro has no list of tasks with ids"
+    assert notes == [f"the score of mmlu_pro is on the card, but not in .eval_results: {said}"]
 
 
 def test_numbers_that_are_none_are_not_published(result: Result) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks.download.hub import UnreachableError
+from tasks.download.task import Found
 from tasks.publish import client
 from tasks.publish.task import check, preflight, publish, publish_folder
 from tasks.runtime.progress import silent
@@ -345,20 +346,47 @@ def recipe(repo: str = "{model}-{variant}", **spec: object) -> Recipe:
     )
 
 
+def found(
+    licence: str | None = "mit", gated: bool = False, size: int = 0, card: dict[str, object] | None = None
+) -> Found:
+    about = {"licence": licence, "gated": gated, "card": card or {}, "files": {"model.safetensors": size}}
+    return Found.model_validate(
+        {"kind": "hub", "name": "tiny", "path": None, "commit": "c" * 40, "config": {}, **about}
+    )
+
+
 TARGETS = {"int8": "me/tiny-int8", "nf4": REPO}
 
 
 def test_preflight_passes_what_can_be_published_and_asks_little(hub: Hub) -> None:
-    assert preflight(recipe(), TARGETS, "apache-2.0", False, 10**6) == []
-    assert preflight(recipe(), {"int8": "org/a", "nf4": "tiny-nf4"}, None, False, 0) == []  # nobody has looked yet
+    assert preflight(recipe(), TARGETS, found("apache-2.0", False, 10**6)) == []
+    assert preflight(recipe(), {"int8": "org/a", "nf4": "tiny-nf4"}, None) == []  # nobody has looked yet
     assert writes(hub) == []
     assert len(hub.requests) <= 5
-    assert "no licence" in preflight(recipe(), TARGETS, None, False, 10**6)[0]
-    warnings = preflight(recipe(), TARGETS, "llama3.2", True, 0)
+    assert "no licence" in preflight(recipe(), TARGETS, found(None, False, 10**6))[0]
+    warnings = preflight(recipe(), TARGETS, found("llama3.2", True, 0))
     assert any("llama3.2" in warning for warning in warnings)
     assert any("gated" in warning for warning in warnings)
+    assert any("'cc-by-nd-4.0, mit'" in warning for warning in preflight(recipe(), TARGETS, found("cc-by-nd-4.0, mit")))
     with pytest.raises(BadInputError, match=r"licence_check"):
-        preflight(recipe(licence_check="refuse"), TARGETS, "llama3.2", True, 0)
+        preflight(recipe(licence_check="refuse"), TARGETS, found("llama3.2", True, 0))
+
+
+def test_a_card_that_the_hub_would_refuse_is_told_before_anything_is_made(hub: Hub, checkpoint: Path) -> None:
+    card = {"language": ["english", "de"], "license": "mit-ish", "datasets": ["a/b"]}
+    with pytest.raises(BadInputError) as caught:
+        preflight(recipe(), TARGETS, found(card=card))
+    assert str(caught.value).startswith("the card of org/tiny, from which the new ones inherit, has metadata that")
+    for reason in ('"license" must be one of', "'english'", "no language"):  # all of them, and in full
+        assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert preflight(recipe(), TARGETS, found(card={"language": "en", "license": ["mit", "apache-2.0"]})) == []
+    (checkpoint / "README.md").write_text("---\nlicense: mit-ish\n---\n# Mine\n")
+    with pytest.raises(BadInputError, match=r"README\.md has metadata that .* does not take: \"license\" must be"):
+        publish_folder(checkpoint, "mine", False, silent)
+    assert hub.repos == {}
+    hub.fail("validate-yaml", 404, times=9)  # a Hub that does not check
+    assert preflight(recipe(), TARGETS, found(card=card)) == []
 
 
 @pytest.mark.parametrize("token", [None, "hf_expired", "read"])
@@ -366,7 +394,7 @@ def test_a_bad_token_is_told_before_anything_is_made(hub: Hub, monkeypatch: pyte
     given = hub.token("read") if token == "read" else token
     monkeypatch.setenv("HF_TOKEN", given) if given else monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(BadInputError, match="HF_TOKEN") as caught:
-        preflight(recipe(), TARGETS, "mit", False, 0)
+        preflight(recipe(), TARGETS, found("mit", False, 0))
     assert len(hub.requests) < 5
     assert str(given) not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -375,7 +403,7 @@ def test_a_bad_token_is_told_before_anything_is_made(hub: Hub, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["../x", "me/../x", "me/a--b", "me/a b", "a/b/c", "me/" + "x" * 97, "me/x.git", ""])
 def test_a_name_that_the_hub_does_not_allow(hub: Hub, folder: Path, name: str) -> None:
     with pytest.raises(BadInputError, match="not a name that the Hub allows"):
-        preflight(recipe(), {"int8": "me/a", "nf4": name}, "mit", False, 0)
+        preflight(recipe(), {"int8": "me/a", "nf4": name}, found("mit", False, 0))
     with pytest.raises(BadInputError, match="not a name that the Hub allows"):
         publish_folder(folder, name, True, silent)
     assert hub.requests == []
@@ -384,13 +412,13 @@ def test_a_name_that_the_hub_does_not_allow(hub: Hub, folder: Path, name: str) -
 def test_a_target_that_is_not_ours(hub: Hub, folder: Path) -> None:
     hub.add_model(REPO, folder)
     with pytest.raises(BadInputError, match=f"{REPO} is there and tame did not make it"):
-        preflight(recipe(), TARGETS, "mit", False, 0)
+        preflight(recipe(), TARGETS, found("mit", False, 0))
     with pytest.raises(TameError, match=f"{REPO} holds files that tame did not put there"):
         release(folder)
     with pytest.raises(BadInputError, match=r"me .* may not write to you/tiny"):
-        preflight(recipe(), {"nf4": "you/tiny"}, "mit", False, 0)
+        preflight(recipe(), {"nf4": "you/tiny"}, found("mit", False, 0))
     with pytest.raises(BadInputError, match="same for two variants"):
-        preflight(recipe(), {"int8": "me/tiny", "nf4": "me/Tiny"}, "mit", False, 0)
+        preflight(recipe(), {"int8": "me/tiny", "nf4": "me/Tiny"}, found("mit", False, 0))
     assert writes(hub) == []
 
 
@@ -401,7 +429,7 @@ def test_a_renamed_repo_is_not_followed(hub: Hub, folder: Path, checkpoint: Path
     hub.requests.clear()
     said = "me/tiny-nf4 was renamed to me/precious.* give me/precious, or a new name"
     with pytest.raises(BadInputError, match=said):
-        preflight(recipe(), TARGETS, "mit", False, 0)
+        preflight(recipe(), TARGETS, found("mit", False, 0))
     with pytest.raises(BadInputError, match=said):
         publish_folder(checkpoint, REPO, False, silent)
     with pytest.raises(TameError, match=said) as caught:
@@ -444,14 +472,14 @@ def test_a_refusal_says_what_the_hub_said(hub: Hub, folder: Path, said: str, rem
 
 def test_a_release_of_another_model_is_replaced_only_with_a_warning(hub: Hub, folder: Path) -> None:
     release(folder, PRIVATE)
-    found = preflight(recipe(), TARGETS, "mit", False, 0)
-    assert found == [f"{REPO} holds a release made from org/another; what is made from org/tiny will replace it"]
+    warnings = preflight(recipe(), TARGETS, found("mit", False, 0))
+    assert warnings == [f"{REPO} holds a release made from org/another; what is made from org/tiny will replace it"]
 
 
 def test_a_public_repo_is_not_made_private_nor_fed_what_should_be(hub: Hub, folder: Path) -> None:
     release(folder)
     with pytest.raises(BadInputError, match=f"{REPO} is public and publish.private is true"):
-        preflight(recipe(), TARGETS, "mit", False, 0)
+        preflight(recipe(), TARGETS, found("mit", False, 0))
     with pytest.raises(TameError, match=f"{REPO} is public and publish.private is true"):
         release(folder, PRIVATE, documents(folder, "# Another\n", limit=0.2))
     assert not hub.model(REPO).private
@@ -655,7 +683,7 @@ def test_signed_and_verified(hub: Hub, folder: Path, keys: Path, monkeypatch: py
     assert check(REPO, None, silent) == ["model.sig is missing: it is not signed"]
     monkeypatch.setenv("TAME_SIGNING_KEY", str(keys / "nothing.key"))
     with pytest.raises(BadInputError, match="TAME_SIGNING_KEY"):
-        preflight(recipe(), TARGETS, "mit", False, 0)
+        preflight(recipe(), TARGETS, found("mit", False, 0))
 
 
 def test_a_signed_folder_satisfies_the_format_s_own_program(folder: Path, keys: Path, tame_home: Path) -> None:

@@ -16,7 +16,7 @@ from tasks.runtime.progress import silent
 from tasks.store.digests import sha256_files
 from tasks.values import Published
 from tests.hub import Hub
-from tests.test_publish import documents, files
+from tests.test_publish import documents, files, found
 
 FOLDER = Publish(to="folder", repo="{model}-{variant}")
 
@@ -125,7 +125,7 @@ def test_preflight_of_a_folder(tmp_path: Path, tame_home: Path) -> None:
     )
 
     def look(target: Path, size: int = 0) -> list[str]:
-        return preflight(recipe, {"nf4": str(target)}, None, False, size)
+        return preflight(recipe, {"nf4": str(target)}, found(None, False, size))
 
     assert look(tmp_path / "new" / "deep") == []
     (tmp_path / "taken").mkdir()

@@ -38,7 +38,10 @@ class CorruptedError(TameError):
 
 
 class RepoInfo(BaseModel):
-    """A model repo at one commit: size of each file, sha256 of the large ones, licence and gating from its card."""
+    """A model repo at one commit: size of each file, sha256 of the large ones, licence and gating from its card.
+
+    Of several licences, `licence` has all, with commas.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,6 +95,8 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
     siblings = info.siblings or []
     card: Any = info.card_data or {}
     licence = card.get("license") if hasattr(card, "get") else None
+    if isinstance(licence, list):
+        licence = ", ".join(map(str, licence))
     found = RepoInfo(
         commit=str(info.sha),
         files={sibling.rfilename: sibling.size or 0 for sibling in siblings},

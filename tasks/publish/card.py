@@ -1,4 +1,4 @@
-"""The model card and the other files published beside the weights, made from a result and nothing else.
+"""The model card and the other files published beside the weights, made from a result and nothing else but the ids of benchmarks.
 
 Equal results make equal bytes. Front matter follows the Hub's model card metadata
 (https://huggingface.co/docs/hub/model-cards), `.eval_results/*.yaml` its evaluation results
@@ -17,6 +17,7 @@ import yaml
 from configs.errors import TameError
 from configs.schema import Variant
 from tasks.publish import provenance
+from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card_metadata import DERIVED, HUB, eval_results, front_matter, tags, text_name, with_front_matter
 from tasks.report.formatting import figure, label, points, span
 from tasks.result import Result, ResultVariant
@@ -24,10 +25,13 @@ from tasks.result import Result, ResultVariant
 METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
 
 
-def release_files(result: Result, label: str, repos: dict[str, str] | None = None) -> dict[str, bytes]:
+def release_files(
+    result: Result, label: str, repos: dict[str, str] | None = None, benchmarks: dict[str, Benchmark] | None = None
+) -> dict[str, bytes]:
     """README.md, tame.json and .eval_results/*.yaml of the variant `label`, by name.
 
-    `repos` says where each variant goes, by its label; without it the recipe's template is filled in.
+    `repos` says where each variant goes, by its label; without it the recipe's template is filled in. `benchmarks` has those of
+    the Hub's benchmarks that were measured, by the metric that is their score.
 
     Raises:
         TameError: a number that is not finite.
@@ -37,7 +41,7 @@ def release_files(result: Result, label: str, repos: dict[str, str] | None = Non
         if not math.isfinite(value):
             raise TameError(f"{label}: {name} is {value}, so it is not published; see the report, and set a gate")
     repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
-    documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant)}
+    documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant, benchmarks or {})}
     return {**documents, provenance.NAME: _provenance(result, variant, documents)}
 
 

@@ -1,10 +1,12 @@
 """What the card and the files beside it tell programs: the Hub's front matter and evaluation results."""
 
+from collections.abc import Container
 from typing import Any
 
 import yaml
 
 from configs.schema import Variant
+from tasks.publish.benchmarks import Benchmark
 from tasks.report.formatting import SHARES, label, points
 from tasks.result import Result, ResultVariant
 
@@ -16,33 +18,31 @@ INHERITED = ("license", "license_name", "license_link", "language", "datasets", 
 HUB = "https://huggingface.co"
 TASK = "text-generation"
 DERIVED = ("_difference", "_p")
-# Benchmarks of the Hub (data set, task id) and the lm-evaluation-harness task and metric that is the same thing.
-BENCHMARKS = {
-    "task/gsm8k/exact_match": ("openai/gsm8k", "gsm8k"),
-    "task/mmlu_pro/exact_match": ("TIGER-Lab/MMLU-Pro", "mmlu_pro"),
-    "task/gpqa_diamond_zeroshot/acc": ("Idavidrein/gpqa", "diamond"),
-}
 
 
 def front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
     """The card's metadata: what it inherits from the base model's card, what it is, and its numbers."""
-    base = result.source.card
-    front: dict[str, Any] = {key: base[key] for key in INHERITED if base.get(key) and isinstance(base[key], str | list)}
-    if result.source.licence:
-        front.setdefault("license", result.source.licence)
-    if result.source.commit:
-        front |= {"base_model": result.source.model, "base_model_relation": "quantized"}
-        link = front.get("license_link")
-        if (
-            isinstance(link, str)
-            and "://" not in link
-            and link not in (variant.artifact.files if variant.artifact else ())
-        ):
-            front["license_link"] = f"{HUB}/{result.source.model}/blob/{result.source.commit}/{link}"
-    front.setdefault("pipeline_tag", TASK)
+    source, files = result.source, variant.artifact.files if variant.artifact else {}
+    front = inherited(source.model, source.commit, source.licence, source.card, files)
     front |= {"library_name": "transformers", "tags": tags(spec.method)}
     if results := _model_index(result, variant):
         front["model-index"] = [{"name": title, "results": results}]
+    return front
+
+
+def inherited(
+    model: str, commit: str | None, licence: str | None, card: dict[str, Any], files: Container[str] = ()
+) -> dict[str, Any]:
+    """What a card takes from the base model's `card`. `files` are published too: a link to one of them stays as it is."""
+    front: dict[str, Any] = {key: card[key] for key in INHERITED if card.get(key) and isinstance(card[key], str | list)}
+    if licence:
+        front.setdefault("license", licence)
+    if commit:
+        front |= {"base_model": model, "base_model_relation": "quantized"}
+        link = front.get("license_link")
+        if isinstance(link, str) and "://" not in link and link not in files:
+            front["license_link"] = f"{HUB}/{model}/blob/{commit}/{link}"
+    front.setdefault("pipeline_tag", TASK)
     return front
 
 
@@ -83,23 +83,22 @@ def text_name(variant: ResultVariant) -> str:
     return str(text.get("name") or "text") if isinstance(text, dict) else str(text)
 
 
-def eval_results(result: Result, variant: ResultVariant) -> dict[str, bytes]:
+def eval_results(result: Result, variant: ResultVariant, benchmarks: dict[str, Benchmark]) -> dict[str, bytes]:
     """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
     if result.recipe["evaluate"].get("task_limit") is not None:
         return {}
     files = {}
-    for metric, (dataset, task) in BENCHMARKS.items():
+    for metric, benchmark in benchmarks.items():
         if metric in variant.metrics:
             shots = result.recipe["evaluate"].get("task_fewshot")
             notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
             entry = {
-                "dataset": {"id": dataset, "task_id": task},
+                "dataset": {"id": benchmark.dataset, "task_id": benchmark.task_id},
                 "value": round(100 * variant.metrics[metric], 4),
                 "notes": notes,
             }
-            files[f".eval_results/{dataset.split('/')[1].lower()}.yaml"] = yaml.safe_dump(
-                [entry], sort_keys=False
-            ).encode()
+            name = f".eval_results/{benchmark.dataset.split('/')[1].lower()}.yaml"
+            files[name] = yaml.safe_dump([entry], sort_keys=False).encode()
     return files
 
 

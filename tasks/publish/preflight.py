@@ -114,6 +114,32 @@ def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
     return [f"{repo} holds a release made from {before}; what is made from {model} will replace it"]
 
 
+def metadata(api: Any, card: str, whose: str) -> None:
+    """See that the Hub takes the front matter of `card`, which it would else refuse when everything is done.
+
+    Raises:
+        BadInputError: it does not; all of its reasons, and `whose` card it is.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    def once() -> Any:
+        url = f"{api.endpoint}/api/validate-yaml"
+        answer = get_session().post(
+            url, json={"content": card, "repoType": "model"}, headers=build_hf_headers(token=api.token)
+        )
+        if answer.status_code != 400:
+            hf_raise_for_status(answer)
+        return answer.json()
+
+    try:
+        told = ask("the card", once)
+    except MissingError:  # a Hub that does not check cards
+        return
+    if reasons := [" ".join(str(error.get("message")).split()) for error in told.get("errors") or []]:
+        raise BadInputError(f"{whose} has metadata that {endpoint()} does not take: {'; '.join(reasons)}")
+
+
 def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
     names = {repo.lower(), repo.split("/")[0].lower()}
     return any(
@@ -123,17 +149,18 @@ def _scoped(scopes: list[dict[str, Any]], repo: str) -> bool:
     )
 
 
-def licence(model: str, licence: str | None, gated: bool, known: bool) -> list[str]:
-    """What the base model's licence and gating say about passing it on; `known` is whether anybody has looked yet."""
+def licence(model: str, licence: str | None, gated: bool) -> list[str]:
+    """What the base model's licence (or licences, with commas) and gating say about passing it on."""
     warnings = []
+    licences = licence.lower().split(", ") if licence else []
     local = model.startswith("package:") or provenance.is_path(model) or Path(model).exists()
-    if known and not licence and not local:
+    if not licence and not local:
         warnings.append(f"{model} states no licence, so nothing permits passing it on; ask its owner")
-    if licence and licence.lower().startswith(CONDITIONAL):
+    if any(one.startswith(CONDITIONAL) for one in licences):
         warnings.append(
             f"{model} is under {licence!r}, which sets conditions on passing it on; read it before you publish"
         )
-    if licence and licence.lower().startswith("cc-by-nc"):
+    if any(one.startswith("cc-by-nc") for one in licences):
         warnings.append(f"{model} is under {licence!r}: not for commercial use, and neither is what is made from it")
     if gated:
         warnings.append(f"{model} is gated: its owner decides who gets it, and what is published here goes around that")

@@ -12,10 +12,12 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks.download import hub
 from tasks.download.hub import UnreachableError, endpoint
+from tasks.download.task import Found
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
+from tasks.publish.card_metadata import inherited, with_front_matter
 from tasks.publish.check import problems, problems_in_folder
 from tasks.publish.client import connect, wait
 from tasks.publish.contents import contents, summary
@@ -32,14 +34,15 @@ PAUSES = (2.0, 10.0, 30.0)
 """Seconds before each further attempt, after the client's own."""
 
 
-def preflight(
-    recipe: Recipe, repos: dict[str, str], source_licence: str | None, source_gated: bool, source_bytes: int
-) -> list[str]:
+def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> list[str]:
     """See that every variant can be published where it is to go, before anything is made; what should be known first.
+
+    `found` is the source; None while nobody has looked at it.
 
     Raises:
         BadInputError: no token, or one that is not accepted or may not write there; a name that the Hub does not allow; a
-            target that holds what tame did not put there, or is public and should be private; no space in a folder.
+            target that holds what tame did not put there, or is public and should be private; no space in a folder; a card
+            of the source whose metadata the Hub does not take.
         UnreachableError: the Hub does not answer.
     """
     spec = recipe.publish
@@ -51,7 +54,7 @@ def preflight(
     if spec.to == "folder":
         for repo in repos.values():
             checks.folder(Path(repo))
-        return checks.space(repos, source_bytes)
+        return checks.space(repos, found.bytes if found else 0)
     for repo in repos.values():
         checks.legal(repo)
     api = connect()
@@ -60,7 +63,13 @@ def preflight(
         name = checks.full_name(repo, api)
         checks.may_write(api, name)
         replaced += checks.free(api, name, spec.private, recipe.source.model)
-    warnings = checks.licence(recipe.source.model, source_licence, source_gated, source_bytes > 0)
+    if found is None:
+        return replaced
+    model = recipe.source.model
+    if found.card:
+        front = inherited(model, found.commit, found.licence, found.card)
+        checks.metadata(api, with_front_matter(front, []), f"the card of {model}, from which the new ones inherit,")
+    warnings = checks.licence(model, found.licence, found.gated)
     if warnings and spec.licence_check == "refuse":
         raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
     return warnings + replaced
@@ -185,6 +194,8 @@ def publish_folder(folder: Path, repo: str, private: bool = True, progress: Prog
     repo = checks.full_name(repo, api)
     checks.may_write(api, repo)
     checks.free(api, repo, private, None)
+    if "README.md" in names:
+        checks.metadata(api, (folder / "README.md").read_text(encoding="utf-8"), f"{folder / 'README.md'}")
     try:
         files = sha256_files(folder, names)
     except OSError as error:
