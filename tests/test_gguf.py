@@ -166,6 +166,10 @@ def test_a_scaling_of_positions_that_transformers_does_not_read_is_kept(
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
+        (
+            {"llama.feed_forward_length": 96},
+            "mlp.down_proj.weight has the shape [64, 128], but its settings give LlamaForCausalLM [64, 96]",
+        ),
         ({"general.type": "adapter"}, "its general.type is 'adapter'"),
         ({"llama.pooling_type": 1}, "it makes embeddings, not text"),
         ({"tokenizer.ggml.tokens": None}, "it has no tokenizer"),
@@ -180,7 +184,7 @@ def test_a_scaling_of_positions_that_transformers_does_not_read_is_kept(
 def test_a_gguf_whose_settings_cannot_be_kept_is_refused(
     tame_home: Path, tiny_llama: Path, tmp_path: Path, metadata: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(BadInputError) as error:
+    with pytest.raises(TameError) as error:
         download(Source(model=str(write(tmp_path / "x.gguf", tiny_llama, metadata=metadata))))
     assert said in str(error.value)
 

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -133,49 +133,79 @@ def read_header(path: Path, file: str) -> dict[str, Stored]:
     Raises:
         TameError: the file is missing, truncated, or its header lies: about lengths, overlaps, gaps, duplicates.
     """
-    again = "download it again"
     try:
         size = path.stat().st_size
         with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise TameError(f"{path}: the header claims {length} bytes of a file of {size}; truncated? {again}")
-            header = json.loads(opened.read(length), object_pairs_hook=_unique)
+            length = header_length(opened.read(8), size, str(path))
+            header = opened.read(length)
     except OSError as error:
-        raise TameError(f"{path}: {error.strerror}; {again}") from error
-    except ValueError as error:
-        raise TameError(f"{path}: the header is not safetensors JSON ({error}); {again}") from error
-    if not isinstance(header, dict):
-        raise TameError(f"{path}: the header is not a JSON object; {again}")
-    header.pop("__metadata__", None)
+        raise TameError(f"{path}: {error.strerror}; download it again") from error
+    return parse_header(header, size, str(path), file)
+
+
+def header_length(start: bytes, size: int, where: str) -> int:
+    """How long the header of a file of `size` bytes is, from its first eight.
+
+    Raises:
+        TameError: longer than can be.
+    """
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise TameError(f"{where}: the header claims {length} bytes of a file of {size}; truncated? download it again")
+    return length
+
+
+def parse_header(header: bytes, size: int, where: str, file: str) -> dict[str, Stored]:
+    """The tensors that `header` places in a file of `size` bytes, in the order of their data; `where` names it in errors.
+
+    Raises:
+        TameError: as `read_header`.
+    """
+    again = "download it again"
     try:
-        stored = [
-            Stored(name, str(entry["dtype"]), tuple(entry["shape"]), file, *entry["data_offsets"])
-            for name, entry in header.items()
-        ]
-        stored.sort(key=lambda tensor: (tensor.start, tensor.end))
-        ends = [0, *(tensor.end for tensor in stored)]
-        for tensor, before in zip(stored, ends, strict=False):
-            if tensor.dtype not in ITEMSIZE:
-                raise TameError(
-                    f"{path}: {tensor.name} has dtype {tensor.dtype}; expected one of {', '.join(ITEMSIZE)}"
-                )
-            expected = math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
-            if tensor.end - tensor.start != expected or min(tensor.shape, default=0) < 0:
-                raise TameError(
-                    f"{path}: {tensor.name} {tensor.dtype} {list(tensor.shape)} needs {expected} bytes, "
-                    f"the header gives it {tensor.end - tensor.start}; {again}"
-                )
-            if tensor.start != before:
-                what = "overlaps the tensor before it" if tensor.start < before else "leaves a gap before it"
-                raise TameError(f"{path}: {tensor.name} {what} (starts at {tensor.start}, expected {before}); {again}")
+        entries = json.loads(header, object_pairs_hook=_unique, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise TameError(f"{where}: the header is not safetensors JSON ({line(error)}); {again}") from error
+    if not isinstance(entries, dict):
+        raise TameError(f"{where}: the header is not a JSON object; {again}")
+    about = entries.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise TameError(f"{where}: the header's __metadata__ is not an object of strings; {again}")
+    stored = [_stored(name, entry, where, file) for name, entry in entries.items()]
+    stored.sort(key=lambda tensor: (tensor.start, tensor.end))
+    ends = [0, *(tensor.end for tensor in stored)]
+    for tensor, before in zip(stored, ends, strict=False):
+        if tensor.start != before:
+            what = "overlaps the tensor before it" if tensor.start < before else "leaves a gap before it"
+            raise TameError(f"{where}: {tensor.name} {what} (starts at {tensor.start}, expected {before}); {again}")
+    begin = 8 + len(header)
+    if ends[-1] != size - begin:
+        raise TameError(f"{where}: its tensors need {ends[-1] + begin} bytes, the file has {size}; truncated? {again}")
+    return {t.name: t._replace(start=t.start + begin, end=t.end + begin) for t in stored}
+
+
+def _stored(name: str, entry: Any, where: str, file: str) -> Stored:
+    """One entry of a header, its bytes counted from the header's end."""
+    try:
+        if not name.isprintable():  # a line break, or half of a surrogate pair, which JSON allows
+            raise ValueError("its name is not printable")
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            raise TypeError(f"{dtype!r}, {shape!r}")
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, end)):
+            raise ValueError("expected whole numbers")
     except (KeyError, TypeError, ValueError) as error:
-        raise TameError(f"{path}: a header entry is not {{dtype, shape, data_offsets}} ({error}); {again}") from error
-    if ends[-1] != size - 8 - length:
         raise TameError(
-            f"{path}: its tensors need {ends[-1] + 8 + length} bytes, the file has {size}; truncated? {again}"
+            f"{where}: the header's entry {name!r} is not {{dtype, shape, data_offsets}} ({line(error)}); download it again"
+        ) from error
+    if dtype not in ITEMSIZE:
+        raise TameError(f"{where}: {name} has dtype {dtype!r}; expected one of {', '.join(ITEMSIZE)}")
+    expected = math.prod(shape) * ITEMSIZE[dtype]
+    if end - start != expected:
+        raise TameError(
+            f"{where}: {name} {dtype} {shape} needs {expected} bytes, the header gives it {end - start}; download it again"
         )
-    return {t.name: t._replace(start=t.start + 8 + length, end=t.end + 8 + length) for t in stored}
+    return Stored(name, dtype, tuple(shape), file, start, end)
 
 
 def carried_files(folder: Path, names: list[str] | None = None, code: bool = False) -> list[str]:
@@ -213,8 +243,12 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:
         raise TameError(f"{path}: {error.strerror}; download the model again") from error
-    except ValueError as error:
-        raise TameError(f"{path}: not valid JSON ({error}); download the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise TameError(f"{path}: not valid JSON ({line(error)}); download the model again") from error
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

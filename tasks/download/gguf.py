@@ -80,7 +80,8 @@ def check_gguf(header: GgufHeader) -> None:
         TameError: tensors that every model has are missing.
     """
     where = f"source.model {header.path}"
-    if not isinstance(header.metadata.get("general.architecture"), str):
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture.isprintable():
         raise TameError(f"{where}: it has no general.architecture, so it is no model or damaged; download it again")
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
@@ -120,7 +121,7 @@ class _Parser:
         metadata: dict[str, Any] = {}
         entries = {}
         for _ in range(entry_count):
-            start, key = self.at, self.string()
+            start, key = self.at, self.name()
             if key in metadata:
                 raise ValueError(f"the key {key!r} comes twice")
             metadata[key] = self.value(self.number("<I"))
@@ -130,7 +131,7 @@ class _Parser:
             raise ValueError(f"general.alignment {alignment!r}")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
-            name = self.string()
+            name = self.name()
             if name in found:
                 raise ValueError(f"the tensor {name!r} comes twice")
             if (dimensions := self.number("<I")) > MAX_DIMENSIONS:
@@ -182,6 +183,12 @@ class _Parser:
         length = self.count(1)
         self.at += length
         return self.data[self.at - length : self.at].decode()
+
+    def name(self) -> str:
+        name = self.string()
+        if not name.isprintable():
+            raise ValueError(f"the name {name!r}")
+        return name
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:

@@ -76,6 +76,7 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> list[str]:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
         progress(f"dequantize {gguf.name}", 2, 3)
         notes = _refuse_incomplete(model, report, header)
@@ -111,7 +112,13 @@ def _refuse_incomplete(model: Any, report: dict[str, Any], header: GgufHeader) -
             f"{header.path}: no tensor for {missing[0]} of {name} ({len(missing)} are missing in all); transformers would "
             "fill it with random numbers. Download it again"
         )
-    loaded = _loaded(model, report, header)
+    if mismatched := sorted(report["mismatched_keys"]):
+        tensor, stored, expected = mismatched[0]
+        raise TameError(
+            f"{header.path}: {tensor} has the shape {list(stored)}, but its settings give {name} {list(expected)} "
+            f"({len(mismatched)} tensors in all); download it again"
+        )
+    loaded = _loaded(model, header)
     ignored = [
         tensor for tensor in header.tensors.values() if tensor.name not in loaded and tensor.name not in ROPE_TENSORS
     ]
@@ -122,10 +129,10 @@ def _refuse_incomplete(model: Any, report: dict[str, Any], header: GgufHeader) -
             f"it out ({len(dropped)} tensors in all); give the original model"
         )
     held = sum(tensor.numel() for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
-    stored = sum(math.prod(tensor.shape) for tensor in header.tensors.values() if tensor.name in loaded)
-    if stored < held:
+    filled = sum(math.prod(tensor.shape) for tensor in header.tensors.values() if tensor.name in loaded)
+    if filled < held:
         raise TameError(
-            f"{header.path}: it holds {stored} numbers, but {name} has {held}; transformers would make up the rest. "
+            f"{header.path}: it holds {filled} numbers, but {name} has {held}; transformers would make up the rest. "
             "Download it again"
         )
     if not ignored:
@@ -136,7 +143,7 @@ def _refuse_incomplete(model: Any, report: dict[str, Any], header: GgufHeader) -
     ]
 
 
-def _loaded(model: Any, report: dict[str, Any], header: GgufHeader) -> set[str]:
+def _loaded(model: Any, header: GgufHeader) -> set[str]:
     """The tensors of the file that transformers loads."""
     from transformers.integrations.gguf import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
