@@ -190,7 +190,7 @@ def _stored(name: str, entry: Any, where: str, file: str) -> Stored:
         if not name.isprintable():  # a line break, or half of a surrogate pair, which JSON allows
             raise ValueError("its name is not printable")
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or not isinstance(shape, list):
+        if not isinstance(dtype, str) or not dtype.isprintable() or not isinstance(shape, list):
             raise TypeError(f"{dtype!r}, {shape!r}")
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, end)):
             raise ValueError("expected whole numbers")
@@ -199,7 +199,7 @@ def _stored(name: str, entry: Any, where: str, file: str) -> Stored:
             f"{where}: the header's entry {name!r} is not {{dtype, shape, data_offsets}} ({line(error)}); download it again"
         ) from error
     if dtype not in ITEMSIZE:
-        raise TameError(f"{where}: {name} has dtype {dtype!r}; expected one of {', '.join(ITEMSIZE)}")
+        raise TameError(f"{where}: {name} has dtype {dtype}; expected one of {', '.join(ITEMSIZE)}")
     expected = math.prod(shape) * ITEMSIZE[dtype]
     if end - start != expected:
         raise TameError(
