@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -74,11 +75,9 @@ def runs(kind: str) -> dict[str, Any]:
     return {run.info.run_name: run for run in found}
 
 
-def everything(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+def everything(folder: Path, name: str = "mlflow.db") -> dict[str, list[tuple[Any, ...]]]:
     """All rows of MLflow's tables: what a second logging must not change."""
-    import sqlite3
-
-    with sqlite3.connect(folder / "mlflow.db") as database:
+    with sqlite3.connect(folder / name) as database:
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         rows = {name: sorted(database.execute(f"SELECT * FROM {name}").fetchall(), key=repr) for name in tables}
     return {name: found for name, found in rows.items() if found}
@@ -241,6 +240,122 @@ def test_mlflow_away_is_said_in_a_line_spooled_and_caught_up(
     assert runs("variant")["int8"].data.metrics["kl_mean"] == result.variants[0].metrics["kl_mean"]
     assert runs("release")[EXPERIMENT].info.status == "FAILED"  # a variant failed
     assert track.replay() == 0
+
+
+def older(database: Path) -> str:
+    """Make an MLflow database as the version before the last change of its tables made it; the revision."""
+    import sqlalchemy
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db import utils
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    config = utils._get_alembic_config(f"sqlite:///{database}")
+    before = list(ScriptDirectory.from_config(config).walk_revisions())[1].revision
+    engine = sqlalchemy.create_engine(f"sqlite:///{database}")
+    Base.metadata.create_all(engine)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, before)
+        connection.execute(
+            sqlalchemy.text(
+                "INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (7, 'of last year', 'active')"
+            )
+        )
+    engine.dispose()
+    return before
+
+
+def test_a_database_of_an_earlier_mlflow_is_brought_up_to_date_and_kept(
+    tame_home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic import command
+
+    tame_home.mkdir()
+    database = tame_home / "mlflow.db"
+    before = older(database)
+    as_it_was = everything(tame_home)
+    caplog.set_level(logging.INFO, "tame")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no space")
+
+    with monkeypatch.context() as broken:
+        upgrade = command.upgrade
+        broken.setattr(command, "upgrade", lambda *given: (upgrade(*given), fails()))
+        assert begin() is None
+        assert f"{database}: MLflow cannot bring it up to date (no space)" in caplog.text
+    assert everything(tame_home) == as_it_was
+    shutil.copy(database, tame_home / ".migrating-mlflow.db")  # and one that was killed half way
+    with sqlite3.connect(database) as half:
+        half.execute("DROP TABLE tags")
+    assert begin() is not None
+    assert client().get_experiment("7").name == "of last year"
+    kept = database.with_name(f"mlflow.db.before-{before}")
+    assert f"what it was is kept in {kept}" in caplog.text
+    assert everything(tame_home, kept.name) == as_it_was
+    assert not (tame_home / ".migrating-mlflow.db").exists()
+
+
+@pytest.mark.parametrize("content", ["later", "not MLflow's", "not SQLite's"])
+def test_a_database_that_cannot_be_used_is_said_and_left_alone(
+    tame_home: Path, empty_database: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    tame_home.mkdir()
+    database = tame_home / "mlflow.db"
+    if content == "later":
+        shutil.copy(empty_database, database)
+    if content == "not SQLite's":
+        database.write_text("dear diary")
+    else:
+        with sqlite3.connect(database) as connection:
+            connection.execute(
+                "UPDATE alembic_version SET version_num = 'f00d'" if content == "later" else "CREATE TABLE a (b)"
+            )
+    bytes_before = database.read_bytes()
+    assert begin() is None
+    said = "a later MLflow than the installed one wrote" if content == "later" else "is no database of MLflow's"
+    assert said in caplog.text
+    assert "move it away" in caplog.text
+    assert database.read_bytes() == bytes_before
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("postgresql://ann:secret@127.0.0.1:9/mlflow", "Connection refused"),
+        ("postgresql://ann:sec@ret@127.0.0.1:9/mlflow", "an @ in its password has to be written as %40"),
+        ("postgresql://ann:sec/ret@127.0.0.1:9/mlflow", "Connection refused"),
+        ("mysql+pymysql://ann:secret@127.0.0.1:9/mlflow", "No module named 'pymysql'; pip install it"),
+        ("sqlite:////proc/nowhere/mlflow.db", "No such file or directory"),
+    ],
+)
+def test_a_dead_database_is_asked_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, uri: str, said: str
+) -> None:
+    from mlflow.store.db import utils
+
+    attempts = []
+    monkeypatch.setattr(utils, "create_sqlalchemy_engine", lambda uri: attempts.append(uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert begin() is None
+    [message] = caplog.messages
+    assert said in message
+    assert not [part for part in ("ann:", "ann@", "secret", "sec@", "sec/", "ret@") if part in message]
+    assert attempts == []  # MLflow, which would try ten times, was not let near it
+
+
+def test_connecting_changes_no_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track.prepare()
+    before = dict(os.environ)
+    seen: list[object] = []
+    threads = [threading.Thread(target=lambda: seen.append(track.connect())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert dict(os.environ) == before
+    assert len(seen) == 4
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_a_spool_waits_for_its_own_server_and_rubbish_stops_nothing(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from tasks.evaluate import evidence
 from tasks.report import formatting, plots
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
+from tasks.runtime.home import home
 from tasks.track import registry
 
 MAX_STEPS = 500
@@ -44,9 +45,6 @@ class Release(NamedTuple):
 def experiment(client: Any, name: str) -> str:
     """The id of the experiment `name`, made or restored where it has to be."""
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.file_utils import path_to_local_file_uri
-
-    from tasks.runtime.home import home
 
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -55,7 +53,7 @@ def experiment(client: Any, name: str) -> str:
         )  # else a server, which has a place of its own
         folder = home() / "mlartifacts" / hashlib.sha256(name.encode()).hexdigest()[:12]
         try:
-            made = client.create_experiment(name, path_to_local_file_uri(str(folder)) if database else None, tags=TAGS)
+            made = client.create_experiment(name, folder.absolute().as_uri() if database else None, tags=TAGS)
             return str(made)
         except MlflowException:  # another process made it in between
             found = client.get_experiment_by_name(name)

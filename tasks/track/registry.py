@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.report import formatting
 from tasks.result import Result, ResultVariant
+from tasks.track import mlflow_internals
 
 
 def experiment_name(recipe: dict[str, Any]) -> str:
@@ -31,7 +32,6 @@ def verdict(variant: ResultVariant) -> str:
 
 def model(client: Any, result: Result, variant: ResultVariant, experiment_id: str, run_id: str) -> Any:
     """The variant as an MLflow model that lies elsewhere: found or made, never a copy of the weights."""
-    import mlflow
     from mlflow.entities import LoggedModelOutput
 
     if variant.artifact is None:
@@ -46,13 +46,14 @@ def model(client: Any, result: Result, variant: ResultVariant, experiment_id: st
     if found:
         client.set_logged_model_tags(found[0].model_id, tags)
         return found[0]
-    model = mlflow.create_external_model(
+    model = mlflow_internals.external_model(
+        client,
+        experiment_id,
         name=re.sub(r"[/:.%\"']", "-", f"{result.recipe['name']}-{variant.name}"),
         source_run_id=run_id,
         tags=tags,
         params={"base_model": result.source.model, **formatting.flat("", variant.spec)},
         model_type="bitsandbytes",
-        experiment_id=experiment_id,
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
     return model

@@ -25,10 +25,11 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from prefect import task
 
-from configs.errors import TameError, bare_address, named_line
+from configs.errors import TameError, bare_address, line, named_line
 from configs.schema import Recipe
 from tasks.result import Result
 from tasks.runtime.home import home
+from tasks.track import mlflow_internals, mlflow_runs, registry
 
 logger = logging.getLogger("tame.track")
 
@@ -40,22 +41,47 @@ SYSTEM_METRICS_EVERY = 10.0
 ANSWER_WITHIN = 10.0
 """Seconds that a server has for saying that it is there: one that hangs would else cost each call most of a minute."""
 
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+}
+
 _alive: dict[str, threading.Event] = {}
+_connecting = threading.Lock()
+_ready: set[int] = set()
+"""Embedded databases, by inode, that this process has made sure of."""
 
 
 def database_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the embedded SQLite database, made first where it is missing.
+    """MLFLOW_TRACKING_URI, or the embedded SQLite database, made where it is missing, brought up to date where it is old.
+
+    Raises:
+        TameError: the installed MLflow cannot use the embedded database.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        _make_ready(home() / "mlflow.db")
+    return _uri()
+
+
+def _make_ready(database: Path) -> None:
+    """Make the database, or migrate what an earlier MLflow made; once a process.
 
     MLflow killed while it creates its file can never open it again, and two that create it at once trip over each
     other: it is made beside its place under a lock and renamed in.
     """
-    database = home() / "mlflow.db"
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not database.exists():
-        home().mkdir(parents=True, exist_ok=True)
-        with FileLock(home() / "mlflow.lock"):
-            if not database.exists():
-                _create(database)
-    return _uri()
+    if database.exists() and database.stat().st_ino in _ready:
+        return
+    _settings()
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(database.with_name("mlflow.lock")):
+        if not database.exists():
+            _create(database)
+        elif kept := mlflow_internals.bring_up_to_date(database):
+            logger.info("%s was brought up to date for the installed MLflow; what it was is kept in %s", database, kept)
+        _ready.add(database.stat().st_ino)
 
 
 def _uri() -> str:
@@ -64,6 +90,7 @@ def _uri() -> str:
 
 def prepare() -> None:
     """Import MLflow and make its database in a background thread, so that neither is waited for later."""
+    _settings()  # here, in the caller's thread: what others read in os.environ does not change behind their backs
     threading.Thread(target=_prepare, daemon=True, name="prepare MLflow").start()
 
 
@@ -75,8 +102,6 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
     """
     try:
         client = connect()
-        from tasks.track import mlflow_runs, registry
-
         _replay(client)
         experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe.model_dump(mode="json")))
         _close_dead(client)
@@ -128,7 +153,8 @@ def replay() -> int:
 
 def away(error: Exception) -> str:
     """In a line, that MLflow cannot be used, where and why, without credentials."""
-    return f"MLflow at {place()} cannot be used ({named_line(error)})"
+    said = line(error) if isinstance(error, TameError) else named_line(error)
+    return f"MLflow at {place()} cannot be used ({said})"
 
 
 def run_url(run_id: str | None) -> str | None:
@@ -146,27 +172,32 @@ def connect() -> Any:
     """An MLflow client of `database_uri()`, quiet, and giving up in well under a minute on a server that is away.
 
     Raises:
-        TameError: a server that gives no answer, or nobody listens there.
+        TameError: a server that gives no answer, nobody listens there, or a database that cannot be connected to.
     """
-    _check_answers()
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    import mlflow
+    _settings()
+    with _connecting:  # the thread of `prepare` and the flow's may both be here
+        _check_answers()
+        import mlflow
 
+        uri = database_uri()
+        mlflow_internals.use(uri)
+        return mlflow.MlflowClient(uri)
+
+
+def _settings() -> None:
+    """MLflow's own settings, quiet and impatient, where the user has given none."""
+    for name, value in SETTINGS.items():
+        if name not in os.environ:
+            os.environ[name] = value
     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    uri, given = database_uri(), "MLFLOW_TRACKING_URI" in os.environ
-    mlflow.set_tracking_uri(uri)
-    if not given:  # MLflow sets it, and would so turn the embedded database into a choice of the user's
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    return mlflow.MlflowClient()
 
 
 def _check_answers() -> None:
-    """Ask a server whether it is there, once more if nobody listens: it may be starting again. Any answer will do."""
+    """See that a server is there, once more if nobody listens: it may be starting again. Any answer of HTTP will do."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if re.match(rf"({'|'.join(mlflow_internals.SERVER_DATABASES)}|sqlite)[+:]", given):
+        mlflow_internals.check_database(given, ANSWER_WITHIN)
     if not (address := place()).startswith(("http://", "https://")):
         return
     for last in (False, True):
@@ -192,15 +223,9 @@ def _prepare() -> None:
 
 
 def _create(database: Path) -> None:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     partial = database.with_name(".partial-mlflow.db")
     partial.unlink(missing_ok=True)
-    store = SqlAlchemyStore(f"sqlite:///{partial}", str(home() / "mlartifacts"))
-    store.engine.dispose()
+    mlflow_internals.create_database(partial, home() / "mlartifacts")
     partial.rename(database)
 
 
@@ -221,8 +246,6 @@ def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | Non
 
 def _write(client: Any, spooled: Path) -> str:
     """Project one spooled result into MLflow and take it out of the spool. The caller holds its lock."""
-    from tasks.track import mlflow_runs
-
     content = json.loads(spooled.read_text())
     result = Result.model_validate(content["result"])
     release = mlflow_runs.Release(spooled.stem, content["run_id"], content["life"])
@@ -294,8 +317,6 @@ def _is_dead(tags: dict[str, str]) -> bool:
 
 
 def _close_dead(client: Any) -> None:
-    from tasks.track import mlflow_runs
-
     for run in mlflow_runs.running(client):
         if run.info.run_id not in _alive and _is_dead(run.data.tags):
             mlflow_runs.close(client, run, "KILLED")
@@ -304,24 +325,17 @@ def _close_dead(client: Any) -> None:
 
 def _stay_alive(client: Any, run_id: str) -> None:
     """Give signs of life and log the machine's load, in the background, until `_rest`."""
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    def monitored() -> SystemMetricsMonitor:
-        monitor = SystemMetricsMonitor(run_id, sampling_interval=SYSTEM_METRICS_EVERY, resume_logging=True)
-        monitor.start()
-        return monitor
-
     _rest(run_id)
     resting = _alive[run_id] = threading.Event()
-    monitor = monitored()
+    monitor = mlflow_internals.monitor(run_id, client.tracking_uri, SYSTEM_METRICS_EVERY)
 
     def beat() -> None:
         nonlocal monitor
         while not resting.wait(HEARTBEAT):
             try:
                 client.set_tag(run_id, "tame.heartbeat", f"{time.time():.0f}")
-                if not monitor._process.is_alive():  # MLflow's monitor ends when the server was away for a moment
-                    monitor = monitored()
+                if not mlflow_internals.monitors(monitor):
+                    monitor = mlflow_internals.monitor(run_id, client.tracking_uri, SYSTEM_METRICS_EVERY)
             except Exception as error:  # the next beat tries again
                 logger.debug("no heartbeat: %s", named_line(error))
         monitor.finish()
