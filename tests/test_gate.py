@@ -45,6 +45,22 @@ def test_what_was_not_measured_does_not_pass(value: float | None) -> None:
     assert not judge({}, Gate(max_task_drop=1.0)).passed
 
 
+def test_what_is_nothing_but_rounding_is_told_as_such() -> None:
+    assert judge({"kl_mean": -9.5e-09}, Gate(max_mean_kl=0.1)).checked == ["kl_mean < 1e-6 ≤ 0.1"]
+
+
+def test_tasks_are_judged_by_their_differences_and_missed_where_there_is_none() -> None:
+    metrics = METRICS | {
+        "task/a/b/acc": 0.5,
+        "task/piqa/acc_p": 0.4,
+        "task/piqa/flips": 3.0,
+        "task/piqa/acc_norm_difference": 0.01,
+    }
+    verdict = judge(metrics, Gate(max_task_drop=0.05))
+    assert verdict.checked == ["task/piqa/acc drop 0.03 ≤ 0.05", "task/piqa/acc_norm drop -0.01 ≤ 0.05"]
+    assert verdict.reasons == ["task/a/b drop was not measured (limit ≤ 0.05)"]
+
+
 def test_all_broken_limits_are_named() -> None:
     verdict = judge(METRICS, Gate(max_mean_kl=0.01, min_top1_agreement=0.99, max_perplexity_increase=0.5))
     assert [reason.split()[0] for reason in verdict.reasons] == ["kl_mean", "top1_agreement"]

@@ -16,10 +16,11 @@ import yaml
 
 from configs.errors import TameError
 from configs.schema import Variant
+from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
-from tasks.publish.card_metadata import DERIVED, HUB, eval_results, front_matter, tags, text_name, with_front_matter
-from tasks.report.formatting import figure, label, points, span
+from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, text_name, with_front_matter
+from tasks.report.formatting import cell, figure, label, points, span
 from tasks.result import Result, ResultVariant
 
 METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
@@ -64,8 +65,8 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
         "documents": {name: hashlib.sha256(text).hexdigest() for name, text in sorted(documents.items())},
         "run": {
             "hardware": result.hardware,
-            "metrics": provenance.passing(variant.metrics),
-            "baseline": provenance.passing(result.baseline.metrics) if result.baseline else None,
+            "metrics": provenance.of_this_run(variant.metrics),
+            "baseline": provenance.of_this_run(result.baseline.metrics) if result.baseline else None,
             "prefect": result.prefect_run,
             "mlflow": result.mlflow_run,
         },
@@ -159,16 +160,13 @@ def rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
         f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, metrics.get(name))} | {span(name, metrics)} | "
         f"{_difference(name, metrics)} |"
         for name in points([base, metrics])
-        if not provenance.passes(name) and not name.endswith(DERIVED) and name != "perplexity_ratio"
+        if not measured(name) and parse(name).role not in ("difference", "p") and name != difference("perplexity")
     ]
 
 
 def _difference(name: str, metrics: dict[str, float]) -> str:
-    difference, sign = ("perplexity_ratio", "× ") if name == "perplexity" else (f"{name}_difference", "")
-    if difference not in metrics:
-        return ""
-    between = span(difference, metrics)
-    return sign + figure(difference, metrics[difference]) + (f" ({between})" if between else "")
+    other = difference(name)
+    return ("× " if unit_of(other) == "ratio" else "") + cell(other, metrics) if other in metrics else ""
 
 
 def _protocol(variant: ResultVariant) -> str:
@@ -181,7 +179,7 @@ def _protocol(variant: ResultVariant) -> str:
 
 
 def _speed(result: Result, variant: ResultVariant) -> list[str]:
-    names = [name for name in points([variant.metrics]) if provenance.passes(name)]
+    names = [name for name in points([variant.metrics]) if measured(name)]
     if not names:
         return []
     base = result.baseline.metrics if result.baseline else {}

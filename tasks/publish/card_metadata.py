@@ -6,8 +6,9 @@ from typing import Any
 import yaml
 
 from configs.schema import Variant
+from tasks.metrics import is_score, parse
 from tasks.publish.benchmarks import Benchmark
-from tasks.report.formatting import SHARES, label, points
+from tasks.report.formatting import label, points
 from tasks.result import Result, ResultVariant
 
 ORDER = (
@@ -17,7 +18,6 @@ ORDER = (
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 HUB = "https://huggingface.co"
 TASK = "text-generation"
-DERIVED = ("_difference", "_p")
 
 
 def front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]
     ]
     results: list[dict[str, Any]] = [{"task": {"type": TASK}, "dataset": data, "metrics": found}] if found else []
     for name in points([variant.metrics]):
-        if _is_score(name):
-            task, metric = name.removeprefix("task/").rsplit("/", 1)
+        if is_score(name):
+            task, metric, _ = parse(name)
             score = {"type": metric, "value": variant.metrics[name], "name": label(name)}
             results.append({"task": {"type": TASK}, "dataset": {"type": task, "name": task}, "metrics": [score]})
     return results
@@ -100,10 +100,6 @@ def eval_results(result: Result, variant: ResultVariant, benchmarks: dict[str, B
             name = f".eval_results/{benchmark.dataset.split('/')[1].lower()}.yaml"
             files[name] = yaml.safe_dump([entry], sort_keys=False).encode()
     return files
-
-
-def _is_score(name: str) -> bool:
-    return name.startswith("task/") and name.rsplit("/", 1)[1].startswith(SHARES) and not name.endswith(DERIVED)
 
 
 def with_front_matter(front: dict[str, Any], lines: list[str]) -> str:

@@ -18,10 +18,10 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
+from tasks.metrics import measured
 from tasks.store.artifacts import digest_of
 
 NAME = "tame.json"
-VOLATILE = ("_seconds", "_per_second", "memory_bytes")
 
 
 def dump(content: dict[str, Any]) -> bytes:
@@ -97,19 +97,14 @@ def is_path(model: str) -> bool:
     )
 
 
-def passes(name: str) -> bool:
-    """Whether the metric `name` is a time, a speed or memory: another run of the same gives another."""
-    return name.removesuffix("_low").removesuffix("_high").endswith(VOLATILE)
-
-
 def lasting(metrics: dict[str, float]) -> dict[str, float]:
     """What a second measurement of the same files gives again."""
-    return {name: value for name, value in metrics.items() if not passes(name)}
+    return {name: value for name, value in metrics.items() if not measured(name)}
 
 
-def passing(metrics: dict[str, float]) -> dict[str, float]:
-    """What it does not: times, speeds, and memory."""
-    return {name: value for name, value in metrics.items() if passes(name)}
+def of_this_run(metrics: dict[str, float]) -> dict[str, float]:
+    """What it does not: times, speeds and memory, which vary from run to run."""
+    return {name: value for name, value in metrics.items() if measured(name)}
 
 
 def plain_document(folder: Path, files: dict[str, str], documents: dict[str, bytes]) -> bytes:

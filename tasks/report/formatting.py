@@ -8,8 +8,10 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
+from tasks.metrics import Unit, interval, nats, parse, read, unit_of
 from tasks.result import Measured, Result, ResultVariant
 
 logger = logging.getLogger("tame.summary")
@@ -37,7 +39,12 @@ LABELS = {
     "prefill_tokens_per_second": "Prefill (tokens/s)",
     "decode_tokens_per_second": "Decode (tokens/s)",
 }
-SHARES = ("acc", "exact_match", "em", "f1", "pass", "prompt_level", "inst_level")  # lm-eval metrics in 0..1
+KINDS = {
+    ("flips", "value"): "answers that changed",
+    ("flips", "floor"): "noise floor of the changes",
+    ("items", "value"): "questions",
+}
+ROLES = {"difference": " difference", "p": ", McNemar's p"}
 
 
 def figure(name: str, value: float | None) -> str:
@@ -50,63 +57,28 @@ def figure(name: str, value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return "not finite"
-    name = name.removesuffix("_low").removesuffix("_high")
-    metric = name.rsplit("/", 1)[-1].removeprefix("floor_")
-    if metric.endswith("_bytes"):
-        return _size(value)
-    if metric.endswith("_seconds"):
-        return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
-    if metric.endswith("_per_second"):
-        return _digits(value, 3)
-    if metric in ("flips", "items") and not name.endswith("/floor_flips"):
-        return f"{value:,.0f}"
-    if metric.endswith("_p"):
-        return f"{value:.3f}" if value >= 0.001 else "<0.001"
-    if metric.startswith("kl_"):
-        return _decimals(value, 4)
-    if metric == "perplexity_ratio":
-        return f"{value:.4f}"
-    if metric.endswith("_difference"):
-        share = metric.startswith(SHARES)
-        return f"{100 * value:+.2f} points".replace("-", "−") if share else f"{value:+.4g}".replace("-", "−")
-    if (
-        metric.startswith("weight_error")
-        or metric in ("quantized_share", "top1_agreement", "flips")
-        or (name.startswith("task/") and metric.startswith(SHARES))
-    ):
-        return f"{100 * value:.2f} %"
-    if metric == "bits_per_weight":
-        return f"{value:.2f}"
-    return _decimals(value, 3)
+    return FIGURES[unit_of(name)](value)
 
 
 def label(name: str) -> str:
     """What people call the metric `name`: "KL divergence, mean (nats)"; task metrics as "piqa: acc"."""
-    if name.startswith("task/"):
-        task, metric = name.removeprefix("task/").rsplit("/", 1)
-        kinds = {"flips": "answers that changed", "floor_flips": "noise floor of the changes", "items": "questions"}
-        for suffix, words in (("_difference", " difference"), ("_p", ", McNemar's p")):
-            if metric.endswith(suffix):
-                return f"{task}: {metric.removesuffix(suffix)}{words}"
-        return f"{task}: {kinds.get(metric, metric)}"
+    task, quantity, role = parse(name)
+    if task is not None:
+        return f"{task}: {KINDS.get((quantity, role), quantity)}{ROLES.get(role, '')}"
     return LABELS.get(name, name.replace("_", " "))
 
 
 def span(name: str, metrics: dict[str, float]) -> str:
     """The 95 % interval of `name` as people read it, "0.0180 to 0.0201", or "" where there is none."""
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    if low is None or high is None:
-        return ""
-    return f"{figure(name, low)} to {figure(name, high)}"
+    ends = interval(metrics, name)
+    return f"{figure(name, ends[0])} to {figure(name, ends[1])}" if ends else ""
 
 
 def points(metrics: list[dict[str, float]]) -> list[str]:
     """The names of all metrics in `metrics` that are not ends of an interval, in reading order."""
-    found = {name for values in metrics for name in values}
-    ends = {name for name in found if name.removesuffix("_low").removesuffix("_high") in found - {name}}
-    order = list(LABELS)
-    rank = {name: order.index(name) if name in order else len(order) for name in found - ends}
-    return sorted(rank, key=lambda name: (rank[name], name))
+    found = read({name: value for values in metrics for name, value in values.items()})
+    order = {name: rank for rank, name in enumerate(LABELS)}
+    return sorted(found, key=lambda name: (order.get(name, len(order)), name))
 
 
 def outcome(result: Result) -> str:
@@ -204,6 +176,15 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
         logger.warning("Prefect took no artifact (%s)", _one_line(str(error)))
 
 
+def settings(protocol: dict[str, Any]) -> dict[str, str]:
+    """A protocol as people read it: flat, its noise floor as figures."""
+    floor = protocol.get("floor")
+    told = {
+        f"floor.{name}": figure(f"floor_{name}", value) for name, value in (floor or {}).items() if name != "batch_size"
+    }
+    return flat("", protocol) | told
+
+
 def flat(prefix: str, value: Any) -> dict[str, str]:
     """Nested mappings as dotted keys; lists as JSON; what is None or empty is left out."""
     if isinstance(value, dict):
@@ -253,3 +234,27 @@ def _digits(value: float, digits: int) -> str:
         return "0"
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+FIGURES: dict[Unit, Callable[[float], str]] = {
+    "bytes": _size,
+    "seconds": _seconds,
+    "tokens/s": lambda value: _digits(value, 3),
+    "bits": lambda value: f"{value:.2f}",
+    "nats": nats,
+    "share": lambda value: f"{100 * value:.2f} %",
+    "share difference": lambda value: _signed(f"{100 * value:+.2f} points"),
+    "difference": lambda value: _signed(f"{value:+.4g}"),
+    "ratio": lambda value: f"{value:.4f}",
+    "count": lambda value: f"{value:,.0f}",
+    "probability": lambda value: f"{value:.3f}" if value >= 0.001 else "<0.001",
+    "number": lambda value: _decimals(value, 3),
+}

@@ -225,7 +225,7 @@ def _left(result: Result) -> list[dict[str, Any]]:
 
 def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
     """How the numbers were measured: a row a setting, a column for the baseline and each variant that has a protocol."""
-    flat = [formatting.flat("", row.protocol) for row in measured if row.protocol]
+    flat = [formatting.settings(row.protocol) for row in measured if row.protocol]
     return [(key, [each.get(key, "–") for each in flat]) for key in dict.fromkeys(key for each in flat for key in each)]
 
 

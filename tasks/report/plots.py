@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from tasks.evaluate import evidence
+from tasks.metrics import read
 from tasks.report.formatting import figure, label, rows
 from tasks.result import Measured, Result, ResultVariant
 
@@ -52,8 +53,11 @@ def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
     canvas, axes = _axes(3.1)
     for row in shown:
         x, y = row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)  # the baseline's divergence is zero
-        low, high = row.metrics.get(f"{name}_low", y), row.metrics.get(f"{name}_high", y)
-        error = [[max(y - low, 0.0) if isfinite(low) else 0.0], [max(high - y, 0.0) if isfinite(high) else 0.0]]
+        metric = read(row.metrics).get(name)
+        low, high = (metric.low, metric.high) if metric else (None, None)
+        below = y - low if low is not None and isfinite(low) else 0.0
+        above = high - y if high is not None and isfinite(high) else 0.0
+        error = [[max(below, 0.0)], [max(above, 0.0)]]
         axes.errorbar(x, y, yerr=error, fmt=_marker(row), color=_ink(row), markersize=7, capsize=3, elinewidth=1.2)
         left = x > 0.6 * max(other.metrics["size_bytes"] for other in shown) / scale  # where there is room for the name
         side: dict[str, Any] = {"xytext": (-8, 6), "ha": "right"} if left else {"xytext": (8, 6)}

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.report.formatting import cell, figure, headline, label, points, span
+from tasks.report.formatting import cell, figure, headline, label, points, settings, span
 from tasks.result import Measured, Result
 
 STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}
@@ -41,7 +41,9 @@ def closing(result: Result, out: Path, width: int, colour: bool) -> str:
 def numbers(measured: Measured) -> str:
     """Every metric of one model with its interval, then its protocol and notes."""
     lines = [f"{label(name):<40} {cell(name, measured.metrics)}" for name in points([measured.metrics])]
-    lines += [f"{key.replace('_', ' '):<40} {value}" for key, value in measured.protocol.items()]
+    lines += [
+        f"{key.replace('_', ' ').replace('.', ': '):<40} {value}" for key, value in settings(measured.protocol).items()
+    ]
     return "\n".join(lines + [f"note: {note}" for note in measured.notes])
 
 
