@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from configs.errors import TameError
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
-from tasks.publish.card import release_files
+from tasks.publish.card import plain_files, release_files
 from tasks.report.formatting import figure, label
 from tasks.result import Result
 from tests.hub import Hub
@@ -207,6 +207,19 @@ def test_the_ids_of_benchmarks_are_read_from_their_data_sets(
     }
     said = "the eval.yaml of TIGER-Lab/MMLU-Pro has no list of tasks with ids"
     assert notes == [f"the score of mmlu_pro is on the card, but not in .eval_results: {said}"]
+
+
+def test_a_folder_says_what_its_configuration_tells(tmp_path: Path) -> None:
+    def card(quantization: dict[str, Any] | None) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization} if quantization else {}))
+        return plain_files(tmp_path, {"config.json": "0" * 64}, "me/mine")["README.md"].decode()
+
+    quantized = card({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+    assert "Quantized to 4-bit NormalFloat (NF4) with double quantization with bitsandbytes." in quantized
+    assert ModelCard(quantized).data.tags == ["bitsandbytes", "4-bit", "nf4", "quantized", "tame"]
+    for plain in (card(None), card({"quant_method": "never heard of"})):
+        assert "bitsandbytes" not in plain
+        assert ModelCard(plain).data.tags == ["tame"]
 
 
 def test_numbers_that_are_none_are_not_published(result: Result) -> None:

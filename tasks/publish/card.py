@@ -20,10 +20,10 @@ from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, text_name, with_front_matter
+from tasks.quantize.methods import described_by, method_of
+from tasks.quantize.protocols import CardText
 from tasks.report.formatting import cell, figure, label, points, span
 from tasks.result import Result, ResultVariant
-
-METHODS = {"int8": "8-bit integers (LLM.int8())", "nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}
 
 
 def release_files(
@@ -77,11 +77,12 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
 def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, bytes]:
     """A card, unless there is one, and a tame.json for a folder of which nothing more is known than its files."""
     config = json.loads((folder / "config.json").read_bytes()) if "config.json" in files else {}
-    method = _method_of(config.get("quantization_config") or {})
+    described = described_by(config.get("quantization_config"))
+    text = described[0].card(described[1]) if described else None
     documents: dict[str, bytes] = {}
     if "README.md" not in files:
-        front = {"library_name": "transformers", "tags": tags(method)}
-        lines = [f"# {repo.split('/')[-1]}", *_usage(repo), "## Provenance", _plain_provenance(method)]
+        front = {"library_name": "transformers", "tags": tags(text)}
+        lines = [f"# {repo.split('/')[-1]}", *_usage(repo, text), "## Provenance", _plain_provenance(text)]
         documents["README.md"] = with_front_matter(front, lines).encode()
     return {**documents, provenance.NAME: provenance.plain_document(folder, files, documents)}
 
@@ -91,36 +92,30 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
     base = provenance.base_name(result.source.model)
     repo = repos.get(variant.name, variant.name)
     title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
-    front = front_matter(result, variant, spec, title)
+    method = method_of(spec).card(spec)
+    front = front_matter(result, variant, method, title)
     commit = (
         f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
     )
     name = f"[{base}]({HUB}/{base})" if result.source.commit else f"`{base}`"
-    method = METHODS[spec.method] + (" with double quantization" if spec.double_quant else "")
     lines = [
         f"# {title}",
-        f"{name}{commit}, quantized to {method} with bitsandbytes by tame {result.versions.get('tame', '')}".rstrip()
-        + ".",
+        f"{name}{commit}, quantized to {method.quantized_to} by tame {result.versions.get('tame', '')}".rstrip() + ".",
         "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
         "model's own results are its authors' to tell: see its card.",
-        *_usage(repo),
+        *_usage(repo, method),
         *_quality(result, variant),
         *_speed(result, variant),
         *_left(variant),
-        *_limits(variant, spec),
+        *_limits(variant, method),
         *_siblings(variant, repos),
         *_reproduce(result),
     ]
     return with_front_matter(front, lines)
 
 
-def _method_of(quantization: dict[str, Any]) -> str | None:
-    if quantization.get("load_in_8bit"):
-        return "int8"
-    return quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else None
-
-
-def _usage(repo: str) -> list[str]:
+def _usage(repo: str, method: CardText | None) -> list[str]:
+    packages = ("transformers", "accelerate", *(method.install if method else ()))
     return [
         "## Use",
         "```python\n"
@@ -128,7 +123,7 @@ def _usage(repo: str) -> list[str]:
         f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
         'print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])\n'
         "```",
-        "Needs `pip install transformers accelerate bitsandbytes`.",
+        f"Needs `pip install {' '.join(packages)}`.",
     ]
 
 
@@ -215,14 +210,12 @@ def _left(variant: ResultVariant) -> list[str]:
     return ["## What was not quantized", table, *more]
 
 
-def _limits(variant: ResultVariant, spec: Variant) -> list[str]:
+def _limits(variant: ResultVariant, method: CardText) -> list[str]:
     known = [
         "It was compared with its base model on the text and tasks above. Other languages, long contexts and safety behaviour "
         "may have suffered more or less.",
-        "The files are in bitsandbytes' format: transformers with bitsandbytes reads them, most other programs do not.",
+        *method.limits,
     ]
-    if spec.method == "int8":
-        known.append("8-bit layers quantize activations too, so that answers can depend on what else is in a batch.")
     return ["## Limits", "\n".join(f"- {note}" for note in [*map(_plain, variant.notes), *known])]
 
 
@@ -250,8 +243,8 @@ def _repos(result: Result) -> dict[str, str]:
     return {v.name: template.format(model=model, variant=v.name, name=result.recipe["name"]) for v in result.variants}
 
 
-def _plain_provenance(method: str | None) -> str:
-    what = f"Quantized to {METHODS[method]} with bitsandbytes. " if method in METHODS else ""
+def _plain_provenance(method: CardText | None) -> str:
+    what = f"Quantized to {method.quantized_to}. " if method else ""
     return f"{what}Published with tame; nothing was measured. `tame.json` has the digest of every file."
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from configs.schema import Variant
 from tasks.metrics import is_score, parse
 from tasks.publish.benchmarks import Benchmark
+from tasks.quantize.protocols import CardText
 from tasks.report.formatting import label, points
 from tasks.result import Result, ResultVariant
 
@@ -20,11 +20,11 @@ HUB = "https://huggingface.co"
 TASK = "text-generation"
 
 
-def front_matter(result: Result, variant: ResultVariant, spec: Variant, title: str) -> dict[str, Any]:
+def front_matter(result: Result, variant: ResultVariant, method: CardText, title: str) -> dict[str, Any]:
     """The card's metadata: what it inherits from the base model's card, what it is, and its numbers."""
     source, files = result.source, variant.artifact.files if variant.artifact else {}
     front = inherited(source.model, source.commit, source.licence, source.card, files)
-    front |= {"library_name": "transformers", "tags": tags(spec.method)}
+    front |= {"library_name": "transformers", "tags": tags(method)}
     if results := _model_index(result, variant):
         front["model-index"] = [{"name": title, "results": results}]
     return front
@@ -46,11 +46,9 @@ def inherited(
     return front
 
 
-def tags(method: str | None) -> list[str]:
+def tags(method: CardText | None) -> list[str]:
     """For the Hub's search."""
-    if method is None:
-        return ["tame"]
-    return ["bitsandbytes", "8-bit" if method == "int8" else "4-bit", method, "quantized", "tame"]
+    return [*method.tags, "quantized", "tame"] if method else ["tame"]
 
 
 def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ import json
 import re
 from typing import Any
 
+from configs.schema import Variant
+from tasks.quantize.methods import method_of
 from tasks.report import formatting
 from tasks.result import Result, ResultVariant
 from tasks.track import mlflow_internals
@@ -21,8 +23,9 @@ def model_name(recipe: dict[str, Any]) -> str:
 
 
 def bits(variant: ResultVariant) -> str:
-    """4 or 8, by the method."""
-    return "8" if variant.spec.get("method") == "int8" else "4"
+    """Bits of a quantized weight, by the method."""
+    spec = Variant.model_validate(variant.spec)
+    return str(method_of(spec).bits(spec))
 
 
 def verdict(variant: ResultVariant) -> str:
@@ -53,7 +56,7 @@ def model(client: Any, result: Result, variant: ResultVariant, experiment_id: st
         source_run_id=run_id,
         tags=tags,
         params={"base_model": result.source.model, **formatting.flat("", variant.spec)},
-        model_type="bitsandbytes",
+        model_type=method_of(Variant.model_validate(variant.spec)).family,
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
     return model
