@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, without_credentials
 from configs.schema import Recipe
 from tasks.download.checkpoint import read_tensors
+from tasks.quantize.methods import libraries
 from tasks.runtime.device import hardware, versions
 from tasks.store import artifacts as store
 from tasks.values import Evaluation, Published, Quantized, Snapshot, Verdict
@@ -166,7 +167,7 @@ def begin(recipe: Recipe, prefect_run: str | None) -> Result:
         ),
         baseline=None,
         variants=variants,
-        versions=versions(),
+        versions=versions(*libraries()),
         hardware=hardware(),
         started=datetime.now(UTC).isoformat(timespec="milliseconds"),
         seconds=0.0,

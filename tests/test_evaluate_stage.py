@@ -112,13 +112,13 @@ def test_another_bitsandbytes_measures_quantized_models_again_and_no_others(
     base = snapshot_of(tiny_llama)
     evaluate_baseline(base, ALONE)
     installed = versions()
-    monkeypatch.setattr(task, "versions", lambda: {**installed, "bitsandbytes": "99", "accelerate": "99"})
+    monkeypatch.setattr(task, "versions", lambda *more: {**installed, "bitsandbytes": "99", "accelerate": "99"})
     assert evaluate_baseline(base, ALONE).cached
     quantized = shutil.copytree(tiny_llama, tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_8bit": True}}))
     assert task._deciding_versions(quantized)["bitsandbytes"] == "99"
-    monkeypatch.setattr(task, "versions", lambda: {**installed, "torch": "99"})
+    monkeypatch.setattr(task, "versions", lambda *more: {**installed, "torch": "99"})
     assert not evaluate_baseline(base, ALONE).cached
 
 

@@ -3,17 +3,19 @@
 import functools
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from configs.errors import BadInputError, TameError, line
+from tasks.quantize.methods import described_by, libraries
+from tasks.quantize.protocols import Method
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +52,7 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     for name in (
-        "bitsandbytes",
+        *libraries(),
         "accelerate",
         "datasets",
         "lm_eval",
@@ -86,7 +88,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
             f"{path}: no tokenizer that loads ({line(error)}); add the model's tokenizer files"
         ) from None
     quantized = getattr(config, "quantization_config", None) is not None
-    _import_modelling(config, quantized)
+    _import_modelling(config)
     spread = _spread(path, device)
     started = time.perf_counter()
     try:
@@ -142,14 +144,15 @@ def _check_kind(config: Any, path: Path) -> list[str]:
     return []
 
 
-def _import_modelling(config: Any, quantized: bool) -> None:
+def _import_modelling(config: Any) -> None:
     """Import before the clock starts: loading is timed, Python's imports are not."""
     from transformers import AutoModelForCausalLM
 
     if type(config) in AutoModelForCausalLM._model_mapping:
         AutoModelForCausalLM._model_mapping[type(config)]
-    if quantized:
-        import bitsandbytes  # noqa: F401
+    if described := described_by(getattr(config, "quantization_config", None)):
+        for name in described[0].libraries:
+            import_module(name)
 
 
 def _spread(path: Path, device: str) -> Any:
@@ -172,51 +175,35 @@ def _spread(path: Path, device: str) -> Any:
 
 
 def dequantize(loaded: Loaded) -> None:
-    """Replace 4-bit layers by plain ones with the same weights, once, where memory allows.
+    """Replace quantized layers by plain ones with the same weights, once, where that is the same arithmetic and fits.
 
-    A 4-bit layer is a weight-only format: it dequantizes to its compute dtype and multiplies. Doing that once instead of in
-    every forward gives the same arithmetic several times faster. `loaded.weights` says where it is not quite the same.
-    int8 layers quantize activations too and stay as they are.
+    A weight-only format dequantizes to its compute dtype and multiplies. Doing that once instead of in every forward gives
+    the same arithmetic several times faster. `loaded.weights` says where it is not quite the same.
     """
-    import torch
-
-    if "bitsandbytes" not in sys.modules:
-        return
-    import bitsandbytes as bnb
-
-    model, dtype = loaded.model, loaded.model.dtype
     from tasks.evaluate.cpu_float32 import slow
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    if not layers or len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+    method = _method_of(loaded.model)
+    if method is None or len(set(getattr(loaded.model, "hf_device_map", {"": 0}).values())) > 1:
         return
-    needed = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
-    if needed > 0.6 * free_memory(loaded.device):
-        loaded.notes.append("the 4-bit layers were measured as stored: there was no memory to dequantize them once")
-        return
-    computes = {layer.compute_dtype or dtype for layer in layers.values()}
-    if not computes <= {dtype, torch.float32}:
-        return
-    for name, layer in layers.items():
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
-        plain.bias = layer.bias
-        model.set_submodule(name, plain)
-        del layer.weight
-    short = str(dtype).removeprefix("torch.")
-    loaded.weights = f"4-bit weights dequantized once to {short}"
-    if computes != {dtype} and not slow(next(model.parameters())):
-        loaded.weights += (
-            f" and multiplied in it (stored, they are multiplied in float32, or on CPUs with AVX512-BF16 in {short} with "
-            "rounded scales)"
-        )
+    dense = method.densify(loaded.model, int(0.6 * free_memory(loaded.device)))
+    if isinstance(dense, str):
+        loaded.notes.append(dense)
+    elif dense is not None:
+        rounded = not slow(next(loaded.model.parameters()))  # else the products are made in float32
+        loaded.weights = dense.weights + (dense.difference if rounded else "")
 
 
 def repacked(loaded: Loaded) -> bool:
-    """Whether a forward has changed the stored 4-bit weights, as bitsandbytes does on CPUs with AVX512-BF16."""
-    states = (getattr(p, "quant_state", None) for p in loaded.model.parameters())
-    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+    """Whether a forward has changed the stored weights, so that the model must be loaded again."""
+    method = _method_of(loaded.model)
+    return method is not None and method.altered(loaded.model)
+
+
+def _method_of(model: Any) -> Method | None:
+    """The method that a loaded model was quantized by."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    described = described_by(config.to_dict() if hasattr(config, "to_dict") else config)
+    return described[0] if described else None
 
 
 @dataclass

@@ -179,7 +179,7 @@ def _checked_head(loaded: Loaded, tokens: Array) -> Head:
 def _same_vocabulary(
     loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path, trust_remote_code: bool
 ) -> Head:
-    """The baseline's head: the variant's own where they are equal, as bitsandbytes leaves it, else read again."""
+    """The baseline's head: the variant's own where they are equal, as most methods leave it, else read again."""
     digest = hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest()
     rows = known["head"]["vocabulary"]
     if digest != known["vocabulary"] or head.weight.shape[0] != rows:

@@ -13,6 +13,7 @@ from tasks.evaluate import comparison, lm_eval_run, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Work, measure
 from tasks.evaluate.text import LoadedText, load_text
+from tasks.quantize.methods import described_by, quantization_of
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
@@ -125,10 +126,10 @@ def _parts(
 
 
 def _deciding_versions(model: Path) -> dict[str, str]:
-    """The versions of the libraries that decide what a model computes: bitsandbytes' only where the model is quantized."""
-    quantized = json.loads((model / "config.json").read_bytes()).get("quantization_config") is not None
-    names = {*DECIDING, *(("bitsandbytes",) if quantized else ())}
-    return {name: found for name, found in versions().items() if name in names}
+    """The versions of the libraries that decide what a model computes: a method's own only for models that it quantized."""
+    described = described_by(quantization_of(model))
+    own = described[0].libraries if described else ()
+    return {name: found for name, found in versions(*own).items() if name in {*DECIDING, *own}}
 
 
 def _build_together(

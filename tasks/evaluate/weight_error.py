@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import TameError
 from tasks.download.checkpoint import read_header, read_tensors, weight_files
-from tasks.quantize.methods import described_by
+from tasks.quantize.methods import described_by, quantization_of
 from tasks.quantize.protocols import Restored
 from tasks.runtime.device import cores
 from tasks.runtime.progress import Progress, silent
@@ -111,10 +111,3 @@ def _error(weight: "torch.Tensor", restored: Restored, device: str) -> float:
         lost += float(torch.dot(difference, difference))
         kept += float(torch.dot(original, original))
     return math.sqrt(lost / kept) if kept else 0.0
-
-
-def quantization_of(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint; empty where it has none."""
-    config = json.loads((folder / "config.json").read_bytes())
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else {}

@@ -1,1 +1,1 @@
-"""From a 16- or 32-bit checkpoint to a bitsandbytes one, tensor by tensor."""
+"""From a checkpoint in 16 or 32 bits to a quantized one, tensor by tensor."""

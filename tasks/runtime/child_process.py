@@ -26,8 +26,8 @@ from tasks.runtime.progress import show
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# bitsandbytes is not among them: where there is a GPU, importing it begins to use it, and then forks cannot. What it
-# imports is, but for itself.
+# The libraries of methods are not among them: importing one may begin to use a GPU, and then forks cannot. What they import
+# is, but for themselves.
 PRELOADED = [
     "torch._dynamo",
     "torch._inductor.compile_fx",

@@ -20,7 +20,7 @@ from tasks.runtime.ownership import PATIENCE, PAUSE
 
 log = logging.getLogger("tame.device")
 
-DECIDING = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
+DECIDING = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
 LIMIT = "TAME_DEVICE_LIMIT"
 """Names the global concurrency limit on Prefect's server that stands for this worker's device."""
 LEASE = 60.0
@@ -162,9 +162,9 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python, tame, and the libraries that decide bytes and numbers."""
-    installed = {name: found for name in ("tame", *DECIDING) if (found := _version(name))}
+def versions(*more: str) -> dict[str, str]:
+    """Of Python, tame, and the libraries that decide bytes and numbers: those of every run, and `more`."""
+    installed = {name: found for name in ("tame", *DECIDING, *more) if (found := _version(name))}
     return {"python": platform.python_version(), **installed}
 
 

@@ -1,6 +1,8 @@
 """The methods that there are: one file a family of methods, and the one table that names them."""
 
+import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +29,13 @@ def described_by(quantization_config: Any) -> tuple[Method, Variant] | None:
             if variant := method.describes(quantization_config):
                 return method, variant
     return None
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of the checkpoint in `folder`; empty where there is none."""
+    path = folder / "config.json"
+    found = json.loads(path.read_bytes()).get("quantization_config") if path.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def libraries() -> list[str]:
