@@ -15,12 +15,12 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, without_credentials
-from configs.schema import Recipe
+from configs.schema import Recipe, Variant
 from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
 from tasks.runtime.device import hardware, versions
 from tasks.store import artifacts as store
-from tasks.values import Evaluation, Published, Quantized, Snapshot, Verdict
+from tasks.values import Evaluation, Protocol, Published, Quantized, Sample, Snapshot, Unquantized, Verdict
 
 
 class _Value(BaseModel):
@@ -56,12 +56,12 @@ class Measured(_Value):
     name: str
     metrics: dict[str, float] = {}
     """By the contract's names. Intervals are `<name>_low` and `<name>_high`."""
-    protocol: dict[str, Any] = {}
+    protocol: Protocol = Protocol()
     """What makes the numbers comparable: text, window, tokens scored, dtype, batch size, device."""
     notes: list[str] = []
     """Sentences that a reader of the numbers should know."""
-    samples: list[dict[str, Any]] = []
-    """{prompt, baseline, answer, diverges_at} for each prompt; diverges_at is a character offset or None."""
+    samples: list[Sample] = []
+    """One for each prompt."""
     evidence: str | None = None
     """Folder of the evaluation artifact: per-window and per-sample results."""
     cached: list[str] = []
@@ -72,11 +72,11 @@ class ResultVariant(Measured):
     """One variant and what became of it."""
 
     status: Literal["published", "passed", "rejected", "failed"]
-    spec: dict[str, Any]
+    spec: Variant
     gate: Verdict | None = None
     artifact: ResultArtifact | None = None
-    left: list[dict[str, Any]] = []
-    """What stayed in 16 bits: {module, tensors, parameters, reason}."""
+    left: list[Unquantized] = []
+    """What stayed in 16 bits."""
     published: str | None = None
     """URL of the Hub commit or the folder."""
     error: str | None = None
@@ -85,7 +85,7 @@ class ResultVariant(Measured):
 class Result(_Value):
     """result.json."""
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     source: ResultSource
     baseline: Measured | None
     variants: list[ResultVariant]
@@ -156,12 +156,9 @@ NOT_REACHED = "not reached"
 
 def begin(recipe: Recipe, prefect_run: str | None) -> Result:
     """The result of a run that has done nothing yet."""
-    variants = [
-        ResultVariant(name=v.label, status="failed", spec=v.model_dump(mode="json"), error=NOT_REACHED)
-        for v in recipe.variants
-    ]
+    variants = [ResultVariant(name=v.label, status="failed", spec=v, error=NOT_REACHED) for v in recipe.variants]
     return Result(
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe,
         source=ResultSource(
             model=recipe.source.model, revision=recipe.source.revision, commit=None, digest="", files={}
         ),
@@ -190,7 +187,7 @@ def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
                 "bits_per_weight": made.bits_per_weight,
                 "quantized_share": made.quantized_share,
             },
-            "left": [left.model_dump() for left in made.left],
+            "left": made.left,
             "notes": made.notes,
             "cached": ["quantize"] if made.cached else [],
         }

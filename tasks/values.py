@@ -6,7 +6,7 @@ makes without knowing how.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Value(BaseModel):
@@ -61,17 +61,58 @@ class Quantized(_Value):
     cached: bool
 
 
+class EvaluatedText(_Value):
+    """The text that a model was measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "text"
+    revision: str | None = None
+    sha256: str | None = None
+
+
+class Protocol(_Value):
+    """What makes numbers comparable: device, text, and every setting that each part of an evaluation says it ran with.
+
+    The settings (window, tokens scored, batch size, dtype, noise floor, tasks, …) are whatever the parts name; in JSON it is
+    one flat object of what is known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    device: str | None = None
+    text: EvaluatedText | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.model_fields_set)
+
+    @model_serializer(mode="wrap")
+    def _known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        known: dict[str, Any] = serialize(self)
+        return {key: value for key, value in known.items() if key in self.model_fields_set}
+
+
+class Sample(_Value):
+    """What the baseline and the model answered to a prompt; `diverges_at` is a character offset, or None."""
+
+    prompt: str
+    baseline: str
+    answer: str
+    diverges_at: int | None
+
+
 class Evaluation(_Value):
     """What was measured of the baseline or of a variant."""
 
     name: str
     metrics: dict[str, float]
     """By the contract's names; intervals are `<name>_low` and `<name>_high`, 95 %."""
-    protocol: dict[str, Any]
+    protocol: Protocol
     """What makes the numbers comparable."""
     notes: list[str]
-    samples: list[dict[str, Any]]
-    """{prompt, baseline, answer, diverges_at} for each prompt; diverges_at is a character offset or None."""
+    samples: list[Sample]
+    """One for each prompt."""
     path: str
     """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, flips.json, layers.json, evaluation.json."""
     digest: str

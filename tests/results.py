@@ -186,7 +186,7 @@ def make(folder: Path | None = None, repo: str = "https://huggingface.co/me/Smol
         for name, kl in (("baseline", 0.0), ("int8", 0.0189), ("nf4-dq", 0.2616))
     }
     recipe = Recipe.model_validate(RECIPE)
-    spec = [variant.model_dump(mode="json") for variant in recipe.variants]
+    spec = recipe.variants
     limits = Gate(max_mean_kl=0.1, min_top1_agreement=0.9)
 
     def artifact(name: str, size: float) -> ResultArtifact:
@@ -232,7 +232,7 @@ def make(folder: Path | None = None, repo: str = "https://huggingface.co/me/Smol
         ),
     ]
     return Result(
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe,
         source=ResultSource(
             model="HuggingFaceTB/SmolLM2-135M-Instruct",
             revision="main",

@@ -11,11 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from configs.errors import TameError
+from configs.schema import Recipe
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card import plain_files, release_files
 from tasks.report.formatting import figure, label
 from tasks.result import Result
+from tasks.values import Unquantized
 from tests.hub import Hub
 from tests.results import make
 
@@ -91,7 +93,7 @@ def test_every_number_in_the_tables_is_the_results(result: Result, name: str) ->
         else:  # an interval's end, or the difference to the base: in the row of its metric
             assert figure(metric, value) in text(result, name) or metric.endswith("_p")
     numbers = {what for what, row in cells.items() if re.search(r"\d", "".join(row[:2]))}
-    left = {f"`{left['module']}`" for left in variant.left}
+    left = {f"`{left.module}`" for left in variant.left}
     assert numbers - left == told - {what for what in told if what not in numbers}
 
 
@@ -142,14 +144,16 @@ def test_provenance_has_every_digest_and_number(result: Result) -> None:
 
 
 def test_paths_of_this_machine_are_told_to_nobody(result: Result) -> None:
-    recipe = json.loads(json.dumps(result.recipe))
+    recipe = result.recipe.model_dump(mode="json")
     recipe["source"]["model"] = "/home/me/secret-project/model.Q4_1.gguf"
-    recipe["evaluate"]["text"] = {"files": ["/home/me/secret-project/text.txt"], "dataset": None}
+    recipe["evaluate"]["text"] = {"files": ["/home/me/secret-project/text.txt"]}
     recipe["evaluate"]["task_path"] = "/home/me/secret-project/tasks"
     recipe["publish"] = {**recipe["publish"], "to": "folder", "repo": "/home/me/secret-project/{variant}"}
     source = result.source.model_copy(update={"model": recipe["source"]["model"], "commit": None, "revision": None})
     files = release_files(
-        result.model_copy(update={"recipe": recipe, "source": source}), "int8", {"int8": "/home/me/secret-project/int8"}
+        result.model_copy(update={"recipe": Recipe.model_validate(recipe), "source": source}),
+        "int8",
+        {"int8": "/home/me/secret-project/int8"},
     )
     everything = b"".join(files.values()).decode()
     assert "secret-project" not in everything
@@ -162,13 +166,14 @@ def test_results_of_whole_benchmarks_are_told_in_the_hubs_newest_form(result: Re
     from huggingface_hub._eval_results import parse_eval_result_entries
 
     metrics = {**result.variants[0].metrics, "task/gsm8k/exact_match": 0.4125}
-    recipe = json.loads(json.dumps(result.recipe))
-    recipe["evaluate"]["tasks"] = ["gsm8k"]
+    evaluate = result.recipe.evaluate.model_copy(update={"tasks": ["gsm8k"]})
+    recipe = result.recipe.model_copy(update={"evaluate": evaluate})
     known = {"task/gsm8k/exact_match": Benchmark(dataset="openai/gsm8k", task_id="gsm8k")}
     files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
     entry = parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"]))[0]
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.25)
-    recipe["evaluate"]["task_limit"] = 10  # ten questions are not the benchmark
+    evaluate = evaluate.model_copy(update={"task_limit": 10})  # ten questions are not the benchmark
+    recipe = result.recipe.model_copy(update={"evaluate": evaluate})
     files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
     assert list(files) == ["README.md", "tame.json"]
 
@@ -229,12 +234,14 @@ def test_numbers_that_are_none_are_not_published(result: Result) -> None:
 
 
 def test_speed_is_told_of_the_machine_that_measured(result: Result) -> None:
-    cached = changed(result, protocol={**result.variants[0].protocol, "device": "NVIDIA H100 80GB HBM3"})
+    cached = changed(
+        result, protocol=result.variants[0].protocol.model_copy(update={"device": "NVIDIA H100 80GB HBM3"})
+    )
     assert "On NVIDIA H100 80GB HBM3, one sequence" in text(cached)
 
 
 def test_hostile_names_do_not_break_the_card(result: Result) -> None:
-    left = [{"module": "a|b`c", "tensors": 1, "parameters": 1, "reason": "x | y\n# Buy now"}]
+    left = [Unquantized(module="a|b`c", tensors=1, parameters=1, reason="x | y\n# Buy now")]
     content = text(changed(result, left=left, notes=["<script>alert(1)</script>\n# Buy now"]))
     assert ModelCard(content).data.base_model == result.source.model
     assert "\n# Buy now" not in content

@@ -57,12 +57,12 @@ def test_a_variant_is_compared_and_a_rerun_costs_nothing(tiny_llama: Path, tmp_p
     for name in ("load_seconds", "peak_memory_bytes", "prefill_tokens_per_second", "decode_tokens_per_second"):
         assert metrics[name] > 0
         assert baseline.metrics[name] > 0
-    assert result.protocol["tokens_scored"] == 12 * 63
-    assert result.protocol["text"]["name"] == "python-docs"
+    assert result.protocol.model_dump()["tokens_scored"] == 12 * 63
+    assert result.protocol.text.name == "python-docs"
     for sample in result.samples:
-        at = sample["diverges_at"]
-        assert at is None or sample["baseline"][:at] == sample["answer"][:at]
-    assert [sample["prompt"] for sample in result.samples] == ["import", "The"]
+        at = sample.diverges_at
+        assert at is None or sample.baseline[:at] == sample.answer[:at]
+    assert [sample.prompt for sample in result.samples] == ["import", "The"]
     rows = json.loads((Path(result.path) / "windows.json").read_text())
     assert len(rows) == 12
     assert sum(row["kl"] for row in rows) / 12 == pytest.approx(metrics["kl_mean"])

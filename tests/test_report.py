@@ -12,7 +12,8 @@ from tasks.evaluate import evidence
 from tasks.report import formatting, plots
 from tasks.report import html as report
 from tasks.result import Result, ResultVariant
-from tests.results import make
+from tasks.values import Sample
+from tests.results import LEFT, PROTOCOL, RECIPE, make
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -163,7 +164,7 @@ def test_many_kinds_of_layers_are_drawn_as_the_largest(result: Result, tmp_path:
 def test_what_models_and_names_say_is_text(result: Result) -> None:
     hostile = "</td><script>alert(1)</script><img src=x onerror=alert(1)>"
     variant = result.variants[0]
-    samples = [{"prompt": hostile, "baseline": hostile, "answer": hostile + "!", "diverges_at": len(hostile)}]
+    samples = [Sample(prompt=hostile, baseline=hostile, answer=hostile + "!", diverges_at=len(hostile))]
     variant = variant.model_copy(
         update={"name": hostile, "samples": samples, "notes": [hostile], "published": "javascript:alert(1)"}
     )
@@ -203,6 +204,16 @@ def test_the_recipe_to_make_it_again_is_pinned(html: str) -> None:
     assert Recipe.model_validate(recipe).variants[1].label == "nf4-dq"
 
 
+def test_in_json_a_result_is_what_was_put_in(result: Result) -> None:
+    content = json.loads(result.model_dump_json())
+    assert content["recipe"] == Recipe.model_validate(RECIPE).model_dump(mode="json")
+    assert (content["baseline"]["protocol"], content["variants"][1]["protocol"]) == (PROTOCOL, PROTOCOL)
+    assert (content["variants"][2]["protocol"], content["variants"][1]["left"]) == ({}, LEFT)
+    assert list(content["variants"][0]["samples"][0]) == ["prompt", "baseline", "answer", "diverges_at"]
+    assert content["variants"][1]["spec"]["double_quant"] is True
+    assert Result.model_validate(content) == result
+
+
 def test_first_divergence_is_marked(html: str) -> None:
     assert 'It <mark><span class="hidden">first difference: </span>is</mark> also the largest city.' in html
     assert '<mark><span class="hidden">first difference: </span>Lyon.</mark>' in html
@@ -234,6 +245,6 @@ def test_numbers_that_are_not_finite_do_not_break_the_plots(result: Result) -> N
 
 
 def test_five_variants_with_long_answers_stay_small(result: Result, tmp_path: Path) -> None:
-    samples = [{"prompt": f"p{i}", "baseline": "b" * 20000, "answer": "a" * 20000, "diverges_at": 0} for i in range(50)]
+    samples = [Sample(prompt=f"p{i}", baseline="b" * 20000, answer="a" * 20000, diverges_at=0) for i in range(50)]
     variants = [result.variants[0].model_copy(update={"name": f"v{i}", "samples": samples}) for i in range(5)]
     assert len(report.render(result.model_copy(update={"variants": variants})).encode()) < 3_000_000

@@ -177,7 +177,7 @@ def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> N
             "started": f"2026-11-{day:02}T18:00:00+00:00",
             "variants": [int8, better],
             "prefect_run": None,
-            "recipe": result.recipe | recipe,
+            "recipe": result.recipe.model_copy(update=recipe),
         }
         track.log(result.model_copy(update=update), None, None, final=True)
 
@@ -202,7 +202,7 @@ def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> N
     assert best.iloc[0]["metrics.kl_mean"] == 0.06
     assert best.iloc[0]["tags.artifact_digest"] == "bb" * 32
     assert documented["version"].tags["artifact_digest"] == "bb" * 32
-    released(4, 0.2, "dd" * 32, 1e8, evaluate={**result.recipe["evaluate"], "window": 1024})
+    released(4, 0.2, "dd" * 32, 1e8, evaluate=result.recipe.evaluate.model_copy(update={"window": 1024}))
     assert (
         client().get_model_version_by_alias(EXPERIMENT, "best-4bit").tags["artifact_digest"] == "dd" * 32
     )  # not comparable
@@ -454,7 +454,8 @@ def test_names_that_mlflow_refuses() -> None:
 
     assert metric_key("task/gsm8k/exact_match,strict-match") == "task/gsm8k/exact_match-strict-match"
     assert metric_key("task/piqa/acc_norm") == "task/piqa/acc_norm"
-    assert registry.model_name({"name": "x", "track": {"experiment": "me/model:v1.0"}}) == "me-model-v1-0"
+    asked = Recipe.model_validate({**RECIPE, "track": {"experiment": "me/model:v1.0"}})
+    assert registry.model_name(asked) == "me-model-v1-0"
 
 
 def test_one_number_says_the_same_in_five_places(home: Path, result: Result) -> None:

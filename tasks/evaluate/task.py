@@ -71,7 +71,7 @@ def evaluate_variant(
         baseline_model=snapshot.path,
     )
     parts, cached = _parts(work, model_digest, inputs, progress, snapshot.digest)
-    return _assembled("evaluation", label, parts, theirs, spec, baseline.protocol, cached)
+    return _assembled("evaluation", label, parts, theirs, spec, baseline.protocol.model_dump(), cached)
 
 
 def _baseline_parts(snapshot: Snapshot, spec: Evaluate, device: str, progress: Progress) -> tuple[Parts, bool]:

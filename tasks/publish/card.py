@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from configs.errors import TameError
-from configs.schema import Variant
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
@@ -24,6 +23,7 @@ from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
 from tasks.report.formatting import cell, figure, label, points, span
 from tasks.result import Result, ResultVariant
+from tasks.values import Protocol
 
 
 def release_files(
@@ -52,14 +52,14 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
     content = {
         "format": 1,
         "source": {**result.source.model_dump(exclude={"card"}), "model": provenance.base_name(result.source.model)},
-        "variant": {"name": variant.name, "spec": variant.spec},
+        "variant": {"name": variant.name, "spec": variant.spec.model_dump(mode="json")},
         "artifact": artifact.model_dump(include={"digest", "bytes", "files"}) if artifact else None,
         "metrics": provenance.lasting(variant.metrics),
         "baseline": provenance.lasting(result.baseline.metrics) if result.baseline else None,
-        "protocol": variant.protocol,
+        "protocol": variant.protocol.model_dump(mode="json"),
         "gate": variant.gate.model_dump() if variant.gate else None,
         "notes": variant.notes,
-        "left": variant.left,
+        "left": [entry.model_dump() for entry in variant.left],
         "recipe": provenance.without_paths(result.recipe),
         "versions": result.versions,
         "documents": {name: hashlib.sha256(text).hexdigest() for name, text in sorted(documents.items())},
@@ -88,11 +88,10 @@ def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, byt
 
 
 def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
-    spec = Variant.model_validate(variant.spec)
     base = provenance.base_name(result.source.model)
     repo = repos.get(variant.name, variant.name)
     title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
-    method = method_of(spec).card(spec)
+    method = method_of(variant.spec).card(variant.spec)
     front = front_matter(result, variant, method, title)
     commit = (
         f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
@@ -166,10 +165,13 @@ def _difference(name: str, metrics: dict[str, float]) -> str:
 
 def _protocol(variant: ResultVariant) -> str:
     """What makes the numbers comparable, in one sentence."""
-    text = variant.protocol.get("text")
-    digest = text.get("sha256") if isinstance(text, dict) else None
+    digest = variant.protocol.text.sha256 if variant.protocol.text else None
     told = [text_name(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
-    plain = {key: value for key, value in variant.protocol.items() if key != "text" and not isinstance(value, dict)}
+    plain = {
+        key: value
+        for key, value in variant.protocol.model_dump().items()
+        if key != "text" and not isinstance(value, dict)
+    }
     return ", ".join(told + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
 
 
@@ -181,18 +183,19 @@ def _speed(result: Result, variant: ResultVariant) -> list[str]:
     rows = [
         f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, variant.metrics[name])} |" for name in names
     ]
-    speed = result.recipe["evaluate"].get("speed") or {}
+    speed = result.recipe.evaluate.speed
     return [
         "## Speed and memory",
         "\n".join(["| | Base model | This model |", "| --- | ---: | ---: |", *rows]),
-        f"On {_machine(result.hardware, variant.protocol)}, one sequence, {speed.get('prompt_tokens')} tokens of prompt and "
-        f"{speed.get('new_tokens')} new ones. Another machine gives other figures.",
+        f"On {_machine(result.hardware, variant.protocol)}"
+        + (f", one sequence, {speed.prompt_tokens} tokens of prompt and {speed.new_tokens} new ones" if speed else "")
+        + ". Another machine gives other figures.",
     ]
 
 
-def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
+def _machine(hardware: dict[str, Any], protocol: Protocol) -> str:
     """What it was measured on, which need not be the machine that publishes."""
-    device = str(protocol.get("device") or "cpu")
+    device = protocol.device or "cpu"
     if device == "cpu":
         return f"{hardware.get('cpu', 'a CPU')}, {hardware.get('cores', '?')} cores"
     return device
@@ -201,10 +204,7 @@ def _machine(hardware: dict[str, Any], protocol: dict[str, Any]) -> str:
 def _left(variant: ResultVariant) -> list[str]:
     if not variant.left:
         return []
-    rows = [
-        f"| `{_plain(left['module'])}` | {left['parameters']:,} | {_plain(left['reason'])} |"
-        for left in variant.left[:30]
-    ]
+    rows = [f"| `{_plain(left.module)}` | {left.parameters:,} | {_plain(left.reason)} |" for left in variant.left[:30]]
     more = [f"And {len(variant.left) - 30} more: see `tame.json`."] if len(variant.left) > 30 else []
     table = "\n".join(["| Module | Parameters | Why |", "| --- | ---: | --- |", *rows])
     return ["## What was not quantized", table, *more]
@@ -239,8 +239,8 @@ def _reproduce(result: Result) -> list[str]:
 
 def _repos(result: Result) -> dict[str, str]:
     model = PurePath(provenance.base_name(result.source.model)).name.removesuffix(".gguf")
-    template = result.recipe["publish"]["repo"]
-    return {v.name: template.format(model=model, variant=v.name, name=result.recipe["name"]) for v in result.variants}
+    template = result.recipe.publish.repo
+    return {v.name: template.format(model=model, variant=v.name, name=result.recipe.name) for v in result.variants}
 
 
 def _plain_provenance(method: CardText | None) -> str:

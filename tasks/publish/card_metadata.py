@@ -53,10 +53,10 @@ def tags(method: CardText | None) -> list[str]:
 
 def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
     """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
-    text = result.recipe["evaluate"]["text"]
-    data = {"type": text.get("dataset") or "text", "name": text_name(variant)}
-    if text.get("dataset"):
-        data |= {key: text[key] for key in ("config", "split") if text.get(key)}
+    text = result.recipe.evaluate.text
+    data = {"type": text.dataset or "text", "name": text_name(variant)}
+    if text.dataset:
+        data |= {key: value for key, value in (("config", text.config), ("split", text.split)) if value}
     found = [
         {"type": kind, "value": variant.metrics[name], "name": label(name)}
         for name, kind in (
@@ -77,18 +77,17 @@ def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]
 
 def text_name(variant: ResultVariant) -> str:
     """What the text that it was measured on is called."""
-    text = variant.protocol.get("text") or {}
-    return str(text.get("name") or "text") if isinstance(text, dict) else str(text)
+    return variant.protocol.text.name if variant.protocol.text else "text"
 
 
 def eval_results(result: Result, variant: ResultVariant, benchmarks: dict[str, Benchmark]) -> dict[str, bytes]:
     """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
-    if result.recipe["evaluate"].get("task_limit") is not None:
+    if result.recipe.evaluate.task_limit is not None:
         return {}
     files = {}
     for metric, benchmark in benchmarks.items():
         if metric in variant.metrics:
-            shots = result.recipe["evaluate"].get("task_fewshot")
+            shots = result.recipe.evaluate.task_fewshot
             notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
             entry = {
                 "dataset": {"id": benchmark.dataset, "task_id": benchmark.task_id},

@@ -18,6 +18,7 @@ import json
 from pathlib import Path, PurePath
 from typing import Any
 
+from configs.schema import Recipe
 from tasks.metrics import measured
 from tasks.store.artifacts import digest_of
 
@@ -77,9 +78,10 @@ def base_name(model: str) -> str:
     return PurePath(model).name if is_path(model) else model
 
 
-def without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """`recipe` with the last part alone of every path that it names on the machine where it ran."""
-    evaluate, publish = dict(recipe["evaluate"]), dict(recipe["publish"])
+def without_paths(given: Recipe) -> dict[str, Any]:
+    """A recipe with the last part alone of every path that it names on the machine where it ran."""
+    recipe = given.model_dump(mode="json")
+    evaluate, publish = recipe["evaluate"], recipe["publish"]
     if files := evaluate["text"].get("files"):
         evaluate["text"] = {**evaluate["text"], "files": [PurePath(file).name for file in files]}
     if evaluate.get("task_path"):

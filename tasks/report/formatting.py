@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.metrics import Unit, interval, nats, parse, read, unit_of
 from tasks.result import Measured, Result, ResultVariant
+from tasks.values import Protocol
 
 logger = logging.getLogger("tame.summary")
 
@@ -158,7 +159,7 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
     """
     from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-    key = re.sub(r"[^a-z0-9]+", "-", str(result.recipe["name"]).lower()).strip("-")
+    key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
     line = headline(result)
     try:
         create_table_artifact(key=f"{key}-variants", table=table(result), description=line)
@@ -176,13 +177,12 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
         logger.warning("Prefect took no artifact (%s)", _one_line(str(error)))
 
 
-def settings(protocol: dict[str, Any]) -> dict[str, str]:
+def settings(protocol: Protocol) -> dict[str, str]:
     """A protocol as people read it: flat, its noise floor as figures."""
-    floor = protocol.get("floor")
-    told = {
-        f"floor.{name}": figure(f"floor_{name}", value) for name, value in (floor or {}).items() if name != "batch_size"
-    }
-    return flat("", protocol) | told
+    known = protocol.model_dump()
+    floor = known.get("floor") or {}
+    told = {f"floor.{name}": figure(f"floor_{name}", value) for name, value in floor.items() if name != "batch_size"}
+    return flat("", known) | told
 
 
 def flat(prefix: str, value: Any) -> dict[str, str]:

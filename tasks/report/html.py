@@ -16,6 +16,7 @@ from tasks.report import formatting, plots
 from tasks.result import Measured, Result, ResultVariant
 from tasks.store import artifacts as store
 from tasks.track.mlflow_runs import COLUMNS
+from tasks.values import Unquantized
 
 ANSWER = 2000
 """Characters of an answer that are shown; more of it says little and could fill the page."""
@@ -30,9 +31,9 @@ COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_by
 def render(result: Result) -> str:
     """The report of one release, as HTML."""
     measured = formatting.rows(result)
-    gate = result.recipe.get("gate") or {}
+    gate = result.recipe.gate
     baseline = result.baseline.metrics if result.baseline else {}
-    increase = gate.get("max_perplexity_increase")
+    increase = gate.max_perplexity_increase
     limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
     quality, cost, layers = _drawn(result, limit)
     return _page(
@@ -65,7 +66,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], l
     """
 
     def draw() -> list[Any]:
-        maximum = (result.recipe.get("gate") or {}).get("max_mean_kl")
+        maximum = result.recipe.gate.max_mean_kl
         quality = [plots.size_against(result, "kl_mean", maximum), plots.size_against(result, "perplexity", limit)]
         cost = [plots.bars(result, name) for name in COST]
         return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
@@ -81,7 +82,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], l
     inputs = {
         "stage": 2,
         "matplotlib": version("matplotlib"),
-        "gate": repr(result.recipe.get("gate")),
+        "gate": repr(result.recipe.gate.model_dump(mode="json")),
         "shown": repr(shown),
     }
     try:
@@ -143,7 +144,7 @@ def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
 
 def _machine(result: Result) -> str:
     """What speed was measured on: the evaluations' device, which need not be the one of the machine that reports."""
-    devices = dict.fromkeys(str(row.protocol["device"]) for row in formatting.rows(result) if "device" in row.protocol)
+    devices = dict.fromkeys(row.protocol.device for row in formatting.rows(result) if row.protocol.device)
     here = f"{result.hardware.get('cpu', 'a CPU')}, {result.hardware.get('cores', '?')} cores"
     return " and ".join(here if device == "cpu" else device for device in devices) or here
 
@@ -154,9 +155,9 @@ def _answers(result: Result) -> list[dict[str, Any]]:
     for variant in result.variants:
         for sample in variant.samples:
             shown = prompts.setdefault(
-                sample["prompt"], {"prompt": sample["prompt"], "baseline": _cut(sample["baseline"]), "answers": []}
+                sample.prompt, {"prompt": sample.prompt, "baseline": _cut(sample.baseline), "answers": []}
             )
-            shown["answers"].append((variant.name, *_parts(_cut(sample["answer"]), sample.get("diverges_at"))))
+            shown["answers"].append((variant.name, *_parts(_cut(sample.answer), sample.diverges_at)))
     return list(prompts.values())
 
 
@@ -208,18 +209,18 @@ def _worst(result: Result) -> list[tuple[str, list[evidence.Layer]]]:
 
 def _left(result: Result) -> list[dict[str, Any]]:
     """What stayed unquantized, by reason, once for all variants that left the same."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[Unquantized, ...], dict[str, Any]] = {}
     for variant in result.variants:
         if not variant.left:
             continue
-        group = groups.setdefault(json.dumps(variant.left, sort_keys=True), {"variants": [], "reasons": {}})
+        group = groups.setdefault(tuple(variant.left), {"variants": [], "reasons": {}})
         group["variants"].append(variant.name)
         if len(group["variants"]) == 1:
             for entry in variant.left:
-                reason = group["reasons"].setdefault(entry["reason"], {"modules": [], "tensors": 0, "parameters": 0})
-                reason["modules"].append(entry["module"])
-                reason["tensors"] += entry.get("tensors", 0)
-                reason["parameters"] += entry.get("parameters", 0)
+                reason = group["reasons"].setdefault(entry.reason, {"modules": [], "tensors": 0, "parameters": 0})
+                reason["modules"].append(entry.module)
+                reason["tensors"] += entry.tensors
+                reason["parameters"] += entry.parameters
     return list(groups.values())
 
 
@@ -233,7 +234,7 @@ def _yaml(result: Result) -> str:
     """The recipe with its source pinned to the commit that was used."""
     import yaml
 
-    recipe = dict(result.recipe)
+    recipe = result.recipe.model_dump(mode="json")
     if result.source.commit:
         recipe["source"] = {**recipe["source"], "revision": result.source.commit}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)

@@ -100,7 +100,7 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
     run_id = release.run_id
     experiment_id = experiment(client, registry.experiment_name(result.recipe))
     if run_id is None or not _exists(client, run_id):
-        run_id = open_release(client, experiment_id, result.recipe["name"], release.life, release.name)
+        run_id = open_release(client, experiment_id, result.recipe.name, release.life, release.name)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
     ended = began + int(result.seconds * 1000)
     children = _children(client, experiment_id, run_id)
@@ -129,16 +129,16 @@ def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
     """Everything that decided the numbers, flat: the variant's spec, `evaluate.*`, `source.*`, `version.*`, …"""
     source = result.source.model_dump(include={"model", "revision", "commit", "digest", "licence"})
     flat: dict[str, str] = {
-        **formatting.flat("evaluate", result.recipe.get("evaluate") or {}),
-        **formatting.flat("gate", result.recipe.get("gate") or {}),
+        **formatting.flat("evaluate", result.recipe.evaluate.model_dump(mode="json")),
+        **formatting.flat("gate", result.recipe.gate.model_dump(mode="json")),
         **formatting.flat("source", source),
         **formatting.flat("version", result.versions),
         **formatting.flat("hardware", result.hardware),
     }
     if measured is not None:
-        flat |= formatting.flat("protocol", measured.protocol)
+        flat |= formatting.flat("protocol", measured.protocol.model_dump(mode="json"))
     if isinstance(measured, ResultVariant):
-        flat |= formatting.flat("", measured.spec) | {"bits": registry.bits(measured)}
+        flat |= formatting.flat("", measured.spec.model_dump(mode="json")) | {"bits": registry.bits(measured)}
     return flat
 
 
@@ -272,10 +272,10 @@ def _dataset(measured: Measured) -> Any:
     """The evaluation text as MLflow's data set, by the digest of its content."""
     from mlflow.entities import Dataset
 
-    text = measured.protocol.get("text")
-    if not isinstance(text, dict) or "sha256" not in text:
+    text = measured.protocol.text
+    if text is None or text.sha256 is None:
         return None
-    return Dataset(str(text.get("name"))[:500], text["sha256"][:36], "text", json.dumps(text))
+    return Dataset(text.name[:500], text.sha256[:36], "text", json.dumps(text.model_dump(mode="json")))
 
 
 def _log_dataset(client: Any, run_id: str, dataset: Any) -> None:

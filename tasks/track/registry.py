@@ -5,27 +5,26 @@ import json
 import re
 from typing import Any
 
-from configs.schema import Variant
+from configs.schema import Recipe
 from tasks.quantize.methods import method_of
 from tasks.report import formatting
 from tasks.result import Result, ResultVariant
 from tasks.track import mlflow_internals
 
 
-def experiment_name(recipe: dict[str, Any]) -> str:
+def experiment_name(recipe: Recipe) -> str:
     """The experiment of a recipe: `track.experiment`, else the recipe's name."""
-    return str((recipe.get("track") or {}).get("experiment") or recipe["name"])
+    return recipe.track.experiment or recipe.name
 
 
-def model_name(recipe: dict[str, Any]) -> str:
+def model_name(recipe: Recipe) -> str:
     """The registered model of a recipe: its experiment's name, without what MLflow forbids in one."""
     return re.sub(r"[/:.%\"']", "-", experiment_name(recipe))
 
 
 def bits(variant: ResultVariant) -> str:
     """Bits of a quantized weight, by the method."""
-    spec = Variant.model_validate(variant.spec)
-    return str(method_of(spec).bits(spec))
+    return str(method_of(variant.spec).bits(variant.spec))
 
 
 def verdict(variant: ResultVariant) -> str:
@@ -52,11 +51,11 @@ def model(client: Any, result: Result, variant: ResultVariant, experiment_id: st
     model = mlflow_internals.external_model(
         client,
         experiment_id,
-        name=re.sub(r"[/:.%\"']", "-", f"{result.recipe['name']}-{variant.name}"),
+        name=re.sub(r"[/:.%\"']", "-", f"{result.recipe.name}-{variant.name}"),
         source_run_id=run_id,
         tags=tags,
-        params={"base_model": result.source.model, **formatting.flat("", variant.spec)},
-        model_type=method_of(Variant.model_validate(variant.spec)).family,
+        params={"base_model": result.source.model, **formatting.flat("", variant.spec.model_dump(mode="json"))},
+        model_type=method_of(variant.spec).family,
     )
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
     return model
@@ -114,6 +113,7 @@ def _damage(version: Any) -> tuple[float, float, float]:
 
 def _measured_as(result: Result) -> str:
     """A digest of what makes numbers comparable: the same base model's name and the same way of measuring."""
-    protocol = result.baseline.protocol if result.baseline else {}
-    content = json.dumps([result.source.model, result.recipe.get("evaluate"), protocol], sort_keys=True)
+    protocol = result.baseline.protocol.model_dump(mode="json") if result.baseline else {}
+    asked = result.recipe.evaluate.model_dump(mode="json")
+    content = json.dumps([result.source.model, asked, protocol], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

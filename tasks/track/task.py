@@ -103,7 +103,7 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
     try:
         client = connect()
         _replay(client)
-        experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe.model_dump(mode="json")))
+        experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe))
         _close_dead(client)
         name = _release(tags.get("prefect_run"))
         run_id = mlflow_runs.open_release(client, experiment, recipe.name, {**tags, **_signs_of_life()}, name)
@@ -282,7 +282,8 @@ def _release(prefect_run: str | None, result: Result | None = None) -> str:
         return re.sub(r"[^\w-]", "-", prefect_run)
     if result is None:
         return uuid4().hex
-    return hashlib.sha256(f"{result.started} {json.dumps(result.recipe, sort_keys=True)}".encode()).hexdigest()[:32]
+    asked = json.dumps(result.recipe.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(f"{result.started} {asked}".encode()).hexdigest()[:32]
 
 
 def _signs_of_life() -> dict[str, str]:
