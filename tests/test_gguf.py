@@ -170,6 +170,7 @@ def test_a_scaling_of_positions_that_transformers_does_not_read_is_kept(
             {"llama.feed_forward_length": 96},
             "mlp.down_proj.weight has the shape [64, 128], but its settings give LlamaForCausalLM [64, 96]",
         ),
+        ({"llama.vocab_size": 1 << 30}, "its settings describe a model of"),
         ({"general.type": "adapter"}, "its general.type is 'adapter'"),
         ({"llama.pooling_type": 1}, "it makes embeddings, not text"),
         ({"tokenizer.ggml.tokens": None}, "it has no tokenizer"),

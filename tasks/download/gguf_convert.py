@@ -68,6 +68,7 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> list[str]:
         config = AutoConfig.from_pretrained(whole.parent, gguf_file=whole.name)
         _apply_settings(config, header)
         frequencies = _apply_rope(config, header)
+        _refuse_inflated(config, header)
         # dequantize=True: without it, transformers keeps the weights packed and cannot save them.
         model, report = AutoModelForCausalLM.from_pretrained(
             whole.parent,
@@ -97,6 +98,24 @@ def dequantize(gguf: Path, folder: Path, *, progress: Progress) -> list[str]:
     tokenizer.save_pretrained(folder)
     progress(f"dequantize {gguf.name}", 3, 3)
     return notes
+
+
+def _refuse_inflated(config: Any, header: GgufHeader) -> None:
+    """Refuse settings of a model of several times the file's numbers: one wrong byte of a size would take all memory.
+
+    Raises:
+        TameError: they are.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        described = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    held = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    if described > 2 * held:
+        raise TameError(
+            f"{header.path}: its settings describe a model of {described} numbers, but it holds {held}; download it again"
+        )
 
 
 def _refuse_incomplete(model: Any, report: dict[str, Any], header: GgufHeader) -> list[str]:
