@@ -347,12 +347,12 @@ def _loaded(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _device_baseline(args: argparse.Namespace, model: Any, tokens: Any, folder: Path) -> Any:
-    from tasks.evaluate.model import head_of
     from tasks.evaluate.scoring import Kept, score
     from tasks.runtime.progress import silent
 
     _rate(args, f"bf16, plain perplexity loop, batch {args.batch}", tokens, lambda: _plain_loop(model, tokens, args))
-    loaded, head = _loaded(args, model), head_of(model)
+    loaded = _loaded(args, model)
+    head = loaded.head
     found: list[Any] = []
 
     def run() -> None:
@@ -368,7 +368,7 @@ def _device_baseline(args: argparse.Namespace, model: Any, tokens: Any, folder: 
 
 
 def _device_variant(args: argparse.Namespace, name: str, model: Any, tokens: Any, folder: Path, kept: Any) -> None:
-    from tasks.evaluate.model import dequantize, head_of
+    from tasks.evaluate.model import dequantize
     from tasks.evaluate.scoring import Reference, score
     from tasks.runtime.progress import silent
 
@@ -377,8 +377,7 @@ def _device_variant(args: argparse.Namespace, name: str, model: Any, tokens: Any
     )
     loaded = _loaded(args, model)
     dequantize(loaded)
-    head = head_of(model)
-    assert head is not None
+    head = loaded.head
     reference = Reference(folder / "hidden.bin", head, kept.log_sum, kept.top, head.weight.shape[1])
     ours = _rate(
         args, f"{name}, tame: perplexity, KL, agreement, batch {args.batch}", tokens,

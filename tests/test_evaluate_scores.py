@@ -9,7 +9,6 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import TextSource
-from tasks.evaluate.model import Loaded
 from tasks.evaluate.text import load_text
 from tests.models import VOCABULARY, tiny, with_own_code
 
@@ -137,11 +136,25 @@ def architectures() -> dict[str, object]:
         "gpt2, learned positions": t.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0
         ),
-        "opt, projection after the body": t.OPTConfig(**opt),
+        "opt, projection after the backbone": t.OPTConfig(**opt),
+        "mamba, asks for its head's dtype": t.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2),
+        "recurrent gemma, softcap by another name": t.RecurrentGemmaConfig(
+            **{**small, "num_hidden_layers": 3, "num_key_value_heads": 1}, attention_window_size=32, logits_soft_cap=0.5
+        ),
+        "hyperclovax, factor by the name of a divisor": t.HyperCLOVAXConfig(**small, logits_scaling=0.25),
+        "minicpm3, divisor before the head": t.MiniCPM3Config(
+            **{**{k: v for k, v in small.items() if k != "head_dim"}, "num_key_value_heads": 4},
+            dim_model_base=16,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=16,
+        ),
     }
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(9))
 def test_heads_that_scale_cap_or_project_give_the_models_own_logits(which: int, tmp_path: Path) -> None:
     import torch
 
@@ -268,7 +281,7 @@ def test_a_product_made_in_float32_is_the_16_bit_one(dtype: str, monkeypatch: py
     monkeypatch.setattr(cpu_float32, "_native", lambda name: False)
     assert cpu_float32.slow(layer.weight)
     assert not cpu_float32.slow(layer.weight.float())
-    cpu_float32.widen(Loaded(torch.nn.Sequential(layer), None, "cpu", dtype, "not quantized", 0.0))
+    cpu_float32.widen(torch.nn.Sequential(layer))
     ours = layer(values)
     assert ours.dtype == kind
     assert (ours != own).float().mean() < 0.02  # the order of the sum decides a rounding now and then

@@ -243,3 +243,79 @@ def test_unknown_tasks_are_refused_with_the_nearest_names(own_tasks: Path, tame_
     with pytest.raises(BadInputError, match=r"evaluate.tasks pika: .* no such task; did you mean .*piqa"):
         check_tasks(["pika"], None)
     assert {"mmlu_stem", "mmlu_anatomy"} <= find_tasks(["mmlu"], None).keys()
+
+
+def likelihoods(loaded, pairs: list[tuple[str, str]], batch: int = 2) -> list[tuple[float, bool]]:
+    """What the model class that tame hands to lm-evaluation-harness says of (context, continuation) pairs."""
+    from lm_eval.api.instance import Instance
+
+    from tasks.evaluate.lm_eval_adapter import adapter
+
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    return list(adapter(loaded, batch).loglikelihood(requests))
+
+
+def plain_likelihood(loaded, ids: list[int], start: int, window: int) -> float:
+    """The log-probability of `ids` from `start` on, in pieces of `window` tokens, by a loop over all logits."""
+    import torch
+
+    total = 0.0
+    for at in range(start, len(ids), window):
+        piece = torch.tensor([ids[max(0, min(at + window, len(ids)) - window - 1) : at + window]])
+        with torch.no_grad():
+            chances = loaded.model(piece[:, :-1]).logits[0].log_softmax(-1)
+        scored = len(ids[at : at + window])
+        total += float(chances[-scored:].gather(-1, piece[0, -scored:, None]).sum())
+    return total
+
+
+def test_choices_that_lm_eval_stops_at_have_the_likelihood_of_a_plain_loop(ran) -> None:
+    _, loaded = ran
+    window = loaded.model.config.max_position_embeddings
+    context, long = "The import statement", " word" * (2 * window)
+    found = likelihoods(loaded, [(context, ""), (context, long), (context, " is"), ("", long), ("", "")])
+    encode = loaded.tokenizer.encode
+    first, ids = len(encode(context)), encode(context + long)
+    assert len(ids) - first > window
+    assert found[0] == found[4] == (0.0, True)  # nothing follows for certain
+    assert found[1][0] == pytest.approx(plain_likelihood(loaded, ids, first, window), rel=1e-5)
+    assert found[2][0] == pytest.approx(plain_likelihood(loaded, encode(context + " is"), first, window), rel=1e-5)
+    begun = [loaded.tokenizer.bos_token_id, *encode(long)]
+    assert found[3][0] == pytest.approx(plain_likelihood(loaded, begun, 1, window), rel=1e-5)
+
+
+def test_an_empty_prompt_without_bos_or_eos_gives_the_first_token(tmp_path: Path) -> None:
+    from tasks.evaluate.model import load
+
+    folder = tiny(tmp_path / "model", dtype="float32")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "pad_token"):
+        del config[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load(folder, "cpu")
+    assert loaded.tokenizer.bos_token_id is loaded.tokenizer.eos_token_id is None
+    text = "The import statement"
+    (found, single) = likelihoods(loaded, [("", text), ("", "T")])
+    assert found[0] == pytest.approx(plain_likelihood(loaded, loaded.tokenizer.encode(text), 1, 512), rel=1e-5)
+    assert single == (0.0, True)
+    assert len(loaded.tokenizer) == 512  # no token was added that the model has no embedding for
+
+
+def test_a_task_with_an_empty_choice_and_an_empty_prompt_runs(ran, own_tasks: Path, tmp_path: Path) -> None:
+    from tasks.evaluate.lm_eval_run import run_tasks
+
+    _, loaded = ran
+    rows = [
+        {"question": "", "first": "one", "second": "two", "label": 0},
+        {"question": "The import statement", "first": "", "second": "is " * 600, "label": 1},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (own_tasks / "choice.yaml").read_text().replace(str(own_tasks), str(tmp_path))
+    (tmp_path / "choice.yaml").write_text(text)
+    (tmp_path / "out").mkdir()
+    spec = spec_of(tmp_path).model_copy(update={"tasks": ["own_choice"]})
+    run_tasks(loaded, work_of(spec.tasks, find_tasks(spec.tasks, spec.task_path)), spec, tmp_path / "out", floor=True)
+    items = [json.loads(line) for line in (tmp_path / "out" / "own_choice.jsonl").read_text().splitlines()]
+    assert [item["doc_id"] for item in items] == [0, 1]
+    assert items[1]["answer"] == 0  # an empty choice is certain
+    assert items[1]["acc"] == 0

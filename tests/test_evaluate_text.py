@@ -1,6 +1,10 @@
 """Texts, tokens and statistics."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ from configs.schema import TextSource
 from tasks.evaluate.comparison import _diverges_at
 from tasks.evaluate.statistics import interval, mcnemar
 from tasks.evaluate.text import LoadedText, check_text, load_text
+from tests.hub import Hub
 from tests.models import tiny, with_own_code
 
 
@@ -99,3 +104,54 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 )
 def test_first_divergence(before: str, after: str, at: int | None) -> None:
     assert _diverges_at(before, after) == at
+
+
+READ = """
+import sys
+from configs.schema import TextSource
+from tasks.evaluate.text import load_text
+print(repr(load_text(TextSource.model_validate_json(sys.argv[1])).text))
+"""
+
+
+def read_from(hub: Hub, source: TextSource, home: Path) -> subprocess.CompletedProcess[str]:
+    """Load a text in a process of its own, because `datasets` reads the Hub's address when it is imported."""
+    there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token(), "HF_HOME": str(home), "TAME_HOME": str(home)}
+    command = [sys.executable, "-c", READ, source.model_dump_json()]
+    return subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A data set with two splits and a row without text."""
+    folder = tmp_path / "data-set"
+    folder.mkdir()
+    card = {"configs": [{"config_name": "plain", "data_files": [
+        {"split": "train", "path": "train.jsonl"}, {"split": "test", "path": "test.jsonl"}]}]}  # fmt: skip
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    rows = [{"text": "one", "number": 1}, {"text": None, "number": 2}, {"text": "two", "number": 3}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train.jsonl").write_text(json.dumps({"text": "large", "number": 1}) + "\n")
+    return folder
+
+
+def test_only_the_files_of_the_split_are_fetched_and_null_rows_are_left_out(data_set: Path, tmp_path: Path) -> None:
+    with Hub() as hub:
+        hub.add_dataset("me/text", data_set)
+        done = read_from(hub, TextSource(dataset="me/text", config="plain"), tmp_path / "home")
+        assert done.stdout == "'one\\n\\ntwo'\n", done.stderr
+        assert any("test.jsonl" in request for request in hub.requests)
+        assert not any("resolve" in request and "train.jsonl" in request for request in hub.requests)
+        sliced = TextSource(dataset="me/text", config="plain", split="test[2:]+train")
+        assert read_from(hub, sliced, tmp_path / "home").stdout == "'two\\n\\nlarge'\n"
+
+
+def test_a_split_or_column_that_is_not_there_is_named(data_set: Path, tmp_path: Path) -> None:
+    with Hub() as hub:
+        hub.add_dataset("me/text", data_set)
+        done = read_from(hub, TextSource(dataset="me/text", split="dev"), tmp_path / "home")
+        assert 'Unknown split "dev"' in done.stderr
+        done = read_from(hub, TextSource(dataset="me/text", column="words"), tmp_path / "home")
+        assert "no column 'words'; it has text, number" in done.stderr
+        done = read_from(hub, TextSource(dataset="me/text", column="number"), tmp_path / "home")
+        assert "column 'number' holds int, not text" in done.stderr

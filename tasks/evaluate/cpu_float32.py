@@ -6,22 +6,22 @@ float32 product is the same arithmetic, but for the order of the sum.
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tasks.evaluate.model import Loaded, free_memory
+from tasks.evaluate.memory import free_memory
 
 if TYPE_CHECKING:
     import torch
 
 
-def widen(loaded: Loaded) -> None:
+def widen(model: Any) -> None:
     """Have the model's 16-bit linear layers multiply in float32 where this CPU is quicker at it.
 
     Where memory allows, a layer's weight is widened when it is first used, and kept; else anew for every batch.
     """
     import torch
 
-    layers = [layer for layer in loaded.model.modules() if type(layer) is torch.nn.Linear and slow(layer.weight)]
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and slow(layer.weight)]
     once = sum(layer.weight.numel() for layer in layers) * 4 < 0.3 * free_memory("cpu")
     for layer in layers:
         widened = functools.cache(layer.weight.float) if once else layer.weight.float

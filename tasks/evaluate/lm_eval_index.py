@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Evaluate
+from tasks.evaluate.lm_eval_adapter import read_index
 from tasks.evaluate.text import dataset_commit
 from tasks.runtime.child_process import isolated
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file, sha256_files
 
-BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas", "webdataset", "imagefolder", "audiofolder", "xml")
 STAGE = 2
 
 
@@ -158,45 +158,4 @@ def _index(folder: Path | None, inputs: dict[str, Any]) -> dict[str, Definition]
     return {
         name: Definition.model_validate({**entry, "folder": str(Path(base) / entry["folder"])})
         for name, entry in content.items()
-    }
-
-
-def read_index(folder: str | None) -> dict[str, dict[str, Any]]:
-    """All definitions in `folder`, or those of lm-evaluation-harness: their fields, by name; folders relative to it."""
-    import logging
-
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    import lm_eval.tasks
-
-    base = Path(folder) if folder else Path(lm_eval.tasks.__file__).parent
-    index = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=folder is None).task_index
-    return {name: _definition(entry, base, own=folder is not None) for name, entry in index.items()}
-
-
-def _definition(entry: Any, base: Path, own: bool) -> dict[str, Any]:
-    config = entry.cfg or {}
-    top = "." if own or entry.yaml_path is None else entry.yaml_path.relative_to(base).parts[0]
-    if entry.kind.name == "TAG":
-        return {"folder": ".", "children": sorted(entry.tags)}
-    if entry.kind.name == "GROUP":
-        children = config.get("task") or []
-        children = [children] if isinstance(children, str) else children
-        names = [child if isinstance(child, str) else child.get("task") or child.get("group") for child in children]
-        return {"folder": top, "children": [name for name in names if isinstance(name, str)]}
-    kwargs = config.get("dataset_kwargs") or {}
-    dataset = config.get("dataset_path")
-    files = kwargs.get("data_files") or []
-    files = [
-        name
-        for value in (files.values() if isinstance(files, dict) else [files])
-        for name in ([value] if isinstance(value, str) else value)
-    ]
-    if isinstance(dataset, str) and dataset not in BUILDERS and Path(dataset).exists():
-        files, dataset = [*files, dataset], None
-    remote = isinstance(dataset, str) and dataset not in BUILDERS
-    return {
-        "folder": top,
-        "dataset": dataset if remote else None,
-        "revision": kwargs.get("revision") if remote else None,
-        "files": [] if remote else [name for name in files if isinstance(name, str) and "://" not in name],
     }

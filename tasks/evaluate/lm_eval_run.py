@@ -1,15 +1,14 @@
 """Tasks through lm-evaluation-harness, over the model that is already loaded."""
 
 import json
-import logging
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError, TameError, line
 from configs.schema import Evaluate
+from tasks.evaluate.lm_eval_adapter import evaluate_tasks, load_tasks
 from tasks.evaluate.lm_eval_index import TaskWork
-from tasks.evaluate.model import Loaded, body_of, head_of, quiet
+from tasks.evaluate.model import Loaded, quiet
 from tasks.evaluate.scoring import backing_off
 from tasks.runtime.progress import Progress, silent
 
@@ -37,10 +36,10 @@ def run_tasks(
     import datasets
 
     datasets.disable_progress_bars()
-    loaded_tasks = _load_tasks(work, spec)
+    loaded_tasks = load_tasks(work.names, work.include, spec.task_fewshot)
     progress("tasks", 0, 1)
     results, batch = backing_off(
-        lambda size: _evaluate(loaded, loaded_tasks, size, spec.task_limit), spec.batch_size, "item of a task"
+        lambda size: evaluate_tasks(loaded, loaded_tasks, size, spec.task_limit), spec.batch_size, "item of a task"
     )
     summary: dict[str, dict[str, Any]] = {}
     for name, items in results["samples"].items():
@@ -78,89 +77,6 @@ def run_tasks(
         "dtype": loaded.dtype,
     }
     (folder / RESULT).write_text(json.dumps({"tasks": summary, "groups": groups, "protocol": protocol}, indent=1))
-
-
-def _load_tasks(work: TaskWork, spec: Evaluate) -> Any:
-    """As lm_eval.simple_evaluate does it, without the index of all its tasks."""
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    try:
-        found = TaskManager(include_path=work.include, include_defaults=False).load(work.names)
-    except Exception as error:
-        raise TameError(
-            f"evaluate.tasks {', '.join(work.names)}: {type(error).__name__}: {line(error)}; see that the data can be reached"
-        ) from None
-    for name, task in found["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise BadInputError(
-                f"evaluate.tasks {name}: it runs code that the model writes, and tame does not; leave it out"
-            )
-        if getattr(task, "MULTIMODAL", False):
-            raise BadInputError(
-                f"evaluate.tasks {name}: it needs images or sound, and tame measures text; leave it out"
-            )
-        default = task.get_config("num_fewshot")
-        if spec.task_fewshot is not None and default != 0:
-            task.set_config(key="num_fewshot", value=spec.task_fewshot)
-        elif default is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # lm-evaluation-harness's own default: its published scores use it
-    return found
-
-
-def _evaluate(loaded: Loaded, found: Any, batch_size: int, limit: int | None) -> Any:
-    import random
-
-    import numpy as np
-    import torch
-    from lm_eval import evaluate
-
-    random.seed(0)
-    np.random.seed(1234)
-    torch.manual_seed(1234)
-    for task in found["tasks"].values():
-        task._instances = None  # of a run that had no memory for its batches
-    with torch.inference_mode():
-        return evaluate(_adapter(loaded, batch_size), task_dict=found, limit=limit, bootstrap_iters=0, log_samples=True)
-
-
-def _adapter(loaded: Loaded, batch_size: int) -> Any:
-    """lm-evaluation-harness's own model class, but logits are computed for the tokens that are scored, and for no others.
-
-    It would compute and normalize those of the question and of the padding too, which it then throws away.
-    """
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    head = head_of(loaded.model)
-
-    class Adapter(HFLM):  # type: ignore[misc,unused-ignore]
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
-            if head is None:
-                return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-            inputs = [tuple((context + answer)[-(self.max_length + 1) :][:-1]) for _, context, answer in requests]
-            order = sorted(set(inputs), key=lambda tokens: (-len(tokens), tokens))  # answers may share their input
-            asked: dict[tuple[int, ...], list[int]] = {tokens: [] for tokens in order}
-            for index, tokens in enumerate(inputs):
-                asked[tokens].append(index)
-            results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-            size = override_bs or self.batch_size
-            with torch.inference_mode(), body_of(loaded.model) as body:
-                for start in range(0, len(order), size):
-                    rows = order[start : start + size]
-                    padded = [[*tokens, *[0] * (len(rows[0]) - len(tokens))] for tokens in rows]
-                    states = body(torch.tensor(padded, device=loaded.device))
-                    for row, tokens in enumerate(rows):
-                        for index in asked[tokens]:
-                            answer = torch.tensor(requests[index][2])
-                            logits = head(states[row, len(tokens) - len(answer) : len(tokens)])
-                            chances = logits.log_softmax(-1, dtype=self.softmax_dtype).cpu()
-                            chance = chances.gather(-1, answer[:, None]).sum()
-                            results[index] = (float(chance), bool((chances.argmax(-1) == answer).all()))
-            return results
-
-    return Adapter(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, device=loaded.device)
 
 
 def _row(item: dict[str, Any]) -> dict[str, Any]:
@@ -210,9 +126,9 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, batch: int, samples: Any) -> dict[str, dict[str, int]]:
     """For each task: of how many items, and how many change between right and wrong in another batch shape."""
     limit = min(FLOOR_ITEMS, spec.task_limit or FLOOR_ITEMS)
-    found = _load_tasks(work, spec)
+    found = load_tasks(work.names, work.include, spec.task_fewshot)
     other = 1 if batch > 1 else 2
-    results, used = backing_off(lambda size: _evaluate(loaded, found, size, limit), other, "item of a task")
+    results, used = backing_off(lambda size: evaluate_tasks(loaded, found, size, limit), other, "item of a task")
     if used == batch:  # there is memory for one batch shape only
         return {}
     again = results["samples"]

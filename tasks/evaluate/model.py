@@ -1,30 +1,25 @@
-"""A checkpoint, loaded as its users will load it, and what measuring it needs: its body, its head, its memory."""
+"""A checkpoint, loaded as its users will load it."""
 
 import functools
 import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import psutil
+import numpy as np
+from numpy.typing import ArrayLike
 
 from configs.errors import BadInputError, TameError, line
+from tasks.evaluate.cpu_float32 import slow
+from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
+from tasks.evaluate.output_head import Head, find_head
 from tasks.quantize.methods import described_by, libraries
 from tasks.quantize.protocols import Method
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
-
 log = logging.getLogger("tame.evaluate")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass
@@ -40,6 +35,29 @@ class Loaded:
     seconds: float
     """What loading took, imports excluded; the files were in the page cache, or not, as it happened."""
     notes: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The output head, verified when it is first asked for.
+
+        Raises:
+            TameError: tame cannot repeat this architecture's head.
+        """
+        return find_head(self.model, self.device)
+
+    def check_tokens(self, ids: ArrayLike) -> None:
+        """See that the model has an embedding for every token. An index out of range would crash without a reason.
+
+        Raises:
+            BadInputError: the tokenizer makes tokens that the model does not have.
+        """
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        highest = int(np.max(ids, initial=0))
+        if highest >= rows:
+            raise BadInputError(
+                f"the tokenizer makes token {highest}, but the model has embeddings for {rows} tokens only, 0 to {rows - 1}; "
+                "use the tokenizer that the model was made with"
+            )
 
 
 def quiet() -> None:
@@ -180,8 +198,6 @@ def dequantize(loaded: Loaded) -> None:
     A weight-only format dequantizes to its compute dtype and multiplies. Doing that once instead of in every forward gives
     the same arithmetic several times faster. `loaded.weights` says where it is not quite the same.
     """
-    from tasks.evaluate.cpu_float32 import slow
-
     method = _method_of(loaded.model)
     if method is None or len(set(getattr(loaded.model, "hf_device_map", {"": 0}).values())) > 1:
         return
@@ -204,123 +220,6 @@ def _method_of(model: Any) -> Method | None:
     config: Any = getattr(model.config, "quantization_config", None)
     described = described_by(config.to_dict() if hasattr(config, "to_dict") else config)
     return described[0] if described else None
-
-
-@dataclass
-class Head:
-    """From final hidden states to logits, as the model does it."""
-
-    weight: "torch.Tensor"
-    """[vocabulary, width], the dtype of the model."""
-    bias: "torch.Tensor | None"
-    scale: float
-    softcap: float | None
-
-    def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """Logits [rows, vocabulary] of `hidden` [rows, width], in the dtype of the model."""
-        import torch
-
-        weight, bias = self.factors
-        logits = torch.nn.functional.linear(hidden.to(weight.device, weight.dtype), weight, bias).to(self.weight.dtype)
-        if self.scale != 1:
-            logits = logits * self.scale
-        if self.softcap:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    @functools.cached_property
-    def factors(self) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """Weight and bias as they are multiplied: in float32 where that is the same arithmetic, and quicker."""
-        from tasks.evaluate.cpu_float32 import slow
-
-        if slow(self.weight) and self.weight.numel() * 4 < 0.3 * free_memory("cpu"):
-            return self.weight.float(), None if self.bias is None else self.bias.float()
-        return self.weight, self.bias
-
-
-def head_of(model: Any) -> Head | None:
-    """The model's output head, or None where it is not a plain linear layer.
-
-    Scales and softcaps are those of the Cohere (logit_scale), Granite (logits_scaling), Falcon-H1 (lm_head_multiplier) and
-    Gemma (final_logit_softcapping) architectures; whoever uses the head compares it with the model's own logits once.
-    """
-    import torch
-
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear) or layer.weight.dtype not in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    ):
-        return None
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
-
-
-@contextmanager
-def body_of(model: Any) -> "Iterator[Callable[[torch.Tensor], torch.Tensor]]":
-    """A function from token ids [batch, tokens] to the final hidden states [batch, tokens, width] that the head sees.
-
-    It runs the model itself, its head put aside: whatever an architecture does between body and head is in it.
-    """
-    import torch
-
-    class Keep(torch.nn.Module):
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            self.hidden = hidden
-            return hidden[..., :1]
-
-    head, keep = model.get_output_embeddings(), Keep()
-    name = next(name for name, module in model.named_modules() if module is head)
-
-    def body(ids: torch.Tensor) -> torch.Tensor:
-        model(input_ids=ids, use_cache=False)
-        hidden = keep.hidden
-        del keep.hidden
-        return hidden
-
-    model.set_submodule(name, keep)
-    try:
-        yield body
-    finally:
-        model.set_submodule(name, head)
-
-
-def reuse_memory() -> None:
-    """Let glibc keep freed blocks of some megabytes, which it would else return and have zeroed at every operation."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024 * 1024)
-        libc.mallopt(M_TRIM_THRESHOLD, 1024 * 1024 * 1024)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that can still be allocated on `device`."""
-    if device.startswith("cuda"):
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)
-
-
-def synchronize(device: str) -> None:
-    """Wait for what a GPU was given to do."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def vocabulary(tokenizer: Any) -> str:

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import BadInputError, TameError
-from tasks.evaluate.model import Head, Loaded, body_of, head_of, load, vocabulary
+from configs.errors import BadInputError
+from tasks.evaluate.model import Loaded, load, vocabulary
+from tasks.evaluate.output_head import Head
 from tasks.evaluate.scoring import Array, Kept, Positions, Reference, backing_off, score
+from tasks.evaluate.text import CHARACTERS_PER_TOKEN
 from tasks.runtime.progress import Progress, silent
 
 log = logging.getLogger("tame.evaluate")
 
 HIDDEN_LIMIT = 16e9  # bytes that a baseline may keep
-CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer makes of prose
 FLOOR_TOKENS = 4096  # how much of the text the noise floor is measured on
 HIDDEN, REFERENCE, WINDOWS = "hidden.bin", "reference.npz", "windows.npz"
 TOKENS, RESULT = "tokens.npy", "result.json"
@@ -46,11 +47,12 @@ def score_baseline(
         TameError: logits that are not finite, or no memory for one window.
     """
     positions_known = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions_known and window > positions_known:  # of a .gguf, it is not known before
+    if positions_known and 0 < positions_known < window:  # of a .gguf, it is not known before
         raise BadInputError(f"evaluate.window {window}: the model takes {positions_known} tokens at most; lower it")
     tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
+    loaded.check_tokens(tokens)
     np.save(folder / TOKENS, tokens)
-    head, notes = _checked_head(loaded, tokens), list(loaded.notes)
+    head, notes = loaded.head, list(loaded.notes)
     size = tokens.shape[0] * (window - 1) * head.weight.shape[1] * head.weight.element_size()
     if size > HIDDEN_LIMIT:
         raise BadInputError(
@@ -113,7 +115,8 @@ def score_variant(
     """
     tokens = np.load(baseline / TOKENS)
     known = json.loads((baseline / RESULT).read_bytes())
-    head = _checked_head(loaded, tokens)
+    loaded.check_tokens(tokens)
+    head = loaded.head
     theirs = _same_vocabulary(loaded, head, known, baseline_model, trust_remote_code)
     kept = np.load(baseline / REFERENCE)
 
@@ -153,29 +156,6 @@ def _windows(ids: list[int], window: int) -> Array:
     return np.array(ids[: count * window], np.int32).reshape(count, window)
 
 
-def _checked_head(loaded: Loaded, tokens: Array) -> Head:
-    """The head, once it has made the model's own logits again on the first tokens."""
-    import torch
-
-    head = head_of(loaded.model)
-    if head is not None:
-        ids = torch.from_numpy(tokens[:1, :16]).long().to(loaded.device)
-        with torch.inference_mode():
-            own = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
-            with body_of(loaded.model) as body:
-                again = head(body(ids)[0]).float()
-        tolerance = 1e-4 if loaded.dtype == "float32" else 0.02
-        finite = own.isfinite().all()
-        if not finite or torch.allclose(
-            own, again.to(own.device), rtol=tolerance, atol=tolerance * float(own.abs().max())
-        ):
-            return head
-    raise TameError(
-        f"{loaded.model.config.model_type}: its output head is not one that tame can repeat from hidden states; tame cannot "
-        "measure this architecture"
-    )
-
-
 def _same_vocabulary(
     loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path, trust_remote_code: bool
 ) -> Head:
@@ -190,11 +170,7 @@ def _same_vocabulary(
     if _digest(head) == known["head"]:
         return head
     loaded.notes.append("its output head differs from the baseline's")
-    theirs = head_of(load(baseline_model, "cpu", trust_remote_code).model)
-    assert theirs is not None
-    theirs.weight = theirs.weight.detach().to(loaded.device)
-    theirs.bias = None if theirs.bias is None else theirs.bias.detach().to(loaded.device)
-    return theirs
+    return load(baseline_model, "cpu", trust_remote_code).head.to(loaded.device)
 
 
 def _digest(head: Head) -> dict[str, Any]:

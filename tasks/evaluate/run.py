@@ -43,7 +43,7 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
         BadInputError: a model, text or task that cannot be measured.
         TameError: whatever else goes wrong, in one line.
     """
-    from tasks.evaluate.model import out_of_memory
+    from tasks.evaluate.memory import out_of_memory
 
     try:
         _measure(work, progress)
@@ -76,7 +76,8 @@ def _measure(work: Work, progress: Progress) -> None:
 
 def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None:
     from tasks.evaluate.cpu_float32 import widen
-    from tasks.evaluate.model import dequantize, load, repacked, reuse_memory
+    from tasks.evaluate.memory import reuse_memory
+    from tasks.evaluate.model import dequantize, load, repacked
     from tasks.evaluate.perplexity import score_baseline, score_variant
     from tasks.evaluate.speed import answer_samples, measure_speed
 
@@ -93,7 +94,7 @@ def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None
         del loaded
         loaded = load(path, work.device, work.trust_remote_code)
     dequantize(loaded)
-    widen(loaded)
+    widen(loaded.model)
     if "scores" in folders:
         if work.baseline is None:
             assert work.text is not None

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import TameError, line
-from tasks.evaluate.model import Head, Loaded, body_of, out_of_memory
+from tasks.evaluate.memory import out_of_memory
+from tasks.evaluate.model import Loaded
+from tasks.evaluate.output_head import Head, backbone_of
 from tasks.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -78,11 +80,11 @@ def score(
     count = len(tokens)
     comparison = _comparison(loaded.device)
     measured: list[list[torch.Tensor]] = []
-    with torch.inference_mode(), body_of(loaded.model) as body:
+    with torch.inference_mode(), backbone_of(loaded.model) as backbone:
         every = torch.from_numpy(tokens).to(loaded.device)
         for start in range(0, count, batch):
             ids = every[start : start + batch].long()
-            hidden = body(ids)[:, :-1]
+            hidden = backbone(ids)[:, :-1]
             theirs = None
             if reference is not None:
                 end = start + len(ids)

@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 
 from configs.schema import Samples, Speed
-from tasks.evaluate.model import Loaded, synchronize
+from tasks.evaluate.memory import synchronize
+from tasks.evaluate.model import Loaded
+from tasks.evaluate.text import CHARACTERS_PER_TOKEN
 from tasks.runtime.progress import Progress, silent
 
 RESULT = "result.json"
@@ -27,7 +29,7 @@ def measure_speed(loaded: Loaded, spec: Speed, folder: Path, progress: Progress 
     prompt = _prompt(loaded, spec.prompt_tokens)
     firsts, rests = [], []
     for repeat in range(spec.repeats + 1):
-        first, rest = _answer(loaded, prompt, 2 if repeat == 0 else spec.new_tokens)
+        first, rest = _time(loaded, prompt, 2 if repeat == 0 else spec.new_tokens)
         if repeat:
             firsts.append(first)
             rests.append(rest)
@@ -51,62 +53,84 @@ def measure_speed(loaded: Loaded, spec: Speed, folder: Path, progress: Progress 
 
 def answer_samples(loaded: Loaded, spec: Samples, folder: Path, progress: Progress = silent) -> None:
     """Continue every prompt greedily. Writes result.json: answers, one text for each prompt."""
-    import torch
-
     answers = []
     for index, prompt in enumerate(spec.prompts):
-        ids = torch.tensor(
-            [loaded.tokenizer(prompt)["input_ids"] or [loaded.tokenizer.eos_token_id or 0]], device=loaded.device
-        )
-        with torch.inference_mode():
-            output = loaded.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=spec.new_tokens,
-                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
-            )
-        answers.append(loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        ids = _tokens(loaded, prompt)
+        output = _continue(loaded, ids, spec.new_tokens, stop=True)
+        answers.append(loaded.tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True))
         progress("samples", index + 1, len(spec.prompts))
     _write(folder, {"answers": answers})
 
 
-def _prompt(loaded: Loaded, count: int) -> Any:
-    """The first `count` tokens of the prose inside CPython, over again where it is shorter."""
-    from pydoc_data.topics import topics
-
+def _tokens(loaded: Loaded, text: str) -> Any:
+    """The tokens of `text` [1, tokens] on the model's device; at least one."""
     import torch
 
-    text = "\n\n".join(topics[key] for key in sorted(topics))[: count * 32]
-    ids = loaded.tokenizer(text)["input_ids"] or [0]
-    return torch.tensor([(ids * (count // len(ids) + 1))[:count]], device=loaded.device)
+    ids = loaded.tokenizer(text)["input_ids"] or [loaded.tokenizer.eos_token_id or 0]
+    loaded.check_tokens(ids)
+    return torch.tensor([ids], device=loaded.device)
 
 
-def _answer(loaded: Loaded, prompt: Any, new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and for the `new_tokens` - 1 after it."""
-    import inspect
+def _continue(loaded: Loaded, ids: Any, new_tokens: int, stop: bool, streamer: Any = None) -> Any:
+    """`ids` [1, tokens] and the tokens that the model finds most likely after them, by transformers' own `generate`.
 
+    A model's generation_config.json may ask for beams, penalties or sampling. None of it applies here: greedy is greedy.
+
+    Args:
+        loaded: The model.
+        ids: The prompt.
+        new_tokens: How many tokens to generate.
+        stop: Whether to stop earlier, at the model's end-of-text token.
+        streamer: Told every token as it is made.
+    """
     import torch
+    from transformers import GenerationConfig
 
     model = loaded.model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with torch.inference_mode():
-        synchronize(loaded.device)
-        started = time.perf_counter()
-        output = model(input_ids=prompt, use_cache=True, **last)
-        token = output.logits[:, -1:].argmax(-1)
-        synchronize(loaded.device)
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            output = model(
-                input_ids=token.to(loaded.device), past_key_values=output.past_key_values, use_cache=True, **last
-            )
-            token = output.logits[:, -1:].argmax(-1)
-        synchronize(loaded.device)
-    return first - started, time.perf_counter() - first
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    pad = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends if stop else None, pad_token_id=pad
+    )
+    own, model.generation_config = model.generation_config, greedy
+    try:
+        with torch.inference_mode():
+            return model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)[0]
+    finally:
+        model.generation_config = own
+
+
+class Clock:
+    """A streamer for `generate` that keeps the time at which each token was there, the prompt's first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: Any) -> None:
+        """Take tokens. They are on the CPU, so a GPU has finished them."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """There are no more tokens."""
+
+
+def _prompt(loaded: Loaded, count: int) -> Any:
+    """The first `count` tokens of the prose inside CPython, repeated if it is shorter."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))[: count * CHARACTERS_PER_TOKEN]
+    ids = _tokens(loaded, text)
+    return ids.repeat(1, count // ids.shape[1] + 1)[:, :count]
+
+
+def _time(loaded: Loaded, prompt: Any, new_tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and for the `new_tokens` - 1 after it."""
+    clock = Clock()
+    synchronize(loaded.device)
+    started = time.perf_counter()
+    _continue(loaded, prompt, new_tokens, stop=False, streamer=clock)
+    _, first, *_, last = clock.times
+    return first - started, last - first
 
 
 def _peak_device_memory() -> int:
