@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError, TameError, without_credentials
+from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
 
 log = logging.getLogger("tame")
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
-        code = _say(f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", options.debug, 1)
+        code = _say(f"{named_line(error, limit=None)} (--debug shows where)", options.debug, 1)
     sys.stdout.flush()
     sys.exit(code)
 
@@ -373,7 +373,7 @@ def _say(error: BaseException | str, debug: bool, code: int) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"tame: {without_credentials(' '.join(str(error).split()))}", file=sys.stderr)
+    print(f"tame: {line(error, limit=None)}", file=sys.stderr)
     return code
 
 

@@ -1,4 +1,17 @@
-"""The two ways a release ends early. The message is one line for a person: what, where, the value, what to do."""
+"""Every exception of tame, and how an exception becomes one line for a person: what, where, the value, what to do.
+
+TameError              something failed; exit code 1
+├── BadInputError      the recipe, the arguments or the source are wrong, and nothing was touched; exit code 2
+├── UnreachableError   a service does not answer, or not now; trying again may help
+│   ├── BusyError      it answers that it cannot answer now (429, 5xx)
+│   └── AwayError      it was tried again for as long as tame waits, and still does not answer
+├── CorruptedError     a file is not what its digest or its manifest says
+├── ChangedError       somebody else, or an attempt whose answer was lost, changed it first
+├── MissingError       the Hub has no such page
+└── KilledError        the process of a stage ended without a result
+
+Whoever can do something about one of them catches it by its name; everybody else lets it pass to the flow or to the command line.
+"""
 
 import re
 from urllib.parse import urlsplit
@@ -19,14 +32,58 @@ class BadInputError(TameError):
     exit_code = 2
 
 
-def line(error: BaseException) -> str:
-    """What an exception of somebody else's says, in one line of at most 300 characters."""
-    return without_credentials(" ".join(str(error).split()))[:300]
+class UnreachableError(TameError):
+    """A service (the Hub, the shared store) does not answer, or not now. Trying again may help.
+
+    Args:
+        message: The line for people.
+        after: Seconds that the service asked to wait before the next request; 0 if it asked for nothing.
+    """
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
-def named_line(error: BaseException) -> str:
-    """The same with its class."""
-    text = line(error)
+class BusyError(UnreachableError):
+    """The service answers that it cannot answer now: HTTP 429 or 5xx."""
+
+
+class AwayError(UnreachableError):
+    """The service was tried again for as long as tame waits, and still does not answer: only a later run can help."""
+
+
+class CorruptedError(TameError):
+    """A file is not what its digest says, or a manifest does not describe its artifact."""
+
+
+class ChangedError(TameError):
+    """Somebody else, or an attempt of ours whose answer was lost, has changed a repo meanwhile."""
+
+
+class MissingError(TameError):
+    """The Hub has no such page: HTTP 404."""
+
+
+class KilledError(TameError):
+    """The process of a stage ended without a result: it was killed, or it crashed."""
+
+
+def line(error: BaseException | str, limit: int | None = 300) -> str:
+    """What an exception or a library's message says, in one line, without credentials.
+
+    Args:
+        error: The exception, or its text.
+        limit: The most characters that are kept; None keeps all of them.
+    """
+    return without_credentials(" ".join(str(error).split()))[:limit]
+
+
+def named_line(error: BaseException, limit: int | None = 300) -> str:
+    """The same, with the exception's class before it. An exception of tame's own says all that there is to say: its text alone."""
+    if isinstance(error, TameError):
+        return line(error, limit=None)
+    text = line(error, limit)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

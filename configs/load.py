@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, line
 from configs.schema import Recipe
 
 MAX_BYTES = 1_000_000
@@ -88,10 +88,10 @@ def _parse(raw: bytes | str, where: str) -> Any:
         return yaml.load(raw, Loader=_Loader)  # noqa: S506  (a SafeLoader with less)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise BadInputError(f"{where}{line}: {error.problem or error.context}; a recipe is plain YAML") from None
+        number = f" line {mark.line + 1}" if mark else ""
+        raise BadInputError(f"{where}{number}: {error.problem or error.context}; a recipe is plain YAML") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise BadInputError(f"{where}: {' '.join(str(error).split())}; a recipe is plain UTF-8 YAML") from None
+        raise BadInputError(f"{where}: {line(error)}; a recipe is plain UTF-8 YAML") from None
     except RecursionError:
         raise BadInputError(f"{where}: nested too deeply; a recipe is plain YAML") from None
 

@@ -16,7 +16,7 @@ from typing import IO
 
 from filelock import FileLock
 
-from configs.errors import TameError
+from configs.errors import TameError, line
 from configs.schema import Recipe
 from tasks.result import Result
 from tasks.track import task as track
@@ -43,7 +43,7 @@ def release_here(recipe: Recipe, out: Path) -> Result:
         return value
     if isinstance(value, TameError):
         raise value
-    raise TameError(f"{state.name}: {' '.join(str(value if value is not None else state.message).split())}")
+    raise TameError(f"{state.name}: {line(str(value if value is not None else state.message), limit=None)}")
 
 
 def _server_named() -> bool:

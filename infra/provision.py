@@ -39,7 +39,7 @@ def provision() -> list[str]:
         raise BadInputError(f"{FILE}: not there; tame is provisioned from a checkout of its repository")
     deployments = yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"]
     with connect() as client:
-        done = [*_work_pool(client), *(line for spec in deployments for line in _deployment(client, spec))]
+        done = [*_work_pool(client), *(made for spec in deployments for made in _deployment(client, spec))]
     create_automations()
     return done
 
@@ -131,4 +131,4 @@ def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[s
         client.create_deployment(flow_id, name=spec["name"], schedules=schedules, **asked)
         yield f"deployment {name}"
     except PrefectHTTPStatusError as error:
-        raise TameError(f"{name}: Prefect refuses it ({' '.join(str(error).split())})") from None
+        raise TameError(f"{name}: Prefect refuses it ({line(error, limit=None)})") from None

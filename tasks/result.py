@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError, without_credentials
+from configs.errors import BadInputError, TameError, named_line
 from configs.schema import Recipe, Variant
 from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
@@ -137,7 +137,7 @@ class Result(_Value):
 
     def ended_by(self, error: BaseException) -> Self:
         """This result, ended early: every variant that was not done has failed for that reason."""
-        text = one_line(error)
+        text = named_line(error, limit=None)
         variants = [
             variant.model_copy(update={"error": text}) if variant.error == NOT_REACHED else variant
             for variant in self.variants
@@ -174,7 +174,7 @@ def begin(recipe: Recipe, prefect_run: str | None) -> Result:
 
 def failed(before: ResultVariant, error: BaseException) -> ResultVariant:
     """A variant that failed, with whatever was known of it before."""
-    return before.model_copy(update={"status": "failed", "error": one_line(error)})
+    return before.model_copy(update={"status": "failed", "error": named_line(error, limit=None)})
 
 
 def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
@@ -230,12 +230,6 @@ def measured(evaluation: Evaluation, sizes: dict[str, float]) -> Measured:
 def sizes_of(folder: Path, names: list[str]) -> dict[str, float]:
     """`size_bytes`: the weight files of a checkpoint together."""
     return {"size_bytes": float(sum((folder / name).stat().st_size for name in names if name.endswith(".safetensors")))}
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line for a person. What tame did not foresee is named by its class."""
-    text = without_credentials(" ".join(str(error).split()))
-    return text if isinstance(error, TameError) else f"{type(error).__name__}: {text}"
 
 
 def folder_of(recipe: Recipe, out: str | None) -> Path:

@@ -16,9 +16,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, UnreachableError
 from configs.schema import Publish, Recipe
-from tasks.download.hub import UnreachableError
 from tasks.download.task import Found
 from tasks.publish import client
 from tasks.publish.task import check, preflight, publish, publish_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import BadInputError, TameError
+from configs.errors import AwayError, BadInputError, TameError
 from tasks.store import admin, lease, remote_store
 from tasks.store import artifacts as store
 
@@ -333,7 +333,7 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
 
     machine("one")
     try:
-        with pytest.raises(remote_store.AwayError, match=r"no answer for \d s .*run again") as raised:
+        with pytest.raises(AwayError, match=r"no answer for \d s .*run again") as raised:
             store.build("kind", {"a": 1}, make)
     finally:
         s3.start()

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import AwayError, BadInputError, BusyError, CorruptedError, TameError, UnreachableError
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
 
@@ -23,18 +23,6 @@ REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-
-
-class UnreachableError(TameError):
-    """The Hub does not answer, or not now."""
-
-
-class BusyError(UnreachableError):
-    """The Hub answers that it cannot answer now: 429 or 5xx."""
-
-
-class CorruptedError(TameError):
-    """What arrived is not what the Hub says it has."""
 
 
 class RepoInfo(BaseModel):
@@ -71,7 +59,7 @@ def passes(_task: Any, _run: Any, state: Any) -> bool:
     try:
         state.result()
     except BaseException as error:
-        return isinstance(error, UnreachableError | CorruptedError)
+        return isinstance(error, UnreachableError | CorruptedError) and not isinstance(error, AwayError)
     return False
 
 

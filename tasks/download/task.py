@@ -16,7 +16,7 @@ from prefect import task
 from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, CorruptedError, TameError, UnreachableError, line
 from configs.schema import Source
 from tasks.download import hub
 from tasks.download.checkpoint import INDEX, WEIGHTS, check_source, read_header, refuse_quantized, weight_files
@@ -231,9 +231,9 @@ def _look_hub(source: Source, quantized: bool) -> Found:
     cached = hub.cached_commit(source.model, source.revision)
     try:
         info = hub.model_info(source.model, source.revision)
-    except hub.UnreachableError as error:
+    except UnreachableError as error:
         if cached is None:
-            raise hub.UnreachableError(
+            raise UnreachableError(
                 f"{source.model}: {error}, and no complete copy of it is cached; try again when it can be reached"
             ) from None
         log.info("%s: %s; using the cached commit %s", source.model, error, cached.commit[:12])
@@ -313,7 +313,7 @@ def _compare(model: str, folder: Path, actual: dict[str, str], expected: dict[st
         if actual[name] != digest:
             (folder / name).resolve().unlink()
             (folder / name).unlink(missing_ok=True)
-            raise hub.CorruptedError(
+            raise CorruptedError(
                 f"{model}: {name} arrived with sha256 {actual[name][:12]}…, but the Hub names {digest[:12]}…; removed it, run again"
             )
 
@@ -356,9 +356,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(
-            f"{path}: not readable as JSON ({' '.join(str(error).split())}); download it again"
-        ) from None
+        raise BadInputError(f"{path}: not readable as JSON ({line(error)}); download it again") from None
     if not isinstance(content, dict):
         raise BadInputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from configs.errors import TameError
+from configs.errors import TameError, line
 from configs.schema import Device, Recipe, Source, Template
 from tasks.fleet import work_queues
 from tasks.plan import targets
@@ -83,7 +83,7 @@ def start(
     except PrefectHTTPStatusError as error:
         if error.response.status_code >= 500:
             raise
-        raise TameError(f"{recipe.name}: Prefect takes no such run ({' '.join(str(error).split())})") from None
+        raise TameError(f"{recipe.name}: Prefect takes no such run ({line(error, limit=None)})") from None
 
 
 def prefetch(client: "SyncPrefectClient", source: Source, key: str, parent: UUID) -> None:

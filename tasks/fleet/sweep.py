@@ -14,7 +14,7 @@ from uuid import UUID
 from prefect.states import Completed, Failed, State
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 from configs.schema import Recipe, Source, Sweep, Track
 from tasks.download.task import local_path, look
 from tasks.fleet import flow_runs
@@ -97,7 +97,7 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
         planned = dict(zip(pairs, pool.map(complete, pairs), strict=True))
     failed = {model: error for model, error in planned.items() if isinstance(error, Exception)}
     if wrong := {**failed, **flow_runs.destinations(list(pairs), template)[1]}:
-        told = "; ".join(f"{model}: {' '.join(str(why).split())}" for model, why in wrong.items())
+        told = "; ".join(f"{model}: {line(str(why), limit=None)}" for model, why in wrong.items())
         raise TameError(f"nothing {'more ' if started else ''}was started, as this cannot be done: {told}")
     # One variant of every model first: workers that start on the same model wait for each other's baseline.
     return [
@@ -169,16 +169,16 @@ def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
     rows, notes = leaderboard(spec, pairs, runs)
-    line = headline(spec, rows)
-    page = "\n\n".join([f"# {spec.name}", line, *notes, grid(rows)]) + "\n"
+    summary = headline(spec, rows)
+    page = "\n\n".join([f"# {spec.name}", summary, *notes, grid(rows)]) + "\n"
     key = re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-")
-    create_table_artifact(table(rows), f"{key}-table", line)
-    create_markdown_artifact(page, f"{key}-leaderboard", line)
+    create_table_artifact(table(rows), f"{key}-table", summary)
+    create_markdown_artifact(page, f"{key}-leaderboard", summary)
     write_file(store.home() / "runs" / spec.name / "leaderboard.md", page)
     statuses = {row.status for row in rows}
     if statuses & FAILED:
-        return Failed(message=line)  # a worker would raise what it holds
-    return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=line, data=rows)
+        return Failed(message=summary)  # a worker would raise what it holds
+    return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=summary, data=rows)
 
 
 def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -> tuple[list[Row], list[str]]:
@@ -196,7 +196,7 @@ def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -
         tags, metrics = numbers.get((str(run.id), pair.variant), ({}, {}))
         status, why = tags.get("status", str(run.state_name).lower()), ""
         if run.state and not run.state.is_completed():
-            status, why = run.state.type.value.lower(), " ".join((run.state.message or "").split())
+            status, why = run.state.type.value.lower(), line(run.state.message or "", limit=None)
         link = tags.get("published") or flow_runs.page(run)
         row = Row(model=pair.model, variant=pair.variant, status=status, why=why, metrics=metrics, link=link)
         of_model = rows.setdefault(pair.model, [])

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from prefect.states import Completed, Failed, State
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks.download import hub
 from tasks.download.task import local_path, look
 from tasks.fleet import flow_runs
-from tasks.result import one_line
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file, sha256_files
 
@@ -103,7 +102,7 @@ def decide(seen: Seen, tried: list["FlowRun"], busy: "FlowRun | None", spec: Wat
         return row("error", seen.error)
     last = tried[-1] if tried else None
     if last and last.state and flow_runs.ended(last):
-        said = " ".join((last.state.message or last.state.name or "").split())
+        said = line(last.state.message or last.state.name or "", limit=None)
         if last.state.is_completed():
             return row("unchanged", f"released: {said}", last)
         if last.state.is_cancelled():
@@ -128,13 +127,13 @@ def finish(rows: list[Row], key: str) -> State[list[Row]]:
     counted = {action: [row for row in rows if row.action == action] for action in ACTIONS}
     parts = [f"{len(some)} {action}" for action, some in counted.items() if some]
     started, unseen = counted["started"], counted["error"]
-    line = ", ".join(parts) + (f"; {'; '.join(f'{row.model}: {row.why}' for row in unseen)}" if unseen else "")
+    summary = ", ".join(parts) + (f"; {'; '.join(f'{row.model}: {row.why}' for row in unseen)}" if unseen else "")
     create_table_artifact(
-        [row.model_dump() for row in rows], re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-"), line[:2000]
+        [row.model_dump() for row in rows], re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-"), summary[:2000]
     )
     if unseen:
-        return Failed(message=line)  # a worker would raise what it holds
-    return Completed(name="Completed" if started else "Unchanged", message=line, data=rows)
+        return Failed(message=summary)  # a worker would raise what it holds
+    return Completed(name="Completed" if started else "Unchanged", message=summary, data=rows)
 
 
 class _Sent(NamedTuple):
@@ -149,9 +148,9 @@ def _placed(seen: Seen, spec: Watch, fleet: flow_runs.Fleet) -> _Sent | Row:
         recipe = spec.recipe.recipe(seen.model, pinned)
         return _Sent(recipe, flow_runs.queue(fleet, look(recipe.source), recipe, spec.device))
     except (BadInputError, ValueError) as error:
-        return Row(model=seen.model, commit=seen.commit, action="refused", why=one_line(error))
+        return Row(model=seen.model, commit=seen.commit, action="refused", why=named_line(error))
     except TameError as error:
-        return Row(model=seen.model, commit=seen.commit, action="error", why=one_line(error))
+        return Row(model=seen.model, commit=seen.commit, action="error", why=named_line(error))
 
 
 def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
@@ -165,7 +164,7 @@ def _see(model: str, spec: Watch, now: datetime) -> Iterator[Seen]:
         path = local_path(model)
         yield _see_repo(model, spec.recipe.revision) if path is None else _see_path(path.absolute(), spec, now)
     except TameError as error:
-        yield Seen(model=model, error=one_line(error))
+        yield Seen(model=model, error=named_line(error))
 
 
 def _see_repo(model: str, revision: str) -> Seen:
@@ -205,7 +204,7 @@ def _match_folders(pattern: str, spec: Watch, now: datetime) -> list[Seen]:
             try:
                 found.append(_see_path(Path(name), spec, now))
             except TameError as error:
-                found.append(Seen(model=name, error=one_line(error)))
+                found.append(Seen(model=name, error=named_line(error)))
     return found
 
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from configs.errors import BadInputError, TameError
-from tasks.download.hub import UnreachableError, endpoint
+from configs.errors import BadInputError, ChangedError, MissingError, TameError, UnreachableError
+from tasks.download.hub import endpoint
 
 T = TypeVar("T")
 log = logging.getLogger("tame.publish")
@@ -25,14 +25,6 @@ ASKS = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT = 300.0
 TIMEOUT = 60.0  # seconds, of questions
 LIMITS = {"connect": 20.0, "read": 300.0, "write": 300.0, "pool": None}  # seconds
-
-
-class ChangedError(TameError):
-    """Somebody, or an attempt whose answer was lost, was there before."""
-
-
-class MissingError(TameError):
-    """The Hub has no such page."""
 
 
 def connect(required: bool = True) -> Any:
@@ -74,7 +66,7 @@ def wait(error: UnreachableError, pause: float) -> None:
     Raises:
         TameError: the Hub asks for more than LONGEST_WAIT.
     """
-    seconds = max(pause, getattr(error, "after", 0.0))
+    seconds = max(pause, error.after)
     if seconds > LONGEST_WAIT:
         raise TameError(f"{error}, and asks to wait {seconds:.0f} s; run it again then") from None
     log.info("%s; trying again in %.0f s", error, seconds)
@@ -128,9 +120,7 @@ def _refused(repo: str, error: Any) -> TameError:
     if code == 403:
         return BadInputError(f"{repo}: the Hub at {endpoint()} refuses it: {said}; {_remedy(repo, said)}")
     if code in (408, 429) or code >= 500:
-        later = UnreachableError(f"the Hub at {endpoint()} answers {code}")
-        later.after = _asked_to_wait(error.response.headers)  # type: ignore[attr-defined]
-        return later
+        return UnreachableError(f"the Hub at {endpoint()} answers {code}", _asked_to_wait(error.response.headers))
     if code in (409, 412):
         return ChangedError(f"{repo} changed while it was being published ({said}); run it again")
     kind = MissingError if code == 404 else TameError

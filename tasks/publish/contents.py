@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 from tasks.download.checkpoint import CARRIED, WEIGHTS, read_header
 from tasks.publish import provenance
 from tasks.publish.repo import SIGNATURE
@@ -154,9 +154,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(
-            f"{path}: not readable as JSON ({' '.join(str(error).split())}); download it again"
-        ) from None
+        raise BadInputError(f"{path}: not readable as JSON ({line(error)}); download it again") from None
     if not isinstance(content, dict):
         raise BadInputError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content

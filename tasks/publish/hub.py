@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import TameError
+from configs.errors import ChangedError, MissingError, TameError
 from tasks.download.hub import endpoint
 from tasks.publish import provenance
-from tasks.publish.client import TIMEOUT, ChangedError, MissingError, ask, connect, explained
+from tasks.publish.client import TIMEOUT, ask, connect, explained
 from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look, not_renamed
 from tasks.publish.transfer import content, upload
 from tasks.publish.verify import verify, verify_proposal

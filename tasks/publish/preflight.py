@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, MissingError, TameError, line
 from tasks.download.hub import endpoint
 from tasks.publish import provenance
-from tasks.publish.client import TIMEOUT, MissingError, ask
+from tasks.publish.client import TIMEOUT, ask
 from tasks.publish.repo import not_renamed
 from tasks.publish.transfer import content
 
@@ -136,7 +136,7 @@ def metadata(api: Any, card: str, whose: str) -> None:
         told = ask("the card", once)
     except MissingError:  # a Hub that does not check cards
         return
-    if reasons := [" ".join(str(error.get("message")).split()) for error in told.get("errors") or []]:
+    if reasons := [line(str(error.get("message")), limit=None) for error in told.get("errors") or []]:
         raise BadInputError(f"{whose} has metadata that {endpoint()} does not take: {'; '.join(reasons)}")
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, MissingError
 from tasks.publish import provenance
-from tasks.publish.client import TIMEOUT, MissingError, ask
+from tasks.publish.client import TIMEOUT, ask
 from tasks.publish.transfer import fetch
 
 SIGNATURE = "model.sig"

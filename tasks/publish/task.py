@@ -8,10 +8,10 @@ from pathlib import Path
 from prefect import State, task
 from prefect.states import Completed
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, UnreachableError
 from configs.schema import Publish, Recipe
 from tasks.download import hub
-from tasks.download.hub import UnreachableError, endpoint
+from tasks.download.hub import endpoint
 from tasks.download.task import Found
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub

@@ -5,8 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from configs.errors import TameError
-from tasks.download.hub import UnreachableError
+from configs.errors import TameError, UnreachableError
 from tasks.publish.client import ask
 from tasks.publish.load_check import loads
 from tasks.publish.repo import Wanted, files_at, has

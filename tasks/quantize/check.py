@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import TameError
+from configs.errors import TameError, line
 from tasks.download.checkpoint import Stored, read_header
 from tasks.quantize.protocols import TensorFormat
 
@@ -75,5 +75,5 @@ def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bo
     except torch.OutOfMemoryError:
         return None, f"{device} is out of memory"
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return None, f"{cls.__name__} does not run on {device}: {' '.join(str(error).split())[:200]}"
+        return None, f"{cls.__name__} does not run on {device}: {line(error, limit=200)}"
     return bool(torch.isfinite(logits).all()), "a forward pass on eight tokens"

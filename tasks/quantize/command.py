@@ -9,14 +9,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, KilledError, TameError
 from configs.schema import Variant
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request
 from tasks.quantize.task import summarize
-from tasks.runtime.child_process import KilledError, isolated
+from tasks.runtime.child_process import isolated
 from tasks.runtime.device import pick
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError, TameError, line
 from configs.schema import Variant
 from tasks.download.checkpoint import Stored
 from tasks.quantize import transformers_adapter
@@ -57,7 +57,7 @@ def skeleton(
         raise
     except Exception as error:  # whatever a config.json can break in the constructors of hundreds of models
         raise BadInputError(
-            f"{folder / 'config.json'}: transformers cannot make a model of it: {' '.join(str(error).split())[:300]}"
+            f"{folder / 'config.json'}: transformers cannot make a model of it: {line(error)}"
         ) from error
     return Skeleton(model, selection, dtype, transposed)
 

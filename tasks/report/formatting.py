@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from configs.errors import line
 from tasks.metrics import Unit, interval, nats, parse, read, unit_of
 from tasks.result import Measured, Result, ResultVariant
 from tasks.values import Protocol
@@ -90,7 +91,7 @@ def outcome(result: Result) -> str:
 
 def headline(result: Result) -> str:
     """The release in a line, the worst first: `Rejected: kl_mean 0.131 > 0.1 for nf4. Published: int8`."""
-    parts = [f"Failed: {_one_line(result.error)}"] if result.error else []
+    parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
     told = [variant for variant in result.variants if not result.error or variant.error != result.error]
     for status in ("failed", "rejected", "passed", "published"):
         variants = [variant for variant in told if variant.status == status]
@@ -101,7 +102,7 @@ def headline(result: Result) -> str:
 
 def _why(variant: ResultVariant) -> str:
     if variant.status == "failed":
-        return f"{variant.name} ({_one_line(variant.error or 'no reason given')})"
+        return f"{variant.name} ({line(variant.error or 'no reason given', limit=None)})"
     if variant.status == "rejected" and variant.gate:
         return f"{', '.join(variant.gate.reasons)} for {variant.name}"
     return variant.name
@@ -160,13 +161,13 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
     from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
     key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
-    line = headline(result)
+    summary = headline(result)
     try:
-        create_table_artifact(key=f"{key}-variants", table=table(result), description=line)
+        create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
         where = f"\nThe report is at `{report}`.\n" if report else ""
-        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=line)
+        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=summary)
         if mlflow_url:
-            create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=line)
+            create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=summary)
         for variant in result.variants:
             if variant.published and variant.published.startswith("https://"):
                 name = re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
@@ -174,7 +175,7 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
                     key=f"{key}-{name}-hub", link=variant.published, link_text=f"{variant.name} on the Hub"
                 )
     except Exception as error:  # the numbers are in result.json
-        logger.warning("Prefect took no artifact (%s)", _one_line(str(error)))
+        logger.warning("Prefect took no artifact (%s)", line(error))
 
 
 def settings(protocol: Protocol) -> dict[str, str]:
@@ -205,13 +206,9 @@ def _address(place: str) -> str:
     return f"<{place}>" if re.fullmatch(r"https?://[^\s<>]+", place) else f"`{place.replace('`', '')}`"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def plain(text: str) -> str:
     """Text that Markdown shows as it is: models' names, errors and notes may hold anything."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", _one_line(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", line(text, limit=None))
 
 
 def _size(value: float) -> str:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
 
-from configs.errors import TameError
+from configs.errors import KilledError, TameError
 from tasks.runtime.progress import show
 
 P = ParamSpec("P")
@@ -46,10 +46,6 @@ ONLY_INSTALLED = {"PYTHONSAFEPATH": "1"}  # no torch.py of the folder that tame 
 OURS = ("TAME_", "PREFECT_", "MLFLOW_", "PYTEST_")  # variables that no preloaded library reads
 
 _preloaded_under: dict[str, str] = {}
-
-
-class KilledError(TameError):
-    """The process of an isolated call ended without a result: killed, or crashed."""
 
 
 class Pipe(logging.Handler):

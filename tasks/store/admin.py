@@ -5,10 +5,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, CorruptedError
 from tasks.store.lease import leases, ttl
 from tasks.store.remote_store import (
-    DamagedError,
     Remote,
     Shared,
     check,
@@ -40,7 +39,7 @@ def artifacts(remote: Remote) -> Iterator[tuple[str, Shared | None, list[str]]]:
     for name in sorted({name.split("/")[0] for name in sizes(remote, remote.root) if "/" in name and name[0] != "."}):
         try:
             shared = manifest(remote, name)
-        except DamagedError as error:
+        except CorruptedError as error:
             yield name, None, [str(error)]
         else:
             yield (
@@ -95,7 +94,7 @@ def prune(remote: Remote, older_than_days: float | None) -> tuple[list[str], lis
 def _made_meanwhile(remote: Remote, name: str) -> bool:
     try:
         return manifest(remote, name) is not None
-    except DamagedError:
+    except CorruptedError:
         return False
 
 

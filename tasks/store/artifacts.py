@@ -23,13 +23,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from configs.errors import TameError
-from tasks.runtime.child_process import KilledError
+from configs.errors import AwayError, CorruptedError, KilledError, TameError
 from tasks.runtime.home import home as home
 from tasks.store import remote_store
 from tasks.store.digests import sha256_file, sha256_files
 from tasks.store.lease import lease
-from tasks.store.remote_store import AwayError, DamagedError, Manifest, Remote, Shared
+from tasks.store.remote_store import Manifest, Remote, Shared
 
 log = logging.getLogger("tame.store")
 
@@ -79,7 +78,7 @@ def where(kind: str, inputs: dict[str, Any]) -> str | None:
     remote = remote_store.connect()
     try:
         return remote.url if remote and remote_store.manifest(remote, place.name) else None
-    except DamagedError:
+    except CorruptedError:
         return None
 
 
@@ -131,14 +130,14 @@ def build(
             if (remote := remote_store.connect() if shared else None) is None:
                 _made(kind, inputs, partial, make, keep_partial)
                 return _take(partial, place), False
-            with contextlib.suppress(DamagedError):
+            with contextlib.suppress(CorruptedError):
                 if artifact := _fetched(remote, place):
                     return artifact, True
             with lease(remote, place.name):
                 try:
                     if artifact := _fetched(remote, place):
                         return artifact, True
-                except DamagedError as error:
+                except CorruptedError as error:
                     log.warning("%s; it is made again", error)
                     remote_store.discard(remote, place.name)
                 made = _made(kind, inputs, partial, make, keep_partial)
@@ -340,7 +339,7 @@ def _fetched(remote: Remote, place: Path) -> Artifact | None:
     if there is None:
         return None
     if digest_of(there.files) != there.digest:
-        raise DamagedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
+        raise CorruptedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
     started, folder = time.monotonic(), place.parent / f".fetched-{place.name}"
     files = folder / "files"
     files.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from configs.errors import BadInputError, TameError, bare_address, named_line
+from configs.errors import AwayError, BadInputError, CorruptedError, TameError, bare_address, named_line
 from tasks.store.digests import sha256_now
 
 log = logging.getLogger("tame.store")
@@ -36,14 +36,6 @@ AT_ONCE = 4  # files on their way
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 """Errors of the drivers that waiting does not mend."""
-
-
-class AwayError(TameError):
-    """The shared store did not answer for longer than anybody should wait."""
-
-
-class DamagedError(TameError):
-    """A shared artifact that is not what its manifest says."""
 
 
 class Remote(NamedTuple):
@@ -230,7 +222,7 @@ def manifest(remote: Remote, name: str) -> Shared | None:
     """The manifest of the shared artifact `name`, or None: nobody has made it.
 
     Raises:
-        DamagedError: there is one, but not one of tame's.
+        CorruptedError: there is one, but not one of tame's.
     """
     content = read(remote, f"{remote.root}/{name}/manifest.json")
     if content is None:
@@ -238,11 +230,11 @@ def manifest(remote: Remote, name: str) -> Shared | None:
     try:
         shared = Shared.model_validate_json(content)
     except ValidationError:
-        raise DamagedError(f"{remote.url}/{name}/manifest.json is not a manifest") from None
+        raise CorruptedError(f"{remote.url}/{name}/manifest.json is not a manifest") from None
     parts = [PurePosixPath(file).parts for file in (*shared.files, shared.upload)]
     plain = all(part and part[0] != "/" and ".." not in part for part in parts)
     if shared.name != name or not plain or shared.files.keys() != shared.sizes.keys():
-        raise DamagedError(f"{remote.url}/{name}/manifest.json does not describe that artifact")
+        raise CorruptedError(f"{remote.url}/{name}/manifest.json does not describe that artifact")
     return shared
 
 
@@ -250,7 +242,7 @@ def fetch(remote: Remote, shared: Shared, folder: Path) -> None:
     """Bring the files of a shared artifact into `folder`, but for those that a killed fetch has left there whole.
 
     Raises:
-        DamagedError: a file is missing, or has another sha256; the message names it. AwayError.
+        CorruptedError: a file is missing, or has another sha256; the message names it. AwayError.
     """
 
     def one(name: str) -> None:
@@ -261,10 +253,10 @@ def fetch(remote: Remote, shared: Shared, folder: Path) -> None:
         try:
             patiently(remote, lambda: remote.fs.get_file(path, str(target)))
         except FileNotFoundError:
-            raise DamagedError(f"{url_of(remote, path)} is missing") from None
+            raise CorruptedError(f"{url_of(remote, path)} is missing") from None
         if (actual := sha256_now(target)) != shared.files[name]:
             target.unlink()
-            raise DamagedError(f"{url_of(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
+            raise CorruptedError(f"{url_of(remote, path)} has sha256 {actual[:12]}…, not {shared.files[name][:12]}…")
 
     each(one, shared.files)
 

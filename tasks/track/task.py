@@ -25,7 +25,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from prefect import task
 
-from configs.errors import TameError, bare_address, line, named_line
+from configs.errors import TameError, bare_address, named_line
 from configs.schema import Recipe
 from tasks.result import Result
 from tasks.runtime.home import home
@@ -153,8 +153,7 @@ def replay() -> int:
 
 def away(error: Exception) -> str:
     """In a line, that MLflow cannot be used, where and why, without credentials."""
-    said = line(error) if isinstance(error, TameError) else named_line(error)
-    return f"MLflow at {place()} cannot be used ({said})"
+    return f"MLflow at {place()} cannot be used ({named_line(error)})"
 
 
 def run_url(run_id: str | None) -> str | None:
