@@ -23,8 +23,8 @@ e2e: $(READY)   ## what needs a browser or minutes; installs Chromium where ther
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 	@$(BIN)/python -m pytest -m e2e --timeout 1200
 
-lint: $(READY)  ## format, lint and types
-	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+lint: $(READY)  ## format, lint, types, and the rules of tests/imports.py
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/python -m tests.imports
 
 format: $(READY)
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -9,6 +9,7 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Recipe, Variant
+from tasks import formatting
 from tasks import result as results
 from tasks.download.task import download_task
 from tasks.evaluate.task import baseline_task, evaluate_task
@@ -17,8 +18,8 @@ from tasks.plan import Plan, plan_task
 from tasks.publish.card import release_files
 from tasks.publish.task import publish_task
 from tasks.quantize.task import quantize_task
-from tasks.report import formatting
 from tasks.report.html import render
+from tasks.report.prefect_artifacts import create_artifacts
 from tasks.result import Result, ResultVariant
 from tasks.runtime import ownership as attempts
 from tasks.store import artifacts as store
@@ -103,7 +104,7 @@ def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) 
         results.write(result, folder)
         report = results.write_file(folder / "report.html", render(result))
         track.track_task("release", result, run, report, final=True)
-        formatting.create_artifacts(result, track.run_url(run), str(report))
+        create_artifacts(result, track.run_url(run), str(report))
     except Exception as error:
         result = result.ended_by(error)
         with contextlib.suppress(TameError):

@@ -12,11 +12,12 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
 from tasks.download.task import Found, download, local_path, look, tokenizer_folder
 from tasks.fleet.work_queues import check_fits, memory_needed, smallest
+from tasks.formatting import figure
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
+from tasks.publish.targets import targets
 from tasks.quantize.preview import preview
 from tasks.quantize.task import quantize_inputs
-from tasks.report.formatting import figure
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import gpus, hardware, name_of, pick
 from tasks.store import artifacts as store
@@ -51,18 +52,6 @@ def preflight(recipe: Recipe, out: Path) -> Plan:
     if key not in _made:
         _made[key] = _preflight(recipe, out)
     return _made[key]
-
-
-def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
-    """Where each variant is published: Hub repo ids, or absolute folders (relative ones lie under `out`/published)."""
-    if recipe.publish.to == "nowhere":
-        return {}
-    filled = {
-        v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name) for v in recipe.variants
-    }
-    if recipe.publish.to == "folder":
-        return {label: str(out.absolute() / "published" / Path(repo).expanduser()) for label, repo in filled.items()}
-    return filled
 
 
 def _preflight(recipe: Recipe, out: Path) -> Plan:

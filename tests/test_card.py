@@ -12,10 +12,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from configs.errors import TameError
 from configs.schema import Recipe
+from tasks.formatting import figure, label
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card import plain_files, release_files
-from tasks.report.formatting import figure, label
 from tasks.result import Result
 from tasks.values import Unquantized
 from tests.hub import Hub

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from tasks.report import formatting
-from tasks.report.formatting import figure, label, span
+from tasks import formatting
+from tasks.formatting import figure, label, span
 from tests.results import make
 
 

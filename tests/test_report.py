@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from configs.schema import Recipe
+from tasks import formatting
 from tasks.evaluate import evidence
-from tasks.report import formatting, plots
 from tasks.report import html as report
+from tasks.report import plots
 from tasks.result import Result, ResultVariant
+from tasks.track import mlflow_runs
 from tasks.values import Sample
 from tests.results import LEFT, PROTOCOL, RECIPE, make
 
@@ -129,7 +131,7 @@ def test_plots_follow_the_page_s_colours_and_have_words(html: str) -> None:
 
 
 def test_plots_are_files_of_their_own(html: str) -> None:
-    files = plots.files(html)
+    files = mlflow_runs.plots_of(html)
     assert {"size-kl_mean.svg", "windows.svg", "layers-nf4-dq.svg", "bars-load_seconds.svg"} <= files.keys()
     assert len(files) == 9
     for svg in files.values():
@@ -138,7 +140,7 @@ def test_plots_are_files_of_their_own(html: str) -> None:
         used, known = re.findall(r"var\((--[\w]+)\)", svg), re.findall(r"(--[\w]+):", svg)
         assert set(used) <= set(known)
         assert not re.search(r"https?://(?!www\.w3\.org/)", svg)
-    assert plots.files("<!doctype html>") == {}
+    assert mlflow_runs.plots_of("<!doctype html>") == {}
 
 
 def test_the_most_changed_layers_come_first(result: Result, html: str) -> None:

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from configs.schema import Recipe, Source, Sweep
 from flows.prefetch import prefetch
 from flows.sweep import sweep
+from tasks import formatting
 from tasks.fleet import sweep as pairs
-from tasks.report import formatting
 from tasks.track import task as track
 from tests.hub import Hub
 from tests.models import LOOK

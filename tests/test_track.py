@@ -17,8 +17,8 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe
+from tasks import formatting
 from tasks.evaluate import evidence
-from tasks.report import formatting
 from tasks.report import html as report
 from tasks.result import NOT_REACHED, Result
 from tasks.track import registry

@@ -10,7 +10,7 @@ from uuid import UUID
 from configs.errors import TameError, line
 from configs.schema import Device, Recipe, Source, Template
 from tasks.fleet import work_queues
-from tasks.plan import targets
+from tasks.publish.targets import targets
 from tasks.result import folder_of
 
 if TYPE_CHECKING:

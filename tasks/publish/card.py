@@ -2,7 +2,7 @@
 
 Equal results make equal bytes. Front matter follows the Hub's model card metadata
 (https://huggingface.co/docs/hub/model-cards), `.eval_results/*.yaml` its evaluation results
-(https://huggingface.co/docs/hub/eval-results). Figures in tables are rounded by `tasks.report.formatting.figure`; tame.json and the
+(https://huggingface.co/docs/hub/eval-results). Figures in tables are rounded by `tasks.formatting.figure`; tame.json and the
 front matter have them unrounded.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from configs.errors import TameError
+from tasks.formatting import cell, figure, label, points, span
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, text_name, with_front_matter
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
-from tasks.report.formatting import cell, figure, label, points, span
 from tasks.result import Result, ResultVariant
 from tasks.values import Protocol
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import yaml
 
+from tasks.formatting import label, points
 from tasks.metrics import is_score, parse
 from tasks.publish.benchmarks import Benchmark
 from tasks.quantize.protocols import CardText
-from tasks.report.formatting import label, points
 from tasks.result import Result, ResultVariant
 
 ORDER = (

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
+from tasks import formatting
 from tasks.evaluate import evidence
-from tasks.report import formatting, plots
+from tasks.report import plots
 from tasks.result import Measured, Result, ResultVariant
 from tasks.store import artifacts as store
 from tasks.track.mlflow_runs import COLUMNS

@@ -12,8 +12,8 @@ from math import isfinite
 from typing import Any
 
 from tasks.evaluate import evidence
+from tasks.formatting import figure, label, rows
 from tasks.metrics import read
-from tasks.report.formatting import figure, label, rows
 from tasks.result import Measured, Result, ResultVariant
 
 Plot = tuple[str, str]
@@ -178,14 +178,6 @@ def layers(row: ResultVariant) -> Plot | None:
     rest = f" The {len(shown)} largest of {len(kinds)} kinds." if len(kinds) > len(shown) else ""
     file = re.sub(r"[^\w.-]", "-", row.name)
     return _svg(canvas, f"layers-{file}"), f"Error of the weights of {row.name} by depth: {'; '.join(said)}.{rest}"
-
-
-def files(report: str) -> dict[str, str]:
-    """The plots of a report as SVG files of their own, by name: in its colours, light and dark."""
-    page = re.search(r"<style>(.*?)\* \{", report, re.DOTALL)
-    style = f"<style>{page[1]}svg {{ background: var(--paper); color: var(--ink); }}</style>" if page else ""
-    found = re.findall(r'(<svg data-name="([^"]*)" [^>]*>)(.*?</svg>)', report, re.DOTALL)
-    return {f"{name}.svg": f"{opening}{style}{rest}\n" for opening, name, rest in found}
 
 
 def over_time(series: dict[str, list[tuple[int, float]]], ticks: list[str], name: str) -> Plot | None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.report.formatting import cell, figure, headline, label, points, settings, span
+from tasks.formatting import cell, figure, headline, label, points, settings, span
 from tasks.result import Measured, Result
 
 STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}

@@ -11,8 +11,8 @@ import re
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from tasks import formatting
 from tasks.evaluate import evidence
-from tasks.report import formatting, plots
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 from tasks.runtime.home import home
 from tasks.track import registry
@@ -118,11 +118,19 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
         client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         if report:
             client.log_text(run_id, report, "report.html")
-            for name, plot in plots.files(report).items():
+            for name, plot in plots_of(report).items():
                 client.log_text(run_id, plot, f"plots/{name}")
         failed = any(variant.status == "failed" for variant in result.variants)
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED", ended)
     return run_id
+
+
+def plots_of(report: str) -> dict[str, str]:
+    """The plots of a report page (the text of report.html) as SVG files of their own, by name: in its colours, light and dark."""
+    page = re.search(r"<style>(.*?)\* \{", report, re.DOTALL)
+    style = f"<style>{page[1]}svg {{ background: var(--paper); color: var(--ink); }}</style>" if page else ""
+    found = re.findall(r'(<svg data-name="([^"]*)" [^>]*>)(.*?</svg>)', report, re.DOTALL)
+    return {f"{name}.svg": f"{opening}{style}{rest}\n" for opening, name, rest in found}
 
 
 def params(result: Result, measured: Measured | None = None) -> dict[str, str]:

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from configs.schema import Recipe
+from tasks import formatting
 from tasks.quantize.methods import method_of
-from tasks.report import formatting
 from tasks.result import Result, ResultVariant
 from tasks.track import mlflow_internals
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Recipe
-from tasks.report import formatting
+from tasks import formatting
 from tasks.result import NOT_REACHED, Result
 from tasks.track import task as track
 from tests.results import RECIPE, make

@@ -1,11 +1,10 @@
-"""A release in a few lines: the figures as people see them, the headline, and Prefect's table and markdown artifacts.
+"""Numbers and results as people see them: figures, labels, intervals, the headline, a table, a page of Markdown.
 
 Every place that shows a number to a person (the terminal, Prefect, the report, the model card) rounds it with
 `figure`, so that all say the same. Files for programs (result.json, MLflow) keep the number unrounded.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from configs.errors import line
 from tasks.metrics import Unit, interval, nats, parse, read, unit_of
 from tasks.result import Measured, Result, ResultVariant
 from tasks.values import Protocol
-
-logger = logging.getLogger("tame.summary")
 
 # The contract's metrics in reading order: what it costs in quality, then in size, then in time.
 LABELS = {
@@ -151,31 +148,6 @@ def markdown(result: Result) -> str:
         f"- {plain(variant.name)}: {_address(variant.published)}" for variant in result.variants if variant.published
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def create_artifacts(result: Result, mlflow_url: str | None = None, report: str | None = None) -> None:
-    """Inside a flow run: Prefect's table, markdown and link artifacts, under keys that keep their history.
-
-    Best effort: a server that refuses one is said in a line, and the release goes on.
-    """
-    from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
-
-    key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
-    summary = headline(result)
-    try:
-        create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
-        where = f"\nThe report is at `{report}`.\n" if report else ""
-        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=summary)
-        if mlflow_url:
-            create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=summary)
-        for variant in result.variants:
-            if variant.published and variant.published.startswith("https://"):
-                name = re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
-                create_link_artifact(
-                    key=f"{key}-{name}-hub", link=variant.published, link_text=f"{variant.name} on the Hub"
-                )
-    except Exception as error:  # the numbers are in result.json
-        logger.warning("Prefect took no artifact (%s)", line(error))
 
 
 def settings(protocol: Protocol) -> dict[str, str]:

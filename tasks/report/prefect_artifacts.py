@@ -1,0 +1,35 @@
+"""A result in Prefect's pages: a table, a page of Markdown, and links."""
+
+import logging
+import re
+
+from configs.errors import line
+from tasks.formatting import headline, markdown, table
+from tasks.result import Result
+
+log = logging.getLogger("tame.report")
+
+
+def create_artifacts(result: Result, mlflow_url: str | None = None, report: str | None = None) -> None:
+    """Inside a flow run: Prefect's table, markdown and link artifacts, under keys that keep their history.
+
+    Best effort: a server that refuses one is said in a line, and the release goes on.
+    """
+    from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+    key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
+    summary = headline(result)
+    try:
+        create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
+        where = f"\nThe report is at `{report}`.\n" if report else ""
+        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=summary)
+        if mlflow_url:
+            create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=summary)
+        for variant in result.variants:
+            if variant.published and variant.published.startswith("https://"):
+                name = re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
+                create_link_artifact(
+                    key=f"{key}-{name}-hub", link=variant.published, link_text=f"{variant.name} on the Hub"
+                )
+    except Exception as error:  # the numbers are in result.json
+        log.warning("Prefect took no artifact (%s)", line(error))
