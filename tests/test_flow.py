@@ -44,14 +44,15 @@ class Place:
         path.write_text(yaml.safe_dump(content))
         return path
 
-    def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "tame", *map(str, arguments)]
+    def start(self, *arguments: str | Path, code: tuple[str, ...] = ("-m", "tame")) -> "subprocess.Popen[str]":
+        """Start `tame` with these arguments, or other code of Python's that takes them."""
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, *code, *map(str, arguments)],
+            cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
-    def tame(self, *arguments: str | Path) -> tuple[int, str, str]:
-        process = self.start(*arguments)
+    def tame(self, *arguments: str | Path, code: tuple[str, ...] = ("-m", "tame")) -> tuple[int, str, str]:
+        process = self.start(*arguments, code=code)
         output, errors = process.communicate()
         return process.returncode, output, errors
 
