@@ -59,8 +59,8 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     for place in (out, store.home()):
         writable(place)
     store.check()
+    from tasks.download.text import check_text, load_text
     from tasks.evaluate.lm_eval_index import check_tasks
-    from tasks.evaluate.text import check_text, load_text
     from tasks.publish.task import preflight as preflight_publish
 
     if path is None:

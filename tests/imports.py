@@ -23,6 +23,7 @@ ROOMS = (
     "tasks.metrics",
     "tasks.values",
     "tasks.download",
+    "tasks.transformers_adapter",
     "tasks.calibrate",
     "tasks.quantize",
     "tasks.result",

@@ -18,7 +18,7 @@ from tasks.runtime.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from tasks.quantize.transformers_adapter import Selection
+    from tasks.transformers_adapter import Selection
 
 FAMILY = "bits16"
 
@@ -73,7 +73,7 @@ class Format:
         return self.reselect(model, {"quant_method": FAMILY}, dtype)
 
     def reselect(self, model: Any, quantization_config: Any, dtype: "torch.dtype") -> "Selection":
-        from tasks.quantize.transformers_adapter import Selection
+        from tasks.transformers_adapter import Selection
 
         chosen = {f"{name}.weight" for name, _ in linear_layers(model)}
         return Selection({"quant_method": FAMILY}, chosen.__contains__)

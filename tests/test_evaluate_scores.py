@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import TextSource
-from tasks.evaluate.text import load_text
+from tasks.download.text import load_text
 from tests.models import VOCABULARY, tiny, with_own_code
 
 WINDOW, TOKENS = 64, 64 * 9

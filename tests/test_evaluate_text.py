@@ -12,9 +12,9 @@ import pytest
 
 from configs.errors import BadInputError
 from configs.schema import TextSource
+from tasks.download.text import LoadedText, check_text, load_text
 from tasks.evaluate.comparison import _diverges_at
 from tasks.evaluate.statistics import interval, mcnemar
-from tasks.evaluate.text import LoadedText, check_text, load_text
 from tests.hub import Hub
 from tests.models import tiny, with_own_code
 
@@ -109,7 +109,7 @@ def test_first_divergence(before: str, after: str, at: int | None) -> None:
 READ = """
 import sys
 from configs.schema import TextSource
-from tasks.evaluate.text import load_text
+from tasks.download.text import load_text
 print(repr(load_text(TextSource.model_validate_json(sys.argv[1])).text))
 """
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from configs.schema import Evaluate, Source
 from tasks.download.task import download, look, tokenizer_folder
+from tasks.download.text import check_text, load_text
 from tasks.evaluate.lm_eval_index import check_tasks
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
-from tasks.evaluate.text import check_text, load_text
 from tasks.result import Measured, measured, sizes_of
 
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Evaluate
+from tasks.download.text import dataset_commit
 from tasks.evaluate.lm_eval_adapter import read_index
-from tasks.evaluate.text import dataset_commit
 from tasks.runtime.child_process import isolated
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file, sha256_files

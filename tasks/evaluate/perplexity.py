@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from configs.errors import BadInputError
+from tasks.download.text import CHARACTERS_PER_TOKEN
 from tasks.evaluate.model import Loaded, load, vocabulary
 from tasks.evaluate.output_head import Head
 from tasks.evaluate.scoring import Array, Kept, Positions, Reference, backing_off, score
-from tasks.evaluate.text import CHARACTERS_PER_TOKEN
 from tasks.runtime.progress import Progress, silent
 
 log = logging.getLogger("tame.evaluate")

@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 
 from configs.schema import Samples, Speed
+from tasks.download.text import CHARACTERS_PER_TOKEN
 from tasks.evaluate.memory import synchronize
 from tasks.evaluate.model import Loaded
-from tasks.evaluate.text import CHARACTERS_PER_TOKEN
 from tasks.runtime.progress import Progress, silent
 
 RESULT = "result.json"

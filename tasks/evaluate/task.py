@@ -9,10 +9,10 @@ from prefect import task
 from prefect.states import Completed, State
 
 from configs.schema import Evaluate
+from tasks.download.text import LoadedText, load_text
 from tasks.evaluate import comparison, lm_eval_run, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Work, measure
-from tasks.evaluate.text import LoadedText, load_text
 from tasks.quantize.methods import described_by, quantization_of
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions

@@ -56,7 +56,7 @@ def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bo
     quieten()
     import torch
 
-    from tasks.quantize.transformers_adapter import model_class, read_model_config
+    from tasks.transformers_adapter import model_class, read_model_config
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]

@@ -8,8 +8,8 @@ import torch
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Variant
+from tasks import transformers_adapter
 from tasks.download.checkpoint import Stored
-from tasks.quantize import transformers_adapter
 from tasks.quantize.protocols import Method, TensorFormat
 from tasks.quantize.shards import NAMES
 from tasks.quantize.skeleton import Skeleton, left_out, skeleton

@@ -19,7 +19,7 @@ from tasks.values import Unquantized
 if TYPE_CHECKING:
     import torch
 
-    from tasks.quantize.transformers_adapter import Selection
+    from tasks.transformers_adapter import Selection
 
 
 @dataclass(frozen=True)

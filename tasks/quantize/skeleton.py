@@ -9,10 +9,10 @@ import torch
 
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Variant
+from tasks import transformers_adapter
 from tasks.download.checkpoint import Stored
-from tasks.quantize import transformers_adapter
 from tasks.quantize.protocols import TensorFormat
-from tasks.quantize.transformers_adapter import Selection
+from tasks.transformers_adapter import Selection
 from tasks.values import Unquantized
 
 

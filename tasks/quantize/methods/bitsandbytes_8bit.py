@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs.schema import Variant
-from tasks.quantize.transformers_adapter import Selection, select_as_transformers
+from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 

@@ -1,4 +1,4 @@
-"""Everything of transformers' internals that quantizing relies on, in one place, with transformers' own names beside it.
+"""All of transformers' internals that calibrate and quantize rely on, in one place, with transformers' own names beside it.
 
 What is quantized is what transformers quantizes: its own quantizer replaces the linear layers of a model without weights, and
 its own conversion mappings rename the checkpoint's tensors on the way in and out. Nothing here knows an architecture.
