@@ -80,7 +80,7 @@ def logged(run: FlowRun, metrics: dict[str, float], status: str) -> None:
     )
     result = result.model_copy(
         update={
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe,
             "prefect_run": str(run.id),
             "variants": [variant],
             "exit_code": 0,
