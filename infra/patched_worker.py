@@ -1,15 +1,16 @@
-"""Prefect's worker with three habits changed: `python -m infra.patched_worker OPTIONS`.
-
-It lives on when a run that it still holds is started again. Prefect 3.8's worker tells the server that the process of a
-run has died, and gives its place (`--limit`) back only once the flow's hooks have run, seconds later. An automation sets
-the run back to Scheduled at once; a worker that asks for runs in between takes a second place for it, fails with "this
-borrower is already holding one of this CapacityLimiter's tokens", and ends.
+"""Prefect's worker with two habits changed: `python -m infra.patched_worker OPTIONS`.
 
 It asks for runs when it has a place for one, and as soon as it has one again. The server's answer holds every run that
 waits, with its parameters: asked each two seconds for nothing, it takes a third of the server's time while hundreds wait.
+This patch can go when Prefect's worker asks for no more runs than `--limit` leaves room for.
 
 It starts a run's process itself. Where no command is given, Prefect puts a process of its own in between, which fetches code
-and installs dependencies; tame is installed on its workers, and that process costs as much as importing Prefect does.
+and installs dependencies; tame is installed on its workers, and that process costs as much as importing Prefect does. This
+patch can go when a work pool can say that nothing is to be prepared; a command in the pool itself would override that of
+every deployment.
+
+A third habit was changed until Prefect 3.8: a run that was started again, while its place was still held, ended the worker.
+Prefect 3.9 passes over such a run, and takes it with the next answer.
 """
 
 import sys
@@ -23,7 +24,6 @@ from prefect.workers.process import ProcessJobConfiguration
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
-    from prefect.client.schemas.responses import WorkerFlowRunResponse
 
 SEEN_EVERY = 30.0
 """Seconds between two questions of a worker without a free place: one that says nothing for 60 counts as gone."""
@@ -31,7 +31,6 @@ LOOK_EVERY = 0.5
 """Seconds between two looks whether a place is free."""
 
 _ask = BaseWorker.get_and_submit_flow_runs
-_submit = BaseWorker._submit_scheduled_flow_runs
 _prepare = ProcessJobConfiguration.prepare_for_flow_run
 
 
@@ -46,14 +45,6 @@ async def ask_with_a_place(self: "BaseWorker[Any, Any, Any]") -> "list[FlowRun]"
     return taken
 
 
-async def submit_others(
-    self: "BaseWorker[Any, Any, Any]", flow_run_response: "list[WorkerFlowRunResponse]"
-) -> "list[FlowRun]":
-    """As Prefect's, without the runs that hold a place: they are in the next answer, too."""
-    held = self._limiter.statistics().borrowers if self._limiter else ()
-    return await _submit(self, [entry for entry in flow_run_response if entry.flow_run.id not in held])
-
-
 def prepare_directly(self: ProcessJobConfiguration, *args: Any, **kwargs: Any) -> None:
     """As Prefect's, with its engine as the command where none is given."""
     if self.command is None:
@@ -65,7 +56,6 @@ def main() -> None:
     """Become the worker."""
     if "--run-once" not in sys.argv:  # it asks once
         BaseWorker.get_and_submit_flow_runs = ask_with_a_place  # type: ignore[method-assign]
-    BaseWorker._submit_scheduled_flow_runs = submit_others  # type: ignore[method-assign]
     ProcessJobConfiguration.prepare_for_flow_run = prepare_directly  # type: ignore[method-assign]
     from prefect.cli import app
 

@@ -247,7 +247,7 @@ def make(folder: Path | None = None, repo: str = "https://huggingface.co/me/Smol
             "python": "3.11.9",
             "tame": "0.1.0",
             "torch": "2.13.0",
-            "transformers": "5.23.0",
+            "transformers": "5.24.0",
             "bitsandbytes": "0.50.2",
         },
         hardware={"device": "cpu", "cpu": "Intel Xeon", "cores": 2, "memory_bytes": 8 * 2**30, "gpus": []},
