@@ -18,7 +18,7 @@ from tasks.download.hub import endpoint
 from tasks.publish import provenance
 from tasks.publish.client import TIMEOUT, ask, connect, explained
 from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look, not_renamed
-from tasks.publish.transfer import content, upload
+from tasks.publish.transfer import Change, content, upload
 from tasks.publish.verify import verify, verify_proposal
 from tasks.runtime.progress import Progress
 
@@ -85,8 +85,8 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
         )
     commit, unread = there.head, [] if there.verified else list(wanted)
     if (adding or removing) and there.hidden:
-        operations = _sources(wanted, adding)
-        commit = upload(api, there.id, operations, removing, there.head, release.title, progress).oid
+        change = Change(_sources(wanted, adding), removing, there.head, release.title)
+        commit = upload(api, there.id, change, progress).oid
     elif adding or removing:
         number, commit, moved = _propose(api, there, release, wanted, adding, removing, progress)
         verify_proposal(api, there.id, number, commit, wanted, sorted({*adding, *unread}), progress)
@@ -170,8 +170,8 @@ def _propose(
         found = []
     number = next((d.num for d in found if d.is_pull_request and d.title == release.title), None)
     if number is None:
-        operations = _sources(wanted, adding)
-        made = upload(api, there.id, operations, removing, there.head, release.title, progress, pull_request=True)
+        change = Change(_sources(wanted, adding), removing, there.head, release.title)
+        made = upload(api, there.id, change, progress, pull_request=True)
         return int(made.pr_num), made.oid, adding
     ref = f"refs/pr/{number}"
     proposed = look(api, there.id, ref)
@@ -181,7 +181,8 @@ def _propose(
     left = [name for name in adding if not has(api, there.id, proposed.head, files, name, wanted[name])]
     if not left:
         return number, proposed.head, []
-    made = upload(api, there.id, _sources(wanted, left), [], proposed.head, release.title, progress, ref)
+    change = Change(_sources(wanted, left), [], proposed.head, release.title)
+    made = upload(api, there.id, change, progress, revision=ref)
     return number, made.oid, left
 
 

@@ -82,7 +82,6 @@ def publish(
     repo: str,
     spec: Publish,
     *,
-    tag: str | None = None,
     progress: Progress = show,
     pauses: tuple[float, ...] = PAUSES,
 ) -> Published:
@@ -106,7 +105,7 @@ def publish(
     }
     if spec.to == "folder":
         return _told(_to_folder(wanted, extra, repo, progress))
-    tag = tag or provenance.tag(extra, files)
+    tag = provenance.tag(extra, files)
     release = Release(
         repo=repo,
         files=wanted,
@@ -253,11 +252,10 @@ def publish_task(
     extra: dict[str, bytes],
     repo: str,
     spec: Publish,
-    tag: str | None = None,
 ) -> State[Published]:
     """`publish` in the flow: Prefect makes the further attempts, so that they can be seen."""
     try:
-        done = publish(folder, files, extra, repo, spec, tag=tag, pauses=())
+        done = publish(folder, files, extra, repo, spec, pauses=())
     except UnreachableError as error:
         wait(error, 0.0)  # what the Hub asked for, on top of Prefect's own delay
         raise

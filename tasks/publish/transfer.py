@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tasks.download.hub import endpoint
 from tasks.publish.client import ask, explained
@@ -17,18 +17,24 @@ log = logging.getLogger("tame.publish")
 TOO_LARGE = 50_000_000_000  # the Hub serves larger files by Xet alone
 
 
+class Change(NamedTuple):
+    """What one commit does to a repo: `additions` are paths or contents, by name in the repo; `parent` is the commit before."""
+
+    additions: dict[str, str | bytes]
+    removals: list[str]
+    parent: str
+    message: str
+
+
 def upload(
     api: Any,
     repo: str,
-    additions: dict[str, str | bytes],
-    removals: list[str],
-    parent: str,
-    message: str,
+    change: Change,
     progress: Progress,
     revision: str | None = None,
     pull_request: bool = False,
 ) -> Any:
-    """Upload `additions` (paths or contents by name) and make one commit on `parent`, as a pull request if asked."""
+    """Upload what `change` adds and make its commit, on the branch or pull request `revision`, as a new pull request if asked."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     class Addition(CommitOperationAdd):
@@ -42,7 +48,7 @@ def upload(
                     file.read = lambda size=-1: told(read(size))  # type: ignore[method-assign]
                 yield file
 
-    operations = [Addition(name, content) for name, content in sorted(additions.items())]
+    operations = [Addition(name, content) for name, content in sorted(change.additions.items())]
     total = sum(operation.upload_info.size for operation in operations)
     done = 0
 
@@ -52,17 +58,17 @@ def upload(
         progress(f"upload {repo}", min(done, total - 1), total)  # what is sent again counts again, up to the end
         return piece
 
-    removing = [CommitOperationDelete(name) for name in removals]
+    removing = [CommitOperationDelete(name) for name in change.removals]
     log.info("upload %s: %d files, %.1f MB", repo, len(operations), total / 1e6)
     with explained(repo), _quiet():
         _choose_transfer(api, repo)
         commit = api.create_commit(
             repo,
             [*operations, *removing],
-            commit_message=message,
+            commit_message=change.message,
             revision=revision,
             create_pr=pull_request,
-            parent_commit=parent,
+            parent_commit=change.parent,
         )
     progress(f"upload {repo}", total, total)
     return commit

@@ -113,7 +113,7 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
             # MLflow's table shows the latest first: a millisecond apart, they stand in the recipe's order.
             run = client.create_run(experiment_id, start_time=began - order, tags=tags, run_name=measured.name)
         _write_measured(client, result, measured, run, began, ended)
-    _batch(client, run_id, _release_metrics(result), params(result), _release_tags(result), began)
+    _batch(client, run_id, _Content(_release_metrics(result), params(result), _release_tags(result)), began)
     if final:
         client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         if report:
@@ -167,7 +167,8 @@ def _write_measured(client: Any, result: Result, measured: Measured, run: Any, b
     model = (
         registry.model(client, result, measured, experiment_id, run_id) if isinstance(measured, ResultVariant) else None
     )
-    _batch(client, run_id, measured.metrics, params(result, measured), _tags(result, measured), began, model, dataset)
+    shown = _Content(measured.metrics, params(result, measured), _tags(result, measured))
+    _batch(client, run_id, shown, began, model, dataset)
     _log_windows(client, run_id, measured, began)
     _log_layers(client, run_id, measured, began)
     if isinstance(measured, ResultVariant) and model is not None and registry.verdict(measured) == "passed":
@@ -223,16 +224,16 @@ def _release_metrics(result: Result) -> dict[str, float]:
     return {"seconds": result.seconds, **{f"variants_{status}": count for status, count in counts.items()}}
 
 
-def _batch(
-    client: Any,
-    run_id: str,
-    metrics: dict[str, float],
-    params: dict[str, str],
-    tags: dict[str, str],
-    timestamp: int,
-    model: Any = None,
-    dataset: Any = None,
-) -> None:
+class _Content(NamedTuple):
+    """What a run shows."""
+
+    metrics: dict[str, float]
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+def _batch(client: Any, run_id: str, content: _Content, timestamp: int, model: Any = None, dataset: Any = None) -> None:
+    """Log `content`; its metrics at `timestamp`, ms since 1970, as those of `model` on `dataset`, where there are such."""
     from mlflow.entities import Metric, Param, RunTag
 
     linked: dict[str, Any] = {"run_id": run_id}
@@ -240,10 +241,10 @@ def _batch(
         linked["model_id"] = model.model_id
     if dataset is not None:
         linked |= {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
-    entries = [Metric(metric_key(name), value, timestamp, 0, **linked) for name, value in metrics.items()]
+    entries = [Metric(metric_key(name), value, timestamp, 0, **linked) for name, value in content.metrics.items()]
     known = client.get_run(run_id).data.params
-    fresh = [Param(key, value[:6000]) for key, value in params.items() if key not in known]
-    labels = [RunTag(key, value[:7900]) for key, value in tags.items()]
+    fresh = [Param(key, value[:6000]) for key, value in content.params.items() if key not in known]
+    labels = [RunTag(key, value[:7900]) for key, value in content.tags.items()]
     for start in range(0, max(len(entries), len(fresh), len(labels)), 100):
         part = slice(start, start + 100)
         client.log_batch(run_id, entries[part], fresh[part], labels[part])
