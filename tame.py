@@ -112,6 +112,8 @@ def evaluate(options: argparse.Namespace) -> int:
         "batch_size": options.batch_size,
     }
     asked = {key: value for key, value in given.items() if value is not None}
+    for part in ("speed", "samples"):  # seconds to minutes of work that a recipe asks for, and here a flag
+        asked |= {} if getattr(options, part) else {part: None}
     spec = _checked(Evaluate, explain, text={"files": options.text}, **asked)
     model = _checked(Source, explain, model=options.model)
     base = _checked(Source, explain, model=options.baseline) if options.baseline else None
@@ -279,6 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task-path", metavar="DIR", help="a folder of your own task files")
     command.add_argument("--task-limit", metavar="N", type=_positive, help="only the first N items of each task")
     command.add_argument("--batch-size", metavar="N", type=_positive, help="windows in a batch")
+    command.add_argument("--speed", action="store_true", help="time a prompt and the tokens after it, and take memory")
+    command.add_argument("--samples", action="store_true", help="show what it answers to a few prompts")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--json", metavar="OUT", help="write the numbers to a file")
 

@@ -2,11 +2,13 @@
 
     python benchmarks/evaluate.py make --source DIR --out DIR            quantize int8, nf4, nf4-dq with transformers
     python benchmarks/evaluate.py processes --base DIR --variant DIR --text FILE [--tokens 30000] [--rounds 3]
-    python benchmarks/evaluate.py tasks --variant DIR --piqa FILE [--items 200]
+    python benchmarks/evaluate.py perplexity --variant DIR --text FILE [--tokens 30000]
+    python benchmarks/evaluate.py tasks --variant DIR --text FILE --piqa FILE [--items 200]
     python benchmarks/evaluate.py accuracy --base DIR --variant DIR… --text FILE
     python benchmarks/evaluate.py device [--device cuda] [--layers 28]   a random Qwen3-1.7B, tokens a second
     python benchmarks/evaluate.py stale --base DIR --variant DIR --piqa FILE   lm-eval's own cache, two models
 
+tame's side is `tame evaluate`, and lm-eval's `lm_eval run`, as people run them, each a process that finds no cache.
 `device` needs torch, transformers and bitsandbytes alone.
 """
 
@@ -16,6 +18,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore")
 METHODS = {
     "int8": {"load_in_8bit": True},
@@ -35,9 +39,12 @@ METHODS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "processes", "tasks", "accuracy", "device", "stale", "side"])
+    parser.add_argument(
+        "what", choices=["make", "processes", "perplexity", "tasks", "accuracy", "device", "stale", "side"]
+    )
     parser.add_argument("--side")
-    for name in ("source", "out", "base", "text", "piqa", "cache"):
+    parser.add_argument("--sides", nargs="*", default=[], help="of processes: tame, tame_both, plain_all")
+    for name in ("source", "out", "base", "text", "piqa"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--variant", nargs="*", default=[])
     for name, default in {"tokens": 30_000, "window": 512, "batch": 8, "rounds": 3, "items": 200, "layers": 28}.items():
@@ -60,35 +67,17 @@ def make(args: argparse.Namespace) -> None:
         AutoTokenizer.from_pretrained(args.source).save_pretrained(Path(args.out) / name)
 
 
-# One side of a comparison, as a whole process
+# One side of a comparison, as a whole process: tame's and lm-eval's are their commands as shipped
 
 
 def side(args: argparse.Namespace) -> None:
     print(json.dumps(globals()[f"side_{args.side}"](args)))
 
 
-def side_tame_baseline(args: argparse.Namespace) -> Any:
-    _worker(args, args.base, {"scores": args.cache})
-
-
-def side_tame(args: argparse.Namespace) -> Any:
-    import numpy as np
-
-    out = tempfile.mkdtemp()
-    _worker(args, args.variant[0], {"scores": out}, baseline=args.cache)
-    measured = np.load(Path(out) / "windows.npz")
-    loss = measured["loss"].astype(np.float64).mean()
-    return {
-        "perplexity": math.exp(loss),
-        "kl": float(measured["kl"].mean()),
-        "agreement": float(measured["agree"].mean()),
-    }
-
-
 def side_plain_perplexity(args: argparse.Namespace) -> Any:
     import torch
 
-    ids, total = _ids(args, args.base), 0.0
+    ids, total = _ids(args, args.variant[0]), 0.0
     model = _plain(args.variant[0], args.device)
     with torch.no_grad():
         for batch in ids.split(args.batch):
@@ -115,46 +104,17 @@ def side_plain_all(args: argparse.Namespace) -> Any:
     return {"perplexity": math.exp(loss / count), "kl": kl / count, "agreement": agree / count}
 
 
-def side_tame_tasks(args: argparse.Namespace) -> Any:
-    out = Path(tempfile.mkdtemp())
-    _worker(args, args.variant[0], {"tasks": str(out)}, tasks=args.cache)
-    result = json.loads((out / "result.json").read_text())["tasks"]["piqa_own"]
-    right = [json.loads(line)["acc"] for line in (out / "piqa_own.jsonl").read_text().splitlines()]
-    return {**{key: result["metrics"][key] for key in ("acc", "acc_norm")}, "right": right}
+def tame_command(args: argparse.Namespace, *more: str) -> list[str]:
+    """`tame evaluate` with the text, window and batch of the comparison, and `more`."""
+    asked = {"--text": args.text, "--window": args.window, "--batch-size": args.batch, "--device": args.device}
+    return [sys.executable, "-m", "tame", "evaluate", *(str(part) for pair in asked.items() for part in pair), *more]
 
 
-def side_lm_eval(args: argparse.Namespace) -> Any:
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    result = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": args.variant[0]}, tasks=["piqa_own"], batch_size=args.batch,
-        device=args.device, task_manager=TaskManager(include_path=args.cache), bootstrap_iters=0,
-    )  # fmt: skip
-    metrics = result["results"]["piqa_own"]
-    right = [sample["acc"] for sample in result["samples"]["piqa_own"]]
-    return {"acc": metrics["acc,none"], "acc_norm": metrics["acc_norm,none"], "right": right}
-
-
-def _worker(
-    args: argparse.Namespace, model: str, folders: dict[str, str], baseline: str | None = None, tasks: str | None = None
-) -> Any:
-    from configs.schema import Evaluate, TextSource
-    from tasks.evaluate.lm_eval_index import TaskWork
-    from tasks.evaluate.run import Work, measure
-
-    spec = Evaluate(
-        text=TextSource(builtin="python-docs"), window=args.window, max_tokens=max(args.tokens, args.window), batch_size=args.batch,
-    )  # fmt: skip
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
-    work = TaskWork(names=["piqa_own"], include=[tasks]) if tasks else None
-    measure(
-        Work(
-            model=model, label="benchmark", device=args.device, trust_remote_code=False, spec=spec, text=text,
-            baseline=baseline if "scores" in folders else tasks, baseline_model=args.base, tasks=work, folders=folders,
-        )
-    )  # fmt: skip
+def numbers(metrics: dict[str, float]) -> dict[str, float]:
+    """Those of tame's numbers that the plain loops have, too."""
+    names = {"perplexity": "perplexity", "kl_mean": "kl", "top1_agreement": "agreement"}
+    names |= {f"task/piqa_own/{name}": name for name in ("acc", "acc_norm")}
+    return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
 def _plain(path: str, device: str) -> Any:
@@ -173,33 +133,76 @@ def _ids(args: argparse.Namespace, path: str) -> Any:
     return torch.tensor(ids[: count * args.window], device=args.device).view(count, args.window)
 
 
-def _timed(args: argparse.Namespace, name: str, cache: str) -> tuple[float, float, Any]:
-    """Seconds of a whole process by the clock and of CPU time, and what it found."""
-    command = [sys.executable, __file__, "side", "--side", name, "--cache", cache, "--device", args.device]
-    for key in ("base", "text", "piqa", "tokens", "window", "batch", "items"):
-        if getattr(args, key) is not None:
-            command += [f"--{key}", str(getattr(args, key))]
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started = time.perf_counter()
-    done = subprocess.run(
-        [*command, "--variant", *args.variant[:1]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        check=True,
-        text=True,
-    )
-    took, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return took, cpu, json.loads(done.stdout.splitlines()[-1])
+def command_of(args: argparse.Namespace, name: str, folder: Path, out: Path) -> list[str]:
+    """The command of one side. `folder` has the tasks; `out` gets what it finds."""
+    base, variant = str(args.base), args.variant[0]
+    tokens = ("--max-tokens", str(args.tokens))
+    json_out = ("--json", str(out / "tame.json"))
+    if name in ("tame_both", "tame"):
+        return tame_command(args, variant, "--baseline", base, *tokens, *json_out)
+    if name == "tame_alone":
+        return tame_command(args, variant, *tokens, *json_out)
+    if name == "tame_tasks":  # a text is asked for: one window of it
+        few = ("--max-tokens", str(args.window), "--tasks", "piqa_own", "--task-path", str(folder))
+        return tame_command(args, variant, *few, *json_out)
+    if name == "lm_eval":
+        given = {"--model_args": f"pretrained={variant}", "--tasks": "piqa_own", "--include_path": folder}
+        given |= {"--batch_size": args.batch, "--device": args.device, "--output_path": out}
+        flat = [str(part) for pair in given.items() for part in pair]
+        return [sys.executable, "-m", "lm_eval", "run", "--model", "hf", *flat, "--log_samples"]
+    command = [sys.executable, __file__, "side", "--side", name]
+    for key in ("base", "text", "tokens", "window", "batch", "device"):
+        command += [f"--{key}", str(getattr(args, key))]
+    return [*command, "--variant", variant]
 
 
-def _in_turn(args: argparse.Namespace, names: list[str], cache: str) -> dict[str, Any]:
+def found_by(name: str, stdout: str, home: Path, out: Path) -> dict[str, Any]:
+    """The numbers that one side has found, and which items it had right."""
+    if name.startswith("tame"):
+        rows = home.glob("artifacts/tasks-*/files/piqa_own.jsonl")
+        right = [json.loads(line)["acc"] for path in rows for line in path.read_text().splitlines()]
+        return {
+            **numbers(json.loads((out / "tame.json").read_text())["metrics"]),
+            **({"right": right} if right else {}),
+        }
+    if name == "lm_eval":
+        (results,) = out.rglob("results_*.json")
+        (samples,) = out.rglob("samples_*.jsonl")
+        scores = json.loads(results.read_text())["results"]["piqa_own"]
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        return {"acc": scores["acc,none"], "acc_norm": scores["acc_norm,none"], "right": [row["acc"] for row in rows]}
+    found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    return found
+
+
+def _timed(args: argparse.Namespace, name: str, folder: Path) -> tuple[float, float, Any]:
+    """Seconds of a whole process by the clock and of CPU time, its children's with it, and what it found.
+
+    tame finds nothing in its cache but, for the side `tame`, what `processes` has measured of the baseline before.
+    """
+    with tempfile.TemporaryDirectory() as fresh:
+        home, out = Path(fresh) / "home", Path(fresh) / "out"
+        out.mkdir()
+        if name == "tame":
+            shutil.copytree(folder / "home", home)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.perf_counter()
+        done = subprocess.run(
+            command_of(args, name, folder, out), env={**os.environ, "TAME_HOME": str(home)}, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True,
+        )  # fmt: skip
+        took, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        return took, cpu, found_by(name, done.stdout, home, out)
+
+
+def _in_turn(args: argparse.Namespace, names: list[str], folder: Path) -> dict[str, Any]:
     """Time each side `rounds` times, the order reversed every other time. What each found."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     found: dict[str, Any] = {}
     for round_ in range(args.rounds):
         for name in names if round_ % 2 == 0 else names[::-1]:
-            took, cpu, found[name] = _timed(args, name, cache)
+            took, cpu, found[name] = _timed(args, name, folder)
             seconds[name].append((took, cpu))
             shown = {key: value for key, value in found[name].items() if key != "right"}
             print(f"{name:18} {took:7.1f} s  {cpu:7.1f} s of CPU time  {json.dumps(shown)}", flush=True)
@@ -211,19 +214,30 @@ def _in_turn(args: argparse.Namespace, names: list[str], cache: str) -> dict[str
 
 
 def processes(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as cache:
-        took, cpu, _ = _timed(args, "tame_baseline", cache)
-        print(f"{'tame_baseline':18} {took:7.1f} s  {cpu:7.1f} s of CPU time, once for all variants")
-        _in_turn(args, ["tame", "plain_all", "plain_perplexity"], cache)
+    """The three metrics: with a baseline that is measured in the same command, and with one that was before."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = tame_command(args, str(args.base), "--baseline", str(args.base), "--max-tokens", str(args.tokens))
+        environment = {**os.environ, "TAME_HOME": str(folder / "home")}
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        found = _in_turn(args, args.sides or ["tame", "tame_both", "plain_all"], folder)
+    for key, value in found["tame"].items():
+        print(f"{key:11} tame {value:.5f}  plain loop {found['plain_all'][key]:.5f}")
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    """Perplexity alone."""
+    _in_turn(args, ["tame_alone", "plain_perplexity"], Path())
 
 
 def tasks(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        _piqa(args, Path(folder))
+    """PIQA, beside lm-evaluation-harness's own command."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "tasks"
+        folder.mkdir()
+        _piqa(args, folder)
         ours, theirs = (side["right"] for side in _in_turn(args, ["tame_tasks", "lm_eval"], folder).values())
-        print(
-            f"items that differ between the two: {sum(a != b for a, b in zip(ours, theirs, strict=True))} of {len(ours)}"
-        )
+    print(f"items that differ between the two: {sum(a != b for a, b in zip(ours, theirs, strict=True))} of {len(ours)}")
 
 
 def _piqa(args: argparse.Namespace, folder: Path) -> None:
@@ -247,11 +261,8 @@ metadata: {{version: 1}}
 def accuracy(args: argparse.Namespace) -> None:
     for variant in args.variant:
         args.variant = [variant]
-        with tempfile.TemporaryDirectory() as cache:
-            _timed(args, "tame_baseline", cache)
-            floor = json.loads((Path(cache) / "result.json").read_text())["floor"]
-            ours, plain = _timed(args, "tame", cache)[2], _timed(args, "plain_all", cache)[2]
-        print(f"{Path(variant).name}: noise floor {json.dumps(floor)}")
+        ours, plain = (_timed(args, name, Path())[2] for name in ("tame_both", "plain_all"))
+        print(Path(variant).name)
         for name, value in ours.items():
             off = value - plain[name] if name == "agreement" else value / plain[name] - 1
             print(f"  {name:11} tame {value:.5f}  plain loop {plain[name]:.5f}  {off:+.4f}", flush=True)
@@ -352,12 +363,11 @@ def _device_baseline(args: argparse.Namespace, model: Any, tokens: Any, folder: 
 
     _rate(args, f"bf16, plain perplexity loop, batch {args.batch}", tokens, lambda: _plain_loop(model, tokens, args))
     loaded = _loaded(args, model)
-    head = loaded.head
     found: list[Any] = []
 
     def run() -> None:
         with (folder / "hidden.bin").open("wb") as file:
-            found[:] = [score(loaded, head, tokens, args.batch, None, silent, Kept(file))]
+            found[:] = [score(loaded, tokens, args.batch, None, silent, Kept(file))]
 
     _rate(args, f"bf16, tame's baseline, batch {args.batch}", tokens, run)
     size = (folder / "hidden.bin").stat().st_size
@@ -381,7 +391,7 @@ def _device_variant(args: argparse.Namespace, name: str, model: Any, tokens: Any
     reference = Reference(folder / "hidden.bin", head, kept.log_sum, kept.top, head.weight.shape[1])
     ours = _rate(
         args, f"{name}, tame: perplexity, KL, agreement, batch {args.batch}", tokens,
-        lambda: score(loaded, head, tokens, args.batch, reference, silent),
+        lambda: score(loaded, tokens, args.batch, reference, silent),
     )  # fmt: skip
     print(f"{name}: tame's three at {ours / plain:.3f} times the rate of the plain loop's one")
 

@@ -24,7 +24,7 @@ from tasks.result import Result, ResultVariant
 from tasks.runtime import ownership as attempts
 from tasks.store import artifacts as store
 from tasks.track import task as track
-from tasks.values import Evaluation, Snapshot
+from tasks.values import Checkpoint, Evaluation, Snapshot
 
 
 def _run_name() -> str:
@@ -71,9 +71,8 @@ def _measure(
     try:
         quantized = quantize_task(snapshot, variant).result()
         known = results.quantized(known, quantized)
-        evaluation = evaluate_task(
-            quantized.path, quantized.digest, variant.label, baseline, snapshot, recipe.evaluate
-        ).result()
+        checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
+        evaluation = evaluate_task(checkpoint, baseline, snapshot, recipe.evaluate).result()
         verdict = gate_task(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
         return results.judged(known, evaluation, verdict)
     except Exception as error:

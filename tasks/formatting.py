@@ -154,7 +154,11 @@ def settings(protocol: Protocol) -> dict[str, str]:
     """A protocol as people read it: flat, its noise floor as figures."""
     known = protocol.model_dump()
     floor = known.get("floor") or {}
-    told = {f"floor.{name}": figure(f"floor_{name}", value) for name, value in floor.items() if name != "batch_size"}
+    told = {
+        f"floor.{name}": figure(f"floor_{name}", value)
+        for name, value in floor.items()
+        if name in ("kl_mean", "top1_agreement")
+    }
     return flat("", known) | told
 
 

@@ -102,6 +102,22 @@ class Sample(_Value):
     diverges_at: int | None
 
 
+class Checkpoint(_Value):
+    """A checkpoint on disk that is to be measured. `digest` is the sha256 over its files."""
+
+    path: str
+    digest: str
+    label: str
+    """What people call it: a variant's label, or a model's name."""
+
+
+class EvaluatedPart(_Value):
+    """A part of an evaluation, in the store: the folder that it was measured into, and the digest of that."""
+
+    path: str
+    digest: str
+
+
 class Evaluation(_Value):
     """What was measured of the baseline or of a variant."""
 
@@ -117,6 +133,8 @@ class Evaluation(_Value):
     """Folder of the evidence: windows.npz and windows.json, tasks/NAME.jsonl, flips.json, layers.json, evaluation.json."""
     digest: str
     cached: bool
+    parts: dict[str, EvaluatedPart] = {}
+    """What it was made from, for comparisons with it: scores, tasks/NAME, speed, samples, layers."""
 
 
 class Verdict(_Value):

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from configs.errors import TameError
-from configs.schema import Evaluate, Samples, Speed, TextSource
+from configs.schema import Evaluate, Gate, Samples, Speed, TextSource
+from tasks.download.text import load_text
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.gate import judge
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
-from tasks.values import Snapshot
-from tests.models import tiny
+from tasks.values import Checkpoint, Snapshot
+from tests.models import VOCABULARY, tiny
 
 SPEC = Evaluate(
     text=TextSource(builtin="python-docs"),
@@ -38,6 +40,10 @@ def snapshot_of(folder: Path) -> Snapshot:
     return Snapshot(path=where, model=where, name=folder.name, revision=None, commit=None, files=files, digest=digest)
 
 
+def checkpoint(made: Snapshot) -> Checkpoint:
+    return Checkpoint(path=made.path, digest=made.digest, label="other")
+
+
 def artifacts(kind: str) -> list[str]:
     return [artifact.key for artifact in store.artifacts() if artifact.kind == kind]
 
@@ -46,7 +52,7 @@ def test_a_variant_is_compared_and_a_rerun_costs_nothing(tiny_llama: Path, tmp_p
     other = tiny(tmp_path / "other", seed=1)
     base, variant = snapshot_of(tiny_llama), snapshot_of(other)
     baseline = evaluate_baseline(base, SPEC)
-    result = evaluate_variant(variant.path, variant.digest, "other", baseline, base, SPEC)
+    result = evaluate_variant(checkpoint(variant), baseline, base, SPEC)
     assert not baseline.cached
     assert not result.cached
     metrics = result.metrics
@@ -70,7 +76,7 @@ def test_a_variant_is_compared_and_a_rerun_costs_nothing(tiny_llama: Path, tmp_p
     code = (
         "import sys; from tests.test_evaluate_stage import *; base = snapshot_of(Path(sys.argv[1]));"
         "variant = snapshot_of(Path(sys.argv[2])); baseline = evaluate_baseline(base, SPEC);"
-        "result = evaluate_variant(variant.path, variant.digest, 'other', baseline, base, SPEC);"
+        "result = evaluate_variant(checkpoint(variant), baseline, base, SPEC);"
         "assert baseline.cached and result.cached; assert not {'torch', 'transformers'} & set(sys.modules);"
         "print(result.model_dump_json())"
     )
@@ -137,26 +143,79 @@ def test_a_killed_evaluation_says_so_and_leaves_nothing_half_done(tiny_llama: Pa
     assert not list((tame_home / "artifacts").glob(".partial-*"))
 
 
-def test_what_was_measured_before_a_failure_is_kept(tame_home: Path) -> None:
-    from tasks.evaluate.task import _build_together
+def test_a_part_that_fails_leaves_the_other_numbers_and_is_tried_again(tmp_path: Path, tame_home: Path) -> None:
+    from transformers import GPT2Config
 
-    def fails_after_the_first(folders: dict[str, str]) -> None:
-        (Path(folders["scores"]) / "result.json").write_text("{}")
-        raise TameError("no data")
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    base = snapshot_of(tiny(tmp_path / "base", config))
+    other = snapshot_of(tiny(tmp_path / "other", config, seed=1))
+    definition = "task: {}\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {}}}}}\nvalidation_split: "
+    definition += 'validation\noutput_type: multiple_choice\ndoc_to_text: "{}"\ndoc_to_choice: ["one", "two"]\n'
+    definition += "doc_to_target: label\nmetric_list: [{{metric: acc}}]\n"
+    (tmp_path / "tasks").mkdir()
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"label": i % 2}) + "\n" for i in range(20)))
+    for name, prompt in {"good": "Say", "broken": "{{ no.such.column }}"}.items():
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(definition.format(name, data, prompt))
+    spec = SPEC.model_copy(
+        update={
+            "tasks": ["broken", "good"],
+            "task_path": str(tmp_path / "tasks"),
+            "speed": Speed(prompt_tokens=200, new_tokens=2, repeats=1),  # more than it has positions for
+        }
+    )
+    baseline = evaluate_baseline(base, spec)
+    result = evaluate_variant(checkpoint(other), baseline, base, spec)
+    for evaluation in (baseline, result):
+        assert evaluation.parts.keys() == {"scores", "samples", "tasks/good"}
+        assert evaluation.metrics["task/good/items"] == 20
+        assert evaluation.metrics["task/broken/items"] == 0
+        assert "load_seconds" not in evaluation.metrics
+        said = "\n".join(evaluation.notes)
+        assert "speed was not measured: " in said
+        assert "task broken was not measured: " in said
+    assert result.metrics["perplexity_ratio"] > 0
+    assert "task/good/acc_difference" in result.metrics
+    verdict = judge(result.metrics, Gate(max_task_drop=1))
+    assert verdict.reasons == ["task/broken drop was not measured (limit ≤ 1)"]
+    before = len(list(store.artifacts()))
+    text = (tmp_path / "tasks" / "broken.yaml").read_text().replace("{{ no.such.column }}", "Say")
+    good = spec.model_copy(update={"task_path": str(shutil.copytree(tmp_path / "tasks", tmp_path / "mended"))})
+    (tmp_path / "mended" / "broken.yaml").write_text(text)
+    mended = evaluate_variant(checkpoint(other), evaluate_baseline(base, good), base, good)
+    assert mended.metrics["task/broken/items"] == 20
+    assert mended.metrics["perplexity"] == result.metrics["perplexity"]
+    assert len(artifacts("scores")) == 2
+    assert len(list(store.artifacts())) > before
 
-    wanted = [("scores", {"model": "a"}), ("tasks", {"model": "a"})]
-    with pytest.raises(TameError, match="no data"):
-        _build_together(wanted, fails_after_the_first)
-    assert len(artifacts("scores")) == 1
-    asked: list[list[str]] = []
 
-    def succeeds(folders: dict[str, str]) -> None:
-        asked.append(list(folders))
-        for folder in folders.values():
-            (Path(folder) / "result.json").write_text("{}")
+def evaluate(arguments: list[str]) -> None:
+    """`tame` with these arguments, in this process."""
+    from tame import main
 
-    parts, cached = _build_together(wanted, succeeds)
-    assert asked == [["tasks"]]
-    assert parts.keys() == {"scores", "tasks"}
-    assert not cached
-    assert _build_together(wanted, succeeds)[1]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+
+
+def test_tame_evaluate_measures_what_it_is_asked_for(tiny_llama: Path, tmp_path: Path, tame_home: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(load_text(TextSource(builtin="python-docs")).text[:40_000])
+    asked = ["evaluate", str(tiny_llama), "--text", str(text), "--window", "64", "--max-tokens", "1280"]
+    kinds = ("scores", "tasks", "speed", "samples", "layers")
+    evaluate([*asked, "--json", str(tmp_path / "alone.json")])
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert [len(artifacts(kind)) for kind in kinds] == [1, 0, 0, 0, 0]
+    assert alone["metrics"].keys() == {"size_bytes", "perplexity", "perplexity_low", "perplexity_high"}
+    assert alone["samples"] == []
+    (scores,) = (artifact for artifact in store.artifacts() if artifact.kind == "scores")
+    assert scores.files.keys() == {"result.json", "windows.npz"}  # nothing is kept for variants that there are none of
+    evaluate([*asked, "--baseline", str(tiny_llama), "--json", str(tmp_path / "compared.json")])
+    compared = json.loads((tmp_path / "compared.json").read_text())
+    assert [len(artifacts(kind)) for kind in kinds] == [3, 0, 0, 0, 0]
+    assert compared["metrics"]["perplexity"] == alone["metrics"]["perplexity"]
+    assert compared["metrics"]["perplexity_ratio"] == 1
+    assert compared["protocol"]["floor"]["windows"] == 2  # a tenth
+    evaluate([*asked, "--samples", "--json", str(tmp_path / "samples.json")])
+    assert [len(artifacts(kind)) for kind in kinds] == [3, 0, 0, 1, 0]
+    assert len(json.loads((tmp_path / "samples.json").read_text())["samples"]) == 3

@@ -52,10 +52,8 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec_of(folder: Path, **options) -> Evaluate:
-    return Evaluate(
-        text=TextSource(builtin="python-docs"), tasks=["own_choice", "own_written"], task_path=str(folder), batch_size=4,
-        speed=None, samples=None, **options,
-    )  # fmt: skip
+    asked = {"tasks": ["own_choice", "own_written"], "task_path": str(folder), "batch_size": 4, **options}
+    return Evaluate(text=TextSource(builtin="python-docs"), speed=None, samples=None, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +125,17 @@ def test_the_batch_size_that_fitted_is_the_one_that_is_recorded(ran, own_tasks: 
         hook.remove()
 
 
-def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
-    from tasks.evaluate.comparison import _tasks
+def compared(root: Path, evidence: Path):
+    """What the comparison says of the two models that ran."""
+    from tasks.evaluate.comparison import Pair, _read, _tasks
 
+    return _tasks({"own": Pair(_read(root / "1"), _read(root / "0"), 0, evidence)}, True, evidence)
+
+
+def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
     root, _ = ran
-    results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
-    metrics: dict[str, float] = {}
-    _tasks(metrics, [], root / "1", results[1], root / "0", results[0], 0, tmp_path)
+    floor = json.loads((root / "0" / "result.json").read_text())["tasks"]["own_choice"]["floor"]
+    metrics = compared(root, tmp_path).metrics
     files = [(root / seed / "own_choice.jsonl").read_text().splitlines() for seed in ("0", "1")]
     before, after = ([json.loads(line)["acc"] for line in lines] for lines in files)
     flips = sum(a != b for a, b in zip(before, after, strict=True))
@@ -143,16 +145,15 @@ def test_flips_are_a_count_over_the_items(ran, tmp_path: Path) -> None:
     assert difference == pytest.approx((sum(after) - sum(before)) / ITEMS)
     assert metrics["task/own_choice/acc_difference_low"] <= difference <= metrics["task/own_choice/acc_difference_high"]
     assert 0 < metrics["task/own_choice/acc_p"] <= 1
-    assert results[0]["tasks"]["own_choice"]["floor"] == {"items": ITEMS, "flips": 0}  # float32: padding moves nothing
+    assert floor == {"items": ITEMS // 10, "flips": 0}  # a tenth; in float32, padding moves nothing
 
 
 def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: Path) -> None:
     from tasks.evaluate import evidence
-    from tasks.evaluate.comparison import EXAMPLES, _tasks
+    from tasks.evaluate.comparison import EXAMPLES
 
     root, _ = ran
-    results = [json.loads((root / seed / "result.json").read_text()) for seed in ("0", "1")]
-    _tasks({}, [], root / "1", results[1], root / "0", results[0], 0, tmp_path)
+    compared(root, tmp_path)
     asked = [json.loads(line) for line in (own_tasks / "data.jsonl").read_text().splitlines()]
     (root / "evidence").mkdir(exist_ok=True)
     (root / "evidence" / "tasks").symlink_to(root / "0")
@@ -221,6 +222,14 @@ def test_the_key_covers_definition_data_and_limits(own_tasks: Path, tmp_path: Pa
         spec = spec_of(folder, **options)
         return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path)))
 
+    def of_the_other(**options) -> str:
+        from tasks.store.artifacts import key_of
+
+        spec = spec_of(folder, **options)
+        return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path))["own_written"])
+
+    other = of_the_other()
+    assert of_the_other(tasks=["own_written"]) == other  # asking for one more task measures no other again
     first = key()
     assert key() == first
     assert key(task_limit=3) != first

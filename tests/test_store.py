@@ -187,3 +187,66 @@ def test_a_store_that_cannot_be_written_says_so(tame_home: Path) -> None:
 def test_no_space_is_said_before_work_begins(tmp_path: Path) -> None:
     with pytest.raises(TameError, match="GB free, but to make it takes"):
         store.need_space(tmp_path / "not" / "there", 10**18, "make it")
+
+
+def test_many_are_made_by_one_call_and_what_was_complete_is_kept(tame_home: Path) -> None:
+    wanted = {name: store.Wanted("kind", {"a": name}) for name in ("one", "two", "three")}
+    asked: list[list[str]] = []
+
+    def fails_after_the_first(folders: dict[str, Path]) -> None:
+        asked.append(list(folders))
+        (folders["one"] / "last").write_text("one")
+        (folders["two"] / "begun").write_text("two")
+        raise TameError("no data")
+
+    with pytest.raises(TameError, match="no data"):
+        store.build_many(wanted, fails_after_the_first, "last")
+    assert [artifact.inputs for artifact in store.artifacts()] == [{"a": "one"}]
+    assert not list((tame_home / "artifacts").glob(".partial-*"))
+
+    def makes_all_but_one(folders: dict[str, Path]) -> None:
+        asked.append(list(folders))
+        assert not any(list(folder.iterdir()) for folder in folders.values())
+        (folders["two"] / "last").write_text("two")
+
+    made, there = store.build_many(wanted, makes_all_but_one, "last")
+    assert list(made) == ["one", "two"]
+    assert not there
+    assert not list((tame_home / "artifacts").glob(".partial-*"))
+
+    def makes_the_rest(folders: dict[str, Path]) -> None:
+        asked.append(list(folders))
+        (folders["three"] / "last").write_text("three")
+
+    store.build_many(wanted, makes_the_rest, "last")
+    made, there = store.build_many(wanted, makes_the_rest, "last")
+    assert there
+    assert {name: Path(artifact.path, "last").read_text() for name, artifact in made.items()} == {
+        name: name for name in wanted
+    }
+    assert asked == [["one", "two", "three"], ["two", "three"], ["three"]]
+
+
+def _build_many_slowly(names: list[str], log: str) -> None:
+    def run(folders: dict[str, Path]) -> None:
+        with Path(log).open("a") as file:
+            file.write(f"{sorted(folders)}\n")
+        time.sleep(1)
+        for folder in folders.values():
+            (folder / "last").write_text("x")
+
+    store.build_many({name: store.Wanted("kind", {"a": name}) for name in names}, run, "last")
+
+
+def test_two_processes_that_want_the_same_ones_in_other_orders_do_not_wait_forever(
+    tame_home: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    log = str(tmp_path / "log")
+    both = [context.Process(target=_build_many_slowly, args=(names, log)) for names in (["a", "b"], ["b", "a"])]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert Path(log).read_text() == "['a', 'b']\n"

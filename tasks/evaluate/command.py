@@ -8,6 +8,7 @@ from tasks.download.text import check_text, load_text
 from tasks.evaluate.lm_eval_index import check_tasks
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.result import Measured, measured, sizes_of
+from tasks.values import Checkpoint
 
 
 def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, device: str) -> Measured:
@@ -25,10 +26,8 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
     snapshot = download(model, quantized=True)
     sizes = sizes_of(Path(snapshot.path), list(snapshot.files))
     if baseline is None:
-        return measured(evaluate_baseline(snapshot, spec, device=device), sizes).model_copy(
-            update={"name": snapshot.name}
-        )
+        return measured(evaluate_baseline(snapshot, spec, text=text, compared=False, device=device), sizes)
     base = download(baseline, quantized=True)
-    against = evaluate_baseline(base, spec, device=device)
-    evaluation = evaluate_variant(snapshot.path, snapshot.digest, snapshot.name, against, base, spec, device=device)
-    return measured(evaluation, sizes)
+    against = evaluate_baseline(base, spec, text=text, device=device)
+    checkpoint = Checkpoint(path=snapshot.path, digest=snapshot.digest, label=snapshot.name)
+    return measured(evaluate_variant(checkpoint, against, base, spec, device=device), sizes)

@@ -103,8 +103,13 @@ def load_tasks(names: list[str], include: list[str], fewshot: int | None) -> Any
     return found
 
 
-def evaluate_tasks(loaded: Loaded, found: Any, batch_size: int, limit: int | None) -> Any:
-    """Run what `load_tasks` returned. What lm_eval.evaluate returns: results, samples, versions, n-shot."""
+def evaluate_tasks(
+    loaded: Loaded, found: Any, batch_size: int, limit: int | None = None, only: dict[str, list[int]] | None = None
+) -> Any:
+    """Run what `load_tasks` returned, or the first `limit` items of each, or `only` the items of these numbers.
+
+    Returns what lm_eval.evaluate does: results, samples, versions, n-shot.
+    """
     import random
 
     import numpy as np
@@ -117,7 +122,9 @@ def evaluate_tasks(loaded: Loaded, found: Any, batch_size: int, limit: int | Non
     for task in found["tasks"].values():
         task._instances = None  # of a run that had no memory for its batches
     with torch.inference_mode():
-        return evaluate(adapter(loaded, batch_size), task_dict=found, limit=limit, bootstrap_iters=0, log_samples=True)
+        return evaluate(
+            adapter(loaded, batch_size), found, limit=limit, samples=only, bootstrap_iters=0, log_samples=True
+        )
 
 
 def adapter(loaded: Loaded, batch_size: int) -> Any:
@@ -126,10 +133,7 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
     It computes logits for the tokens that are scored and for no others: those of the question and of the padding would be
     thrown away. Prompts and choices that it stops at are scored: see `_split` and `_pieces`.
     """
-    import torch
     from lm_eval.models.huggingface import HFLM
-
-    head = loaded.head
 
     class Adapter(HFLM):  # type: ignore[misc,unused-ignore]
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -142,7 +146,7 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
             some = [request for request in requests if request.args[1] != ""]
-            found = iter(super().loglikelihood(some, disable_tqdm=disable_tqdm))
+            found = iter(super().loglikelihood(some, disable_tqdm=True))
             return [(0.0, True) if request.args[1] == "" else next(found) for request in requests]
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -161,30 +165,10 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
                 for piece in _pieces(*_split(context, answer), self.max_length)
             ]
             results: list[Likelihood] = [(0.0, True)] * len(requests)
-            found = self._score([piece for _, piece in pieces], override_bs or self.batch_size)
+            pairs = [piece for _, piece in pieces]
+            found = _score(loaded, pairs, self.max_length, override_bs or self.batch_size, self.softmax_dtype)
             for (index, _), (chance, greedy) in zip(pieces, found, strict=True):
                 results[index] = (results[index][0] + chance, results[index][1] and greedy)
-            return results
-
-        def _score(self, pairs: list[tuple[list[int], list[int]]], batch: int) -> list[Likelihood]:
-            inputs = [tuple((context + answer)[-(self.max_length + 1) :][:-1]) for context, answer in pairs]
-            order = sorted(set(inputs), key=lambda tokens: (-len(tokens), tokens))  # answers may share their input
-            asked: dict[tuple[int, ...], list[int]] = {tokens: [] for tokens in order}
-            for index, tokens in enumerate(inputs):
-                asked[tokens].append(index)
-            results: list[Likelihood] = [(0.0, True)] * len(pairs)
-            with torch.inference_mode(), backbone_of(loaded.model) as backbone:
-                for start in range(0, len(order), batch):
-                    rows = order[start : start + batch]
-                    padded = [[*tokens, *[0] * (len(rows[0]) - len(tokens))] for tokens in rows]
-                    states = backbone(torch.tensor(padded, device=loaded.device))
-                    for row, tokens in enumerate(rows):
-                        for index in asked[tokens]:
-                            answer = torch.tensor(pairs[index][1])
-                            logits = head(states[row, len(tokens) - len(answer) : len(tokens)])
-                            chances = logits.log_softmax(-1, dtype=self.softmax_dtype).cpu()
-                            chance = chances.gather(-1, answer[:, None]).sum()
-                            results[index] = (float(chance), bool((chances.argmax(-1) == answer).all()))
             return results
 
     tokenizer = loaded.tokenizer
@@ -192,6 +176,34 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
         # HFLM would add a token that the model has no embedding for. What pads is masked, so any token will do.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     return Adapter(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, device=loaded.device)
+
+
+def _score(
+    loaded: Loaded, pairs: list[tuple[list[int], list[int]]], window: int, batch: int, dtype: Any
+) -> list[Likelihood]:
+    """The likelihood of each answer after its context, the softmax in `dtype`; a context is cut to fit the window."""
+    import torch
+
+    head = loaded.head
+    inputs = [tuple((context + answer)[-(window + 1) :][:-1]) for context, answer in pairs]
+    order = sorted(set(inputs), key=lambda tokens: (-len(tokens), tokens))  # answers may share their input
+    asked: dict[tuple[int, ...], list[int]] = {tokens: [] for tokens in order}
+    for index, tokens in enumerate(inputs):
+        asked[tokens].append(index)
+    results: list[Likelihood] = [(0.0, True)] * len(pairs)
+    with torch.inference_mode(), backbone_of(loaded.model) as backbone:
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            padded = [[*tokens, *[0] * (len(rows[0]) - len(tokens))] for tokens in rows]
+            states = backbone(torch.tensor(padded, device=loaded.device))
+            for row, tokens in enumerate(rows):
+                for index in asked[tokens]:
+                    answer = torch.tensor(pairs[index][1])
+                    logits = head(states[row, len(tokens) - len(answer) : len(tokens)])
+                    chances = logits.log_softmax(-1, dtype=dtype).cpu()
+                    chance = chances.gather(-1, answer[:, None]).sum()
+                    results[index] = (float(chance), bool((chances.argmax(-1) == answer).all()))
+    return results
 
 
 def _split(context: list[int], answer: list[int]) -> tuple[list[int], list[int]]:

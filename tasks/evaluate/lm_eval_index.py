@@ -83,39 +83,48 @@ def find_tasks(tasks: list[str], task_path: str | None) -> dict[str, Definition]
 
 def work_of(tasks: list[str], found: dict[str, Definition]) -> TaskWork:
     """What a process needs to run `tasks`."""
-    return TaskWork(names=tasks, include=sorted({definition.folder for definition in found.values()}))
+    return TaskWork(names=tasks, include=sorted({found[name].folder for name in _all(tasks, found) if name in found}))
 
 
-def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, Any]:
-    """What decides the tasks' results besides the model: definitions, data, limits, versions.
+def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, dict[str, Any]]:
+    """What decides each task's results besides the model: definitions, data, limits, versions.
 
     Raises:
         TameError: the data of a task cannot be reached.
     """
     own = {} if spec.task_path is None else _digests(Path(spec.task_path).expanduser().absolute())
-    data: dict[str, str] = {}
-    for name, definition in found.items():
-        try:
-            for number, file in enumerate(map(Path, definition.files)):  # by number: paths differ between machines
-                data[f"{name} {number}"] = store.digest_of(_digests(file)) if file.is_dir() else sha256_file(file)
-            if definition.dataset and definition.dataset not in data:
-                data[definition.dataset] = dataset_commit(definition.dataset, definition.revision or "main")
-        except OSError as error:
-            raise BadInputError(
-                f"evaluate.tasks {name}: its data {error.filename}: {error.strerror}; put it there"
-            ) from None
-        except TameError as error:
-            raise type(error)(f"evaluate.tasks {name}: {error}") from None
-    return {
-        "tasks": spec.tasks,
+    common = {
         "limit": spec.task_limit,
         "fewshot": spec.task_fewshot,
         "batch_size": spec.batch_size,
         "definitions": own,
-        "data": data,
         "lm_eval": version("lm_eval"),
         "datasets": version("datasets"),
     }
+    commits: dict[tuple[str, str], str] = {}
+    data = {name: _data(name, definition, commits) for name, definition in found.items()}
+    return {
+        task: {"task": task, "data": {name: data[name] for name in _all([task], found) if data[name]}, **common}
+        for task in spec.tasks
+    }
+
+
+def _data(name: str, definition: Definition, commits: dict[tuple[str, str], str]) -> list[str]:
+    """What identifies the data of the task `name`: digests of its files, the commit of its data set."""
+    try:
+        # without their paths, which differ between machines
+        found = [store.digest_of(_digests(f)) if f.is_dir() else sha256_file(f) for f in map(Path, definition.files)]
+        if definition.dataset:
+            asked = (definition.dataset, definition.revision or "main")
+            commits[asked] = commits.get(asked) or dataset_commit(*asked)
+            found += [definition.dataset, commits[asked]]
+    except OSError as error:
+        raise BadInputError(
+            f"evaluate.tasks {name}: its data {error.filename}: {error.strerror}; put it there"
+        ) from None
+    except TameError as error:
+        raise type(error)(f"evaluate.tasks {name}: {error}") from None
+    return found
 
 
 def _closed(tasks: list[str], known: dict[str, Definition]) -> bool:

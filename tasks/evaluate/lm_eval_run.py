@@ -15,7 +15,8 @@ from tasks.runtime.progress import Progress, silent
 STAGE = 2  # raise it when what is kept of an item changes
 RESULT = "result.json"
 QUESTION, CHOICE = 600, 160  # characters that are kept of an item
-FLOOR_ITEMS = 200  # of each task, run again in another batch shape
+FLOOR_ITEMS = 200  # of each task, at most, run again in another batch shape
+FLOOR_SHARE = 10  # and at most one in so many of its items, as it is work that nobody waits for
 
 
 def run_tasks(
@@ -25,8 +26,8 @@ def run_tasks(
 
     Writes NAME.jsonl for each task ({doc_id, doc_hash, filter, answer, metric: value, …} an item), for a baseline
     (`floor`) NAME.questions.jsonl ({doc_id, question, choices or expected} an item), and, last, result.json: for each task its
-    metrics, their number of items, its version, and, with `floor`, how many of its first 200 items flip when the same
-    model runs them in another batch shape.
+    metrics, their number of items, its version, and, with `floor`, how many of the first tenth of its items, 200 at most,
+    flip when the same model runs them in another batch shape.
 
     Raises:
         BadInputError: a task that asks to run code, or needs more than text.
@@ -37,7 +38,8 @@ def run_tasks(
 
     datasets.disable_progress_bars()
     loaded_tasks = load_tasks(work.names, work.include, spec.task_fewshot)
-    progress("tasks", 0, 1)
+    asked = f"task {', '.join(work.names)}"
+    progress(asked, 0, 1)
     results, batch = backing_off(
         lambda size: evaluate_tasks(loaded, loaded_tasks, size, spec.task_limit), spec.batch_size, "item of a task"
     )
@@ -67,9 +69,9 @@ def run_tasks(
         if name not in results["samples"]
     }
     if floor:
-        for name, flips in _floor(loaded, work, spec, batch, results["samples"]).items():
+        for name, flips in _floor(loaded, loaded_tasks, batch, results["samples"]).items():
             summary[name]["floor"] = flips
-    progress("tasks", 1, 1)
+    progress(asked, 1, 1)
     protocol = {
         "batch_size": batch,
         "limit": spec.task_limit,
@@ -123,17 +125,16 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _floor(loaded: Loaded, work: TaskWork, spec: Evaluate, batch: int, samples: Any) -> dict[str, dict[str, int]]:
+def _floor(loaded: Loaded, found: Any, batch: int, samples: dict[str, Any]) -> dict[str, dict[str, int]]:
     """For each task: of how many items, and how many change between right and wrong in another batch shape."""
-    limit = min(FLOOR_ITEMS, spec.task_limit or FLOOR_ITEMS)
-    found = load_tasks(work.names, work.include, spec.task_fewshot)
     other = 1 if batch > 1 else 2
-    results, used = backing_off(lambda size: evaluate_tasks(loaded, found, size, limit), other, "item of a task")
+    counts = {name: len({item["doc_id"] for item in items}) for name, items in samples.items()}
+    few = {name: list(range(max(1, min(FLOOR_ITEMS, count // FLOOR_SHARE)))) for name, count in counts.items()}
+    results, used = backing_off(lambda size: evaluate_tasks(loaded, found, size, only=few), other, "item of a task")
     if used == batch:  # there is memory for one batch shape only
         return {}
-    again = results["samples"]
     floors = {}
-    for name, items in again.items():
+    for name, items in results["samples"].items():
         metric, only = items[0]["metrics"][0], items[0]["filter"]
         items = [item for item in items if item["filter"] == only]
         before = {(item["doc_id"], item["filter"]): item.get(metric) for item in samples[name]}

@@ -23,9 +23,30 @@ from tasks.runtime.progress import Progress, silent
 log = logging.getLogger("tame.evaluate")
 
 HIDDEN_LIMIT = 16e9  # bytes that a baseline may keep
-FLOOR_TOKENS = 4096  # how much of the text the noise floor is measured on
+FLOOR_TOKENS = 4096  # how much of the text the noise floor is measured on, at most
+FLOOR_SHARE = 10  # and at most one part in so many, as it is work that nobody waits for
 HIDDEN, REFERENCE, WINDOWS = "hidden.bin", "reference.npz", "windows.npz"
 TOKENS, RESULT = "tokens.npy", "result.json"
+
+
+def score_alone(
+    loaded: Loaded,
+    text: str,
+    window: int,
+    max_tokens: int | None,
+    batch_size: int,
+    folder: Path,
+    progress: Progress = silent,
+) -> None:
+    """Score `text` with a model that nothing is compared with: windows.npz and result.json, as `score_baseline`.
+
+    Raises:
+        BadInputError: less than one window of text.
+        TameError: as `score_baseline`.
+    """
+    tokens = _tokens(loaded, text, window, max_tokens)
+    positions, batch = _backing_off(lambda size: score(loaded, tokens, size, None, progress), batch_size, tokens)
+    _write(folder, positions, {"protocol": _protocol(loaded, tokens, window, batch), "notes": loaded.notes})
 
 
 def score_baseline(
@@ -46,11 +67,7 @@ def score_baseline(
         BadInputError: less than one window of text, or a text whose hidden states would not fit.
         TameError: logits that are not finite, or no memory for one window.
     """
-    positions_known = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions_known and 0 < positions_known < window:  # of a .gguf, it is not known before
-        raise BadInputError(f"evaluate.window {window}: the model takes {positions_known} tokens at most; lower it")
-    tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
-    loaded.check_tokens(tokens)
+    tokens = _tokens(loaded, text, window, max_tokens)
     np.save(folder / TOKENS, tokens)
     head, notes = loaded.head, list(loaded.notes)
     size = tokens.shape[0] * (window - 1) * head.weight.shape[1] * head.weight.element_size()
@@ -63,25 +80,18 @@ def score_baseline(
 
     def run(batch: int) -> Positions:
         with (folder / HIDDEN).open("wb") as file:
-            return score(loaded, head, tokens, batch, None, progress, Kept(file))
+            return score(loaded, tokens, batch, None, progress, Kept(file))
 
     positions, batch = _backing_off(run, batch_size, tokens)
     np.savez(folder / REFERENCE, log_sum=positions.log_sum, top=positions.top)
-    few = tokens[: max(1, FLOOR_TOKENS // window)]
     reference = Reference(folder / HIDDEN, head, positions.log_sum, positions.top, head.weight.shape[1])
-    other = 1 if batch > 1 else 2
-    again = score(loaded, head, np.repeat(few, other, 0), other, reference, silent, repeat=other)
     _write(
         folder,
         positions,
         {
             "protocol": _protocol(loaded, tokens, window, batch),
             "notes": notes,
-            "floor": {
-                "kl_mean": float(again.kl.mean()),
-                "top1_agreement": float(again.agree.mean()),
-                "batch_size": other,
-            },
+            "floor": _floor(loaded, tokens, batch, reference),
             "head": _digest(head),
             "width": head.weight.shape[1],
             "vocabulary": hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest(),
@@ -122,10 +132,34 @@ def score_variant(
 
     def run(batch: int) -> Positions:
         reference = Reference(baseline / HIDDEN, theirs, kept["log_sum"], kept["top"], known["width"])
-        return score(loaded, head, tokens, batch, reference, progress)
+        return score(loaded, tokens, batch, reference, progress)
 
     positions, batch = _backing_off(run, batch_size, tokens)
     _write(folder, positions, {"protocol": _protocol(loaded, tokens, tokens.shape[1], batch), "notes": loaded.notes})
+
+
+def _floor(loaded: Loaded, tokens: Array, batch: int, reference: Reference) -> dict[str, float]:
+    """What a baseline differs from itself in another batch shape: on a tenth of the text, but on one window at least."""
+    count, window = tokens.shape
+    other = 1 if batch > 1 else 2
+    few = tokens[: max(1, min(FLOOR_TOKENS // window, count // FLOOR_SHARE // other))]
+    again = score(loaded, np.repeat(few, other, 0), other, reference, silent, repeat=other)
+    return {
+        "kl_mean": float(again.kl.mean()),
+        "top1_agreement": float(again.agree.mean()),
+        "batch_size": other,
+        "windows": len(few),
+    }
+
+
+def _tokens(loaded: Loaded, text: str, window: int, max_tokens: int | None) -> Array:
+    """The windows of `text`, int32 [windows, window], all of whose tokens the model knows."""
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and 0 < positions < window:  # of a .gguf, it is not known before
+        raise BadInputError(f"evaluate.window {window}: the model takes {positions} tokens at most; lower it")
+    tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
+    loaded.check_tokens(tokens)
+    return tokens
 
 
 def _backing_off(run: Callable[[int], Positions], batch_size: int, tokens: Array) -> tuple[Positions, int]:

@@ -1,16 +1,23 @@
 """What runs in a process of its own: one model, loaded once, and everything that is asked of it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import TameError, line
+from configs.errors import BadInputError, TameError, line
 from configs.schema import Evaluate
+from tasks.evaluate.comparison import TASK
 from tasks.evaluate.lm_eval_index import TaskWork
+from tasks.evaluate.model import Loaded
 from tasks.runtime.progress import Progress, silent
 
 log = logging.getLogger("tame.evaluate")
+
+Role = Literal["baseline", "variant", "alone"]
+"""What a model is measured for: to be compared with, to be compared, or neither."""
 
 
 class Work(BaseModel):
@@ -24,70 +31,93 @@ class Work(BaseModel):
     device: str
     trust_remote_code: bool
     spec: Evaluate
-    text: str | None
-    """For a baseline, the text itself; a variant takes the baseline's tokens."""
-    baseline: str | None
+    role: Role
+    text: str | None = None
+    """The text itself; a variant takes the baseline's tokens."""
+    baseline: str | None = None
     """For a variant, the folder of the baseline's scores."""
-    baseline_model: str | None
-    tasks: TaskWork | None = None
-    folders: dict[str, str] = {}
-    """Of the parts that are wanted: scores, tasks, speed, samples, layers."""
+    baseline_model: str | None = None
+    """For a variant, the folder of the baseline's checkpoint."""
+    tasks: dict[str, TaskWork] = {}
+    """What each task needs, by its name."""
+    folders: dict[str, Path] = {}
+    """Of the parts that are wanted: scores, tasks/NAME, speed, samples, layers."""
 
 
-def measure(work: Work, *, progress: Progress = silent) -> None:
+def measure(work: Work, *, progress: Progress = silent) -> dict[str, str]:
     """Measure one model. Each part writes its result.json when it is complete, whatever becomes of the next.
 
     Speed and samples come first: they are of the weights as stored, and peak memory is that of a fresh process.
 
+    Returns:
+        The parts that could not be measured, and why; never the scores.
+
     Raises:
         BadInputError: a model, text or task that cannot be measured.
-        TameError: whatever else goes wrong, in one line.
+        TameError: the model does not load, or its scores cannot be measured, in one line.
     """
-    from tasks.evaluate.memory import out_of_memory
+    failed: dict[str, str] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        progress(f"{work.label}: {what}", done, total)
+
+    def alone(part: str, run: Callable[[Path], None]) -> None:
+        """Measure a part that takes down no other."""
+        if part in work.folders:
+            try:
+                run(work.folders[part])
+            except BadInputError:
+                raise
+            except Exception as error:
+                log.debug("measuring %s of %s failed", part, work.label, exc_info=True)
+                failed[part] = _reason(work, error)
+                log.warning("%s: %s could not be measured: %s", work.label, part, failed[part])
 
     try:
-        _measure(work, progress)
+        if work.folders.keys() - {"layers"}:
+            _measure_model(work, told, alone)
+        alone("layers", lambda folder: _measure_layers(work, folder, told))
     except TameError as error:
         raise type(error)(f"{work.label}: {error}") from None
     except Exception as error:
         log.debug("evaluating %s failed", work.label, exc_info=True)
-        if out_of_memory(error):
-            raise TameError(
-                f"{work.label}: no memory on {work.device} ({line(error)}); free some, or use a larger device"
-            ) from None
-        raise TameError(f"{work.label}: {type(error).__name__}: {line(error)}") from None
+        raise TameError(f"{work.label}: {_reason(work, error)}") from None
+    return failed
 
 
-def _measure(work: Work, progress: Progress) -> None:
-    def told(what: str, done: int, total: int) -> None:
-        progress(f"{work.label}: {what}", done, total)
+def _reason(work: Work, error: Exception) -> str:
+    from tasks.evaluate.memory import out_of_memory
 
-    folders = {name: Path(folder) for name, folder in work.folders.items()}
-    if folders.keys() - {"layers"}:
-        _measure_model(work, folders, told)
-    if "layers" in folders:
-        from tasks.evaluate.weight_error import layer_errors
-        from tasks.quantize.quiet import quieten
-
-        quieten()
-        source, made = Path(str(work.baseline_model)), Path(work.model)
-        layer_errors(source, made, work.device, folders["layers"], work.trust_remote_code, told)
+    if isinstance(error, TameError):
+        return str(error)
+    if out_of_memory(error):
+        return f"no memory on {work.device} ({line(error)}); free some, or use a larger device"
+    return f"{type(error).__name__}: {line(error)}"
 
 
-def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None:
+def _measure_layers(work: Work, folder: Path, told: Progress) -> None:
+    from tasks.evaluate.weight_error import layer_errors
+    from tasks.quantize.quiet import quieten
+
+    quieten()
+    source, made = Path(str(work.baseline_model)), Path(work.model)
+    layer_errors(source, made, work.device, folder, work.trust_remote_code, told)
+
+
+def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[Path], None]], None]) -> None:
     from tasks.evaluate.cpu_float32 import widen
+    from tasks.evaluate.lm_eval_run import run_tasks
     from tasks.evaluate.memory import reuse_memory
     from tasks.evaluate.model import dequantize, load, repacked
-    from tasks.evaluate.perplexity import score_baseline, score_variant
     from tasks.evaluate.speed import answer_samples, measure_speed
 
     path, spec = Path(work.model), work.spec
     loaded = load(path, work.device, work.trust_remote_code)
-    if "speed" in folders and spec.speed:
-        measure_speed(loaded, spec.speed, folders["speed"], told)
-    if "samples" in folders and spec.samples:
-        answer_samples(loaded, spec.samples, folders["samples"], told)
-    if not {"scores", "tasks"} & folders.keys():
+    if (speed := spec.speed) is not None:
+        alone("speed", lambda folder: measure_speed(loaded, speed, folder, told))
+    if (samples := spec.samples) is not None:
+        alone("samples", lambda folder: answer_samples(loaded, samples, folder, told))
+    if not any(part == "scores" or part.startswith(TASK) for part in work.folders):
         return
     reuse_memory()
     if repacked(loaded):
@@ -95,21 +125,23 @@ def _measure_model(work: Work, folders: dict[str, Path], told: Progress) -> None
         loaded = load(path, work.device, work.trust_remote_code)
     dequantize(loaded)
     widen(loaded.model)
-    if "scores" in folders:
-        if work.baseline is None:
-            assert work.text is not None
-            score_baseline(loaded, work.text, spec.window, spec.max_tokens, spec.batch_size, folders["scores"], told)
-        else:
-            score_variant(
-                loaded,
-                Path(work.baseline),
-                Path(str(work.baseline_model)),
-                spec.batch_size,
-                folders["scores"],
-                told,
-                work.trust_remote_code,
-            )
-    if "tasks" in folders and work.tasks:
-        from tasks.evaluate.lm_eval_run import run_tasks
+    if "scores" in work.folders:
+        _measure_scores(work, loaded, work.folders["scores"], told)
+    for name, needs in work.tasks.items():
+        alone(
+            f"{TASK}{name}",
+            lambda folder, needs=needs: run_tasks(loaded, needs, spec, folder, told, floor=work.role == "baseline"),  # type: ignore[misc]
+        )
 
-        run_tasks(loaded, work.tasks, spec, folders["tasks"], told, floor=work.baseline is None)
+
+def _measure_scores(work: Work, loaded: Loaded, folder: Path, told: Progress) -> None:
+    from tasks.evaluate.perplexity import score_alone, score_baseline, score_variant
+
+    spec = work.spec
+    if work.role == "variant":
+        baseline, source = Path(str(work.baseline)), Path(str(work.baseline_model))
+        score_variant(loaded, baseline, source, spec.batch_size, folder, told, work.trust_remote_code)
+        return
+    assert work.text is not None
+    score = score_baseline if work.role == "baseline" else score_alone
+    score(loaded, work.text, spec.window, spec.max_tokens, spec.batch_size, folder, told)

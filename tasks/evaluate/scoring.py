@@ -66,7 +66,6 @@ class Reference:
 
 def score(
     loaded: Loaded,
-    head: Head,
     tokens: Array,
     batch: int,
     reference: Reference | None,
@@ -77,7 +76,7 @@ def score(
     """Run all windows, `batch` at a time; each window of the reference stands for `repeat` in a row of `tokens`."""
     import torch
 
-    count = len(tokens)
+    count, head = len(tokens), loaded.head
     comparison = _comparison(loaded.device)
     measured: list[list[torch.Tensor]] = []
     with torch.inference_mode(), backbone_of(loaded.model) as backbone:

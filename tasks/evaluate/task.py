@@ -1,9 +1,8 @@
 """Evaluate a baseline and its variants: what is cached, what runs in which process, and the numbers that come of it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import task
 from prefect.states import Completed, State
@@ -12,38 +11,63 @@ from configs.schema import Evaluate
 from tasks.download.text import LoadedText, load_text
 from tasks.evaluate import comparison, lm_eval_run, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
-from tasks.evaluate.run import Work, measure
+from tasks.evaluate.run import Role, Work, measure
 from tasks.quantize.methods import described_by, quantization_of
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
-from tasks.values import Evaluation, Snapshot
+from tasks.values import Checkpoint, EvaluatedPart, Evaluation, Snapshot
 
-STAGE = 4  # raise it when what a part measures, or how, changes
+STAGE = 5  # raise it when what a part measures, or how, changes
 DECIDING = ("torch", "transformers", "tokenizers")
 """The libraries that decide the numbers of any model. Those that load or place its weights do not change them."""
-Parts = dict[str, store.Artifact]
 
 
 def evaluate_baseline(
-    snapshot: Snapshot, spec: Evaluate, *, device: str = "auto", progress: Progress = show
+    snapshot: Snapshot,
+    spec: Evaluate,
+    *,
+    text: LoadedText | None = None,
+    compared: bool = True,
+    device: str = "auto",
+    progress: Progress = show,
 ) -> Evaluation:
     """Measure the model that variants are compared with, once for all of them and for all later runs.
 
+    Args:
+        snapshot: The model.
+        spec: What to measure.
+        text: What `spec.text` names, where it was read before.
+        compared: Whether variants will be compared with it: their comparison needs its hidden states and noise floors.
+        device: Where to run.
+        progress: Told what is done.
+
     Raises:
         BadInputError: the text, the tasks or the model are not ones that can be measured.
-        TameError: the checkpoint does not load, memory does not suffice, logits are not finite, a task's data is missing.
+        TameError: the checkpoint does not load, memory does not suffice, or logits are not finite.
     """
-    parts, cached = _baseline_parts(snapshot, spec, pick(device), progress)
-    protocol = {"device": name_of(pick(device)), "text": _text_protocol(load_text(spec.text))}
-    return _assembled("baseline", "baseline", parts, None, spec, protocol, cached)
+    text, device = text or load_text(spec.text), pick(device)
+    work = Work(
+        model=snapshot.path,
+        label="baseline" if compared else snapshot.name,
+        device=device,
+        trust_remote_code=snapshot.trust_remote_code,
+        spec=spec,
+        role="baseline" if compared else "alone",
+        text=text.text,
+    )
+    scores = {"text": text.digest, "role": work.role, **spec.model_dump(include={"window", "max_tokens", "batch_size"})}
+    parts = _parts(work, _wanted(work, snapshot.digest, scores), progress)
+    known = {
+        "device": name_of(device),
+        "text": {"name": text.name, "revision": text.revision, "sha256": text.digest},
+    }
+    return _assembled(work, parts, None, known)
 
 
 def evaluate_variant(
-    model_path: str,
-    model_digest: str,
-    label: str,
+    checkpoint: Checkpoint,
     baseline: Evaluation,
     snapshot: Snapshot,
     spec: Evaluate,
@@ -51,78 +75,84 @@ def evaluate_variant(
     device: str = "auto",
     progress: Progress = show,
 ) -> Evaluation:
-    """Measure a checkpoint made from `snapshot` and compare it with `baseline`, position by position and item by item.
+    """Measure a checkpoint and compare it with `baseline`, position by position and item by item.
+
+    Args:
+        checkpoint: What to measure.
+        baseline: What `evaluate_baseline` found of `snapshot`, by the same `spec`.
+        snapshot: The baseline's model, which the checkpoint was made from.
+        spec: What to measure.
+        device: Where to run.
+        progress: Told what is done.
 
     Raises:
         BadInputError, TameError: as `evaluate_baseline`; also a baseline with another vocabulary.
     """
-    device = pick(device)
-    theirs, _ = _baseline_parts(snapshot, spec, device, progress)
-    scores = theirs["scores"]
-    inputs = {"baseline": scores.digest, "batch_size": spec.batch_size}
+    theirs = baseline.parts["scores"]
     work = Work(
-        model=model_path,
-        label=label,
-        device=device,
+        model=checkpoint.path,
+        label=checkpoint.label,
+        device=pick(device),
         trust_remote_code=snapshot.trust_remote_code,
         spec=spec,
-        text=None,
-        baseline=scores.path,
+        role="variant",
+        baseline=theirs.path,
         baseline_model=snapshot.path,
     )
-    parts, cached = _parts(work, model_digest, inputs, progress, snapshot.digest)
-    return _assembled("evaluation", label, parts, theirs, spec, baseline.protocol.model_dump(), cached)
+    wanted = _wanted(work, checkpoint.digest, {"baseline": theirs.digest, "batch_size": spec.batch_size})
+    if weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
+        inputs = {**_common(work, checkpoint.digest), "source": snapshot.digest, "layers": weight_error.STAGE}
+        wanted["layers"] = store.Wanted("layers", inputs)
+    known = baseline.protocol.model_dump(include={"device", "text"})
+    return _assembled(work, _parts(work, wanted, progress), baseline.parts, known)
 
 
-def _baseline_parts(snapshot: Snapshot, spec: Evaluate, device: str, progress: Progress) -> tuple[Parts, bool]:
-    text = load_text(spec.text)
-    inputs = {"text": text.digest, **spec.model_dump(include={"window", "max_tokens", "batch_size"})}
-    work = Work(
-        model=snapshot.path,
-        label="baseline",
-        device=device,
-        trust_remote_code=snapshot.trust_remote_code,
-        spec=spec,
-        text=text.text,
-        baseline=None,
-        baseline_model=None,
-    )
-    return _parts(work, snapshot.digest, inputs, progress)
+class _Parts(NamedTuple):
+    """The parts that could be measured, why the others could not, and whether nothing had to be done."""
+
+    made: dict[str, EvaluatedPart]
+    failed: dict[str, str]
+    cached: bool
 
 
-def _parts(
-    work: Work, digest: str, scores: dict[str, Any], progress: Progress, source: str | None = None
-) -> tuple[Parts, bool]:
-    """The parts that the spec asks for, each an artifact of its own, so that changing one measures no other again.
-
-    `digest` is the model's; `source` that of the baseline's checkpoint, for a variant.
-    """
-    spec = work.spec
-    common = {
+def _common(work: Work, digest: str) -> dict[str, Any]:
+    """What decides the numbers of every part: the model, by its digest, the device and the libraries."""
+    return {
         "model": digest,
         "trust_remote_code": work.trust_remote_code,
         "device": name_of(work.device),
         "stage": STAGE,
         "versions": _deciding_versions(Path(work.model)),
     }
-    wanted: list[tuple[str, dict[str, Any]]] = [("scores", {**common, **scores})]
-    if spec.tasks:
-        found = find_tasks(spec.tasks, spec.task_path)
-        floor = {"floor": work.baseline is None}
-        wanted.append(("tasks", {**common, **inputs_of(spec, found), **floor, "rows": lm_eval_run.STAGE}))
-        work = work.model_copy(update={"tasks": work_of(spec.tasks, found)})
+
+
+def _wanted(work: Work, digest: str, scores: dict[str, Any]) -> dict[str, store.Wanted]:
+    """The parts that the spec asks for, each an artifact of its own, so that changing one measures no other again."""
+    spec, common = work.spec, _common(work, digest)
+    wanted = {"scores": store.Wanted("scores", {**common, **scores})}
+    floor = {"floor": work.role == "baseline", "rows": lm_eval_run.STAGE}
+    for name, inputs in inputs_of(spec, find_tasks(spec.tasks, spec.task_path)).items():
+        wanted[f"{comparison.TASK}{name}"] = store.Wanted("tasks", {**common, **inputs, **floor})
     if spec.speed:
-        wanted.append(("speed", {**common, **spec.speed.model_dump()}))
+        wanted["speed"] = store.Wanted("speed", {**common, **spec.speed.model_dump()})
     if spec.samples and spec.samples.prompts:
-        wanted.append(("samples", {**common, **spec.samples.model_dump()}))
-    if source and work.baseline_model and weight_error.comparable(Path(work.baseline_model), Path(work.model)):
-        wanted.append(("layers", {**common, "source": source, "layers": weight_error.STAGE}))
+        wanted["samples"] = store.Wanted("samples", {**common, **spec.samples.model_dump()})
+    return wanted
 
-    def run(folders: dict[str, str]) -> None:
+
+def _parts(work: Work, wanted: dict[str, store.Wanted], progress: Progress) -> _Parts:
+    failed: dict[str, str] = {}
+
+    def run(folders: dict[str, Path]) -> None:
+        found = find_tasks(work.spec.tasks, work.spec.task_path)
+        asked = {name: work_of([name], found) for name in work.spec.tasks}
+        todo = work.model_copy(update={"folders": folders, "tasks": asked})
         with held():
-            isolated(f"evaluate {work.label}", measure, work.model_copy(update={"folders": folders}), progress=progress)
+            failed.update(isolated(f"evaluate {work.label}", measure, todo, progress=progress))
 
-    return _build_together(wanted, run)
+    made, cached = store.build_many(wanted, run, last="result.json")
+    parts = {name: EvaluatedPart(path=artifact.path, digest=artifact.digest) for name, artifact in made.items()}
+    return _Parts(parts, failed, cached)
 
 
 def _deciding_versions(model: Path) -> dict[str, str]:
@@ -132,77 +162,40 @@ def _deciding_versions(model: Path) -> dict[str, str]:
     return {name: found for name, found in versions(*own).items() if name in {*DECIDING, *own}}
 
 
-def _build_together(
-    wanted: list[tuple[str, dict[str, Any]]], run: Callable[[dict[str, str]], None]
-) -> tuple[Parts, bool]:
-    """Build what is missing of several artifacts by one call of `run`, which fills a folder for each of them.
-
-    What was complete (its result.json is written last) before `run` failed is kept: a rerun repeats the rest alone.
-    """
-    parts: Parts = {}
-    failures: list[Exception] = []
-    cached = True
-
-    def enter(rest: list[tuple[str, dict[str, Any]]], folders: dict[str, str]) -> None:
-        nonlocal cached
-        if not rest:
-            if folders:
-                cached = False
-                try:
-                    run(folders)
-                except Exception as error:
-                    failures.append(error)
-            return
-        kind, inputs = rest[0]
-
-        def make(folder: Path) -> store.Made:
-            enter(rest[1:], {**folders, kind: str(folder)})
-            if not (folder / "result.json").exists():
-                raise failures[0]
-            return store.Made()
-
-        try:
-            parts[kind], there = store.build(kind, inputs, make)
-        except Exception as error:
-            if error not in failures:  # a store that is full or away: what else is complete is kept
-                failures.append(error)
-        else:
-            if there:
-                enter(rest[1:], folders)
-
-    enter(wanted, {})
-    if failures:
-        raise failures[0]
-    return parts, cached
-
-
 def _assembled(
-    kind: str, name: str, parts: Parts, baseline: Parts | None, spec: Evaluate, protocol: dict[str, Any], cached: bool
+    work: Work, parts: _Parts, baseline: dict[str, EvaluatedPart] | None, known: dict[str, Any]
 ) -> Evaluation:
-    prompts = spec.samples.prompts if spec.samples else []
-    known = {key: protocol[key] for key in ("device", "text")}
+    """The numbers that come of the parts; of a comparison with `baseline`, if there is one."""
+    kinds: dict[Role, str] = {"baseline": "baseline", "alone": "baseline", "variant": "evaluation"}
     inputs = {
-        "parts": {part: artifact.digest for part, artifact in parts.items()},
-        "baseline": {part: artifact.digest for part, artifact in (baseline or {}).items()},
-        "seed": spec.seed,
+        "parts": {name: part.digest for name, part in parts.made.items()},
+        "baseline": {name: part.digest for name, part in (baseline or {}).items()},
+        "failed": parts.failed,
+        "seed": work.spec.seed,
         "protocol": known,
-        "prompts": prompts,
+        "prompts": work.spec.samples.prompts if work.spec.samples else [],
         "stage": comparison.STAGE,
     }
 
     def make(folder: Path) -> store.Made:
-        paths = {part: Path(artifact.path) for part, artifact in parts.items()}
-        theirs = {part: Path(artifact.path) for part, artifact in baseline.items()} if baseline else None
-        comparison.assemble(paths, theirs, prompts, known, spec.seed, folder)
+        ours, theirs = (
+            None if some is None else {name: Path(part.path) for name, part in some.items()}
+            for some in (parts.made, baseline)
+        )
+        assert ours is not None
+        comparison.assemble(ours, theirs, parts.failed, work.spec, known, folder)
         return store.Made()
 
-    artifact, there = store.build(kind, inputs, make)
+    artifact, there = store.build(kinds[work.role], inputs, make)
     content = json.loads((Path(artifact.path) / comparison.RESULT).read_bytes())
-    return Evaluation(name=name, path=artifact.path, digest=artifact.digest, cached=cached and there, **content)
-
-
-def _text_protocol(text: LoadedText) -> dict[str, Any]:
-    return {"name": text.name, "revision": text.revision, "sha256": text.digest}
+    return Evaluation(
+        name=work.label,
+        path=artifact.path,
+        digest=artifact.digest,
+        cached=parts.cached and there,
+        parts=parts.made,
+        **content,
+    )
 
 
 @task(name="evaluate baseline", task_run_name="evaluate baseline", retries=0)
@@ -212,10 +205,10 @@ def baseline_task(snapshot: Snapshot, spec: Evaluate) -> State[Evaluation]:
     return Completed(name="Cached" if value.cached else "Completed", data=value)
 
 
-@task(name="evaluate", task_run_name="evaluate {label}", retries=0)
+@task(name="evaluate", task_run_name="evaluate {checkpoint.label}", retries=0)
 def evaluate_task(
-    model_path: str, model_digest: str, label: str, baseline: Evaluation, snapshot: Snapshot, spec: Evaluate
+    checkpoint: Checkpoint, baseline: Evaluation, snapshot: Snapshot, spec: Evaluate
 ) -> State[Evaluation]:
     """`evaluate_variant` in the flow."""
-    value = evaluate_variant(model_path, model_digest, label, baseline, snapshot, spec)
+    value = evaluate_variant(checkpoint, baseline, snapshot, spec)
     return Completed(name="Cached" if value.cached else "Completed", data=value)

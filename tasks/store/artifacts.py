@@ -16,9 +16,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -115,33 +116,109 @@ def build(
         TameError: the store cannot be written, or has no space left; the shared one does not answer: what was made is
             kept, and the next run uploads it. Whatever `make` raises.
     """
-    place = _place(kind, inputs)
-    if artifact := _read(place):
-        os.utime(place / "manifest.json")  # when it was last used, for prune
-        return artifact, True
-    partial = place.parent / f".partial-{place.name}"
-    with _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"):
-        if artifact := _read(place):
-            return artifact, True
-        try:
-            if place.exists():
-                log.warning("%s does not verify; it is made again", place)
-                _remove(place)
-            if (remote := remote_store.connect() if shared else None) is None:
-                _made(kind, inputs, partial, make, keep_partial)
-                return _take(partial, place), False
-            with contextlib.suppress(CorruptedError):
-                if artifact := _fetched(remote, place):
-                    return artifact, True
-            with lease(remote, place.name):
+    with _room(kind, inputs, keep_partial, shared) as room:
+        if room.artifact is not None:
+            return room.artifact, True
+        return room.take(Made() if room.ready else make(room.files)), False
+
+
+class Wanted(NamedTuple):
+    """An artifact that `build_many` is asked for."""
+
+    kind: str
+    inputs: dict[str, Any]
+
+
+def build_many(
+    wanted: dict[str, Wanted], run: Callable[[dict[str, Path]], None], last: str
+) -> tuple[dict[str, Artifact], bool]:
+    """Several artifacts, those that are missing made by one call of `run`; and whether all of them were there.
+
+    `run` gets the folders to fill, by the names that they have in `wanted`. In each it writes the file `last` when it has
+    written everything else: a folder without it is not complete, and becomes no artifact.
+
+    Raises:
+        TameError: as `build`. Whatever `run` raises, after what it had completed was kept.
+    """
+    found: dict[str, Artifact] = {}
+    rooms: dict[str, _Room] = {}
+    failure: Exception | None = None
+    with ExitStack() as open_rooms:
+        # In one order everywhere, so that two processes do not wait for each other.
+        for name, (kind, inputs) in sorted(wanted.items(), key=lambda item: _place(*item[1])):
+            room = open_rooms.enter_context(_room(kind, inputs))
+            if room.artifact is not None:
+                found[name] = room.artifact
+            else:
+                rooms[name] = room
+        unfinished = {name: rooms[name].files for name in wanted if name in rooms and not rooms[name].ready}
+        if unfinished:
+            try:
+                run(unfinished)
+            except Exception as error:
+                failure = error
+        for name, room in rooms.items():
+            if room.ready or (room.files / last).is_file():
                 try:
-                    if artifact := _fetched(remote, place):
-                        return artifact, True
-                except CorruptedError as error:
-                    log.warning("%s; it is made again", error)
-                    remote_store.discard(remote, place.name)
-                made = _made(kind, inputs, partial, make, keep_partial)
-                return _published(remote, made, partial, place), False
+                    found[name] = room.take(Made())
+                except Exception as error:  # the store is full or away: what else is complete is kept
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+    return {name: found[name] for name in wanted if name in found}, not rooms
+
+
+@dataclass
+class _Room:
+    """An artifact that is there, or the folder that it is to be made in, which no other process has meanwhile."""
+
+    kind: str
+    inputs: dict[str, Any]
+    place: Path
+    artifact: Artifact | None = None
+    """What was there."""
+    remote: Remote | None = None
+    """The shared store, if what is made belongs there."""
+    ready: Artifact | None = None
+    """What an earlier run has made, but could not upload."""
+
+    @property
+    def partial(self) -> Path:
+        """Where it is made."""
+        return self.place.parent / f".partial-{self.place.name}"
+
+    @property
+    def files(self) -> Path:
+        """The folder to fill."""
+        return self.partial / "files"
+
+    def take(self, made: Made) -> Artifact:
+        """Seal what was made, and bring it into its place, and into the shared store."""
+        artifact = self.ready or _seal(self.kind, self.inputs, self.partial, made)
+        if self.remote is None:
+            return _take(self.partial, self.place)
+        return _published(self.remote, artifact, self.partial, self.place)
+
+
+@contextmanager
+def _room(kind: str, inputs: dict[str, Any], keep_partial: bool = False, shared: bool = True) -> Iterator[_Room]:
+    """The artifact made from `inputs` if it is there, else room to make it; what is not taken at the end is removed."""
+    room = _Room(kind, inputs, _place(kind, inputs))
+    place, partial = room.place, room.partial
+    room.artifact = _read(place)
+    if room.artifact is not None:
+        os.utime(place / "manifest.json")  # when it was last used, for prune
+        yield room
+        return
+    with (
+        _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"),
+        ExitStack() as held,
+    ):
+        try:
+            room.artifact = _read(place)
+            if room.artifact is None:
+                _prepare(room, keep_partial, shared, held)
+            yield room
         except OSError as error:
             _clear(partial)
             raise TameError(_os_error(error, place.parent)) from error
@@ -152,6 +229,35 @@ def build(
         except BaseException:
             _clear(partial)
             raise
+        if room.ready is None and room.artifact is None:
+            _clear(partial)  # nothing was taken
+
+
+def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> None:
+    """Bring what another machine has made; else have the right to make it, for all machines, and an empty folder."""
+    place = room.place
+    if place.exists():
+        log.warning("%s does not verify; it is made again", place)
+        _remove(place)
+    room.remote = remote_store.connect() if shared else None
+    if room.remote is not None:
+        with contextlib.suppress(CorruptedError):
+            room.artifact = _fetched(room.remote, place)
+        if room.artifact is not None:
+            return
+        held.enter_context(lease(room.remote, place.name))
+        try:
+            room.artifact = _fetched(room.remote, place)
+        except CorruptedError as error:
+            log.warning("%s; it is made again", error)
+            remote_store.discard(room.remote, place.name)
+        if room.artifact is not None:
+            return
+    room.ready = _read(room.partial)
+    if room.ready is None:
+        if not keep_partial:
+            _remove(room.partial)
+        room.files.mkdir(parents=True, exist_ok=True)
 
 
 def artifacts() -> Iterator[Artifact]:
@@ -271,18 +377,6 @@ def _manifest(place: Path) -> Artifact | None:
         return Artifact.model_validate({**content, "path": str(place / "files")})
     except (OSError, ValueError):
         return None
-
-
-def _made(
-    kind: str, inputs: dict[str, Any], partial: Path, make: Callable[[Path], Made], keep_partial: bool
-) -> Artifact:
-    """Build into `partial`, unless it was built there and only not taken into its place."""
-    if artifact := _read(partial):
-        return artifact
-    if not keep_partial:
-        _remove(partial)
-    (partial / "files").mkdir(parents=True, exist_ok=True)
-    return _seal(kind, inputs, partial, make(partial / "files"))
 
 
 def _clear(partial: Path) -> None:
