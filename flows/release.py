@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, task
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
@@ -14,7 +14,7 @@ from tasks import result as results
 from tasks.download.task import download_task
 from tasks.evaluate.task import baseline_task, evaluate_task
 from tasks.gate import gate_task
-from tasks.plan import Plan, plan_task
+from tasks.plan import Plan, preflight
 from tasks.publish.card import release_files
 from tasks.publish.task import publish_task
 from tasks.quantize.task import quantize_task
@@ -46,7 +46,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
     run = track.begin(recipe, {"prefect_run": str(flow_run.get_id())})
     try:
         plan = plan_task(recipe, folder)
-        snapshot = download_task(recipe.source).result()
+        snapshot = download_task(recipe.source, plan.found).result()
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         baseline = baseline_task(snapshot, recipe.evaluate).result()
         result = result.with_baseline(baseline, snapshot)
@@ -63,6 +63,12 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
             attempts.check(attempt)
             result = result.with_variant(_publish(result, label, target, plan, recipe))
     return _finish(result, folder, run, attempt)
+
+
+@task(name="plan", task_run_name="plan {recipe.name}")
+def plan_task(recipe: Recipe, out: Path) -> Plan:
+    """`preflight` in the flow, for runs that did not come through the command line."""
+    return preflight(recipe, out)
 
 
 def _measure(

@@ -1,26 +1,32 @@
-"""What a recipe would do, found out without doing any of it; and whether it can be done at all."""
+"""What a recipe would do, found out without doing any of it; and whether it can be done at all.
+
+What cannot is refused before anything slow is imported: not Prefect, which takes 2 to 5 s, nor torch. So this file has no
+Prefect shell (that is in flows/release.py), and of the stages it imports at the top only what has none either.
+"""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
-from configs.schema import Recipe
-from tasks.download.task import Found, download, local_path, look, tokenizer_folder
+from configs.schema import Recipe, Source
+from tasks.download.architectures import check_language_model
+from tasks.download.folder import check_tokenizer
+from tasks.download.look import local_path, look, tokenizer_folder
 from tasks.fleet.work_queues import check_fits, memory_needed, smallest
 from tasks.formatting import figure
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
+from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
 from tasks.quantize.preview import preview
-from tasks.quantize.task import quantize_inputs
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import gpus, hardware, name_of, pick
 from tasks.store import artifacts as store
+from tasks.values import Found
 
 
 class Plan(BaseModel):
@@ -42,7 +48,7 @@ _made: dict[str, Plan] = {}
 
 
 def preflight(recipe: Recipe, out: Path) -> Plan:
-    """Check all that can be checked before anything is made: publishing first, then source, text, tasks and folders.
+    """Check all that can be checked before anything is made: folders, source and where it is published, text and tasks.
 
     Raises:
         BadInputError: the recipe cannot be run as it stands.
@@ -61,16 +67,12 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     store.check()
     from tasks.download.text import check_text, load_text
     from tasks.evaluate.lm_eval_index import check_tasks
-    from tasks.publish.task import preflight as preflight_publish
 
-    if path is None:
-        model = recipe.source.model.rsplit("/", 1)[-1]
-    else:
-        model = path.stem if path.is_file() else path.resolve().name
-    where = targets(recipe, model, out)
-    # The token first: with one that the Hub does not accept, every other question is answered with 401.
+    found = look_at(recipe.source) if path is not None else None
+    where = targets(recipe, found.name if found else recipe.source.model.rsplit("/", 1)[-1], out)
+    # The token before a repo: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None) if where else []
-    found = look(recipe.source)
+    found = found or look_at(recipe.source)
     check_fits(found, recipe.evaluate, gpus())
     benchmarks = Benchmarks({}, [])
     if where:
@@ -87,6 +89,20 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     pick()
     warnings = [*warnings, *benchmarks.notes]
     return Plan(found=found, targets=where, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
+
+
+def look_at(source: Source) -> Found:
+    """Look at a source, and see that it is a language model with a tokenizer: something that can be measured.
+
+    Raises:
+        BadInputError: it is not, or as `look`.
+        TameError: as `look`.
+    """
+    found, where = look(source), f"source.model {source.model}"
+    if found.kind != "gguf":  # whose header tells
+        check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
+        check_tokenizer(found, where)
+    return found
 
 
 def writable(folder: Path) -> None:
@@ -111,9 +127,12 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
         As `preflight`.
     """
     plan = preflight(recipe, out)
+    from tasks.download.task import download
+    from tasks.quantize.task import quantize_inputs
+
     found, source = plan.found, recipe.source
     folder = tokenizer_folder(source, found)
-    snapshot = download(source) if folder and (found.path or found.kind == "gguf") else None
+    snapshot = download(source, found) if folder and (found.path or found.kind == "gguf") else None
     pinned = f" at {found.commit[:12]}" if found.commit else ""
     there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
     lines = [("source", f"{source.model}{pinned}, {there}"), ("device", name_of(pick()))]
@@ -173,9 +192,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-@task(name="plan", task_run_name="plan {recipe.name}")
-def plan_task(recipe: Recipe, out: Path) -> Plan:
-    """`preflight` in the flow, for runs that did not come through the command line."""
-    return preflight(recipe, out)

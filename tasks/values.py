@@ -4,13 +4,40 @@ Small, frozen, and never models or tensors. This file imports nothing of tasks/,
 makes without knowing how.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class Found(_Value):
+    """What a look at a source told, before anything is downloaded."""
+
+    kind: Literal["hub", "folder", "gguf"]
+    name: str
+    path: str | None
+    """The local folder or file; for a Hub repo, the cached folder if there is a complete one."""
+    commit: str | None
+    files: dict[str, int]
+    """Size in bytes of each file that will be taken."""
+    config: dict[str, Any]
+    """config.json; empty for a .gguf."""
+    top_tensors: list[str] | None = None
+    """Names of the tensors that belong to no numbered layer, such as lm_head.weight; None where they are not known yet."""
+    licence: str | None = None
+    card: dict[str, Any] = {}
+    """What of its card's front matter a card of a model made from it inherits."""
+    gated: bool = False
+    sha256: dict[str, str] = {}
+    """What the Hub says of its large files."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(self.files.values())
 
 
 class Snapshot(_Value):

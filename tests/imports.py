@@ -45,7 +45,6 @@ LIBRARY = re.compile(r"bitsandbytes|bnb", re.IGNORECASE)
 METHODS = "tasks.quantize.methods"
 NOT_YET = (
     "file: tame has",
-    "file: tasks.download.task has",
     "file: tasks.store.artifacts has",
     "file: tasks.store.remote_store has",
     "file: tasks.track.task has",

@@ -1,6 +1,6 @@
 """Whatever is done to the header of a .safetensors or a .gguf, it is refused in one line, or read as other libraries read it.
 
-`EXAMPLES=10000 pytest tests/test_damaged_files.py` tries more of them.
+`EXAMPLES=10000 pytest --timeout 0 tests/test_damaged_files.py` tries more of them.
 """
 
 import json

@@ -5,16 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from configs.errors import BadInputError, TameError
-from configs.schema import Source
-from tasks.download.task import download, look
+from configs.schema import Source, Variant
+from tasks.download.look import look
+from tasks.download.task import download
 from tasks.store import artifacts as store
 from tests.hub import Hub
+from tests.models import quantize
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +63,21 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(tame_home: Path, model
     assert download(Source(model=str(tmp_path / "elsewhere"))).digest != first.digest
 
 
+def change(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **values} if path.exists() else values
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def rename_tensors(weights: Path, renamed: Callable[[str], str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({renamed(name): tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+
+
+OWN = {"auto_map": {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.Y"}}
+
+
 def damage(model: Path, how: str) -> None:
     weights, config = model / "model.safetensors", model / "config.json"
     if how == "no config":
@@ -70,18 +88,34 @@ def damage(model: Path, how: str) -> None:
         weights.unlink()
     elif how == "code":
         (model / "modeling_x.py").write_text("print('run me')")
+        change(config, model_type="x", architectures=["Y"], **OWN)
     elif how == "auto_map":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "x.y"}}))
+        change(config, architectures=["MyLlamaForCausalLM"], **OWN)
+    elif how == "tokenizer code":
+        (model / "tokenizer.json").unlink()
+        change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
     elif how == "quantized":
-        config.write_text(
-            json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}})
-        )
+        change(config, quantization_config={"quant_method": "gptq"})
+    elif how == "mlx":
+        change(config, quantization={"group_size": 64, "bits": 4})
     elif how == "not json":
         config.write_text("{")
     elif how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif how == "no header":
         weights.write_bytes(b"\xff" * 100)
+    elif how == "wrapped":
+        rename_tensors(weights, lambda name: f"module.{name}")
+    elif how == "fp16":
+        weights.rename(model / "model.fp16.safetensors")
+    elif how in ("adapter", "adapter with config"):
+        weights.rename(model / "adapter_model.safetensors")
+        change(model / "adapter_config.json", base_model_name_or_path="org/base")
+        if how == "adapter":
+            config.unlink()
+    elif how == "gguf inside":
+        config.unlink()
+        weights.rename(model / "x-q4.gguf")
     else:
         raise AssertionError(how)
 
@@ -94,10 +128,17 @@ def damage(model: Path, how: str) -> None:
         ("no weights", 2, "no model.safetensors"),
         ("code", 2, "carries code (modeling_x.py)"),
         ("auto_map", 2, "carries code (an auto_map in config.json)"),
+        ("tokenizer code", 2, "carries code (an auto_map in tokenizer_config.json)"),
         ("quantized", 2, "already quantized (gptq)"),
+        ("mlx", 2, "already quantized (MLX, 4 bits)"),
         ("not json", 2, "config.json"),
         ("truncated", 1, "truncated?"),
         ("no header", 1, "truncated?"),
+        ("wrapped", 2, "begins with module., as torch's DataParallel saves them"),
+        ("fp16", 2, "model.fp16.safetensors, which transformers loads with variant='fp16' alone"),
+        ("adapter", 2, "an adapter of org/base alone"),
+        ("adapter with config", 2, "an adapter of org/base alone"),
+        ("gguf inside", 2, "it holds x-q4.gguf and no config.json"),
     ],
 )
 def test_a_bad_folder_is_refused(tame_home: Path, model: Path, how: str, code: int, said: str) -> None:
@@ -107,6 +148,27 @@ def test_a_bad_folder_is_refused(tame_home: Path, model: Path, how: str, code: i
     assert error.value.exit_code == code
     assert said in str(error.value)
     assert str(model) in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "mlx", "adapter", "fp16", "auto_map"])
+def test_a_bad_repo_is_refused_before_its_weights_are_downloaded(model: Path, tmp_path: Path, how: str) -> None:
+    damage(model, how)
+    with Hub() as hub:
+        hub.add_model("org/model", model)
+        refused = in_process(hub, tmp_path)
+    assert refused["code"] == 2
+    assert "org/model" in refused["error"]
+    assert not list((tmp_path / "hf").rglob("*model*.safetensors"))
+
+
+def test_code_that_is_not_needed_is_left_behind(tame_home: Path, model: Path, tmp_path: Path) -> None:
+    (model / "handler.py").write_text("print('run me')")
+    (model / "modeling_llama.py").write_text("print('run me')")
+    change(model / "config.json", **OWN)  # transformers has LlamaForCausalLM of its own
+    snapshot = download(Source(model=str(model)))
+    assert not [name for name in snapshot.files if name.endswith(".py")]
+    quantize(model, tmp_path / "out", Variant(method="nf4"))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_code_is_taken_along_only_where_it_was_allowed(tame_home: Path, model: Path) -> None:
@@ -168,7 +230,8 @@ def test_one_of_the_machines_that_share_a_store_downloads(model: Path, tmp_path:
     assert second["path"].startswith(str(tmp_path / "two" / "tame"))
     assert second["files"] == first["files"] == again["files"]
     assert [first["cached"], second["cached"], again["cached"]] == [False, True, True]
-    assert not [request for request in hub.requests[there:] if "model.safetensors" in request]
+    assert len([request for request in hub.requests[there:] if "model.safetensors" in request]) == 1  # its header
+    assert not list((tmp_path / "two" / "hf").rglob("model.safetensors"))
 
 
 def test_the_hub_says_no(model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks.download.gguf import read_gguf
-from tasks.download.task import download, look
+from tasks.download.look import look
+from tasks.download.task import download
 from tests.gguf_files import write
 from tests.models import tiny, zoo
 

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from configs.errors import BadInputError, TameError, UnreachableError
 from configs.schema import Publish, Recipe
-from tasks.download.task import Found
 from tasks.publish import client
-from tasks.publish.task import check, preflight, publish, publish_folder
+from tasks.publish.preflight import preflight
+from tasks.publish.task import check, publish, publish_folder
 from tasks.runtime.progress import silent
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
-from tasks.values import Published
+from tasks.values import Found, Published
 from tests.hub import Hub
 
 REPO = "me/tiny-nf4"

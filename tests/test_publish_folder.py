@@ -10,8 +10,9 @@ from huggingface_hub import constants
 from configs.errors import BadInputError, TameError
 from configs.schema import Publish, Recipe
 from tasks.publish import folder
+from tasks.publish.preflight import preflight
 from tasks.publish.repo import Wanted
-from tasks.publish.task import check, preflight, publish
+from tasks.publish.task import check, publish
 from tasks.runtime.progress import silent
 from tasks.store.digests import sha256_files
 from tasks.values import Published

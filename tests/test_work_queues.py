@@ -6,9 +6,9 @@ import pytest
 
 from configs.errors import BadInputError
 from configs.schema import Evaluate
-from tasks.download.task import Found
 from tasks.fleet.work_queues import QUEUES, check_fits, memory_needed, queue_for, queues_of
 from tasks.runtime.device import Gpu
+from tasks.values import Found
 
 QWEN = Found(
     kind="hub",

@@ -7,6 +7,7 @@ The format: 8 bytes, little-endian, with the length of a JSON header; the header
 import fnmatch
 import json
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,30 @@ def refuse_quantized(config: dict[str, Any], where: str) -> None:
                 raise BadInputError(
                     f"{where}: {at}{key} says that the model is already quantized{method}; give the original, in 16 or 32 bits"
                 )
+    mlx = config.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        raise BadInputError(
+            f"{where}: quantization says that the model is already quantized (MLX, {mlx['bits']} bits); give the original, in 16 "
+            "or 32 bits"
+        )
+
+
+def refuse_wrapped(names: Collection[str], where: str) -> None:
+    """Refuse tensors of which transformers would load none, and fill the model with random numbers.
+
+    Raises:
+        BadInputError: all names begin with `module.`, as torch's DataParallel saves them; `where` names the model.
+    """
+    if names and all(name.startswith("module.") for name in names):
+        raise BadInputError(
+            f"{where}: the name of every tensor, such as {min(names)}, begins with module., as torch's DataParallel saves them, "
+            "and transformers would load none; save the model that is wrapped (model.module.save_pretrained)"
+        )
+
+
+def top_tensors(names: Iterable[str]) -> list[str]:
+    """Of the names of tensors, those that belong to no numbered layer: embeddings, the last norm, heads."""
+    return sorted(name for name in names if not any(part.isdecimal() for part in name.split(".")))
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
@@ -95,11 +120,17 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
                 raise TameError(f"{folder}: {name} is in both {tensors[name].file} and {file}; remove one")
             tensors[name] = tensor
     for name, tensor in tensors.items():
+        if tensor.dtype == "U32" and f"{name.rpartition('.')[0]}.scales" in tensors:
+            raise BadInputError(
+                f"{folder / tensor.file}: {name} is packed as MLX packs it, so the model is already quantized; give the original, "
+                "in 16 or 32 bits"
+            )
         if tensor.dtype.startswith("F8") or name.endswith(QUANTIZED_NAMES) or ".quant_state." in name:
             raise BadInputError(
                 f"{folder / tensor.file}: {name} ({tensor.dtype}) says that the model is already quantized; "
                 "give the original, in 16 or 32 bits"
             )
+    refuse_wrapped(tensors.keys(), str(folder))
     if not tensors:
         raise TameError(f"{folder}: its safetensors hold no tensor; download the model again")
     return tensors

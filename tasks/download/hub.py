@@ -15,7 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import AwayError, BadInputError, BusyError, CorruptedError, TameError, UnreachableError
+from configs.errors import (
+    AwayError,
+    BadInputError,
+    BusyError,
+    ChangedError,
+    CorruptedError,
+    TameError,
+    UnreachableError,
+)
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
 
@@ -136,6 +144,18 @@ def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, 
     return read
 
 
+def tensor_names(repo: str, commit: str, file: str) -> list[str] | None:
+    """The names of the tensors in a safetensors file of a repo, from its header alone; None where that is not readable."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        with explained(repo, commit):
+            return list(HfApi(endpoint=endpoint()).parse_safetensors_file_metadata(repo, file, revision=commit).tensors)
+    except SafetensorsParsingError:  # the download will tell
+        return None
+
+
 def fetch_files(repo: str, commit: str, names: list[str]) -> Path:
     """Small files of a repo, through the Hub client's cache; the folder that they are in."""
     from huggingface_hub import hf_hub_download
@@ -154,7 +174,7 @@ def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, pr
     Asked for by `revision`, so that the client remembers which commit that was when the Hub cannot be reached.
 
     Raises:
-        UnreachableError: `revision` is no longer `commit`.
+        ChangedError: `revision` is no longer `commit`.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
@@ -180,7 +200,7 @@ def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, pr
         )
     progress(what, size, size)
     if Path(folder).name != commit:
-        raise UnreachableError(f"{repo}: {revision} moved to {Path(folder).name[:12]} during the download; run again")
+        raise ChangedError(f"{repo}: {revision} moved to {Path(folder).name[:12]} during the download; run again")
     return Path(folder)
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from configs.schema import Evaluate, Source
-from tasks.download.task import download, look, tokenizer_folder
+from tasks.download.look import look, tokenizer_folder
+from tasks.download.task import download
 from tasks.download.text import check_text, load_text
 from tasks.evaluate.lm_eval_index import check_tasks
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
@@ -19,15 +20,16 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
         TameError: as `tasks.evaluate.task.evaluate_baseline`.
     """
     text = load_text(spec.text)
+    found = {source.model: look(source, quantized=True) for source in (model, baseline) if source}
     for source in [model, *([baseline] if baseline else [])]:
-        if folder := tokenizer_folder(source, look(source, quantized=True)):
+        if folder := tokenizer_folder(source, found[source.model]):
             check_text(text, spec.window, folder, source.trust_remote_code)
     check_tasks(spec.tasks, spec.task_path)
-    snapshot = download(model, quantized=True)
+    snapshot = download(model, found[model.model], quantized=True)
     sizes = sizes_of(Path(snapshot.path), list(snapshot.files))
     if baseline is None:
         return measured(evaluate_baseline(snapshot, spec, text=text, compared=False, device=device), sizes)
-    base = download(baseline, quantized=True)
+    base = download(baseline, found[baseline.model], quantized=True)
     against = evaluate_baseline(base, spec, text=text, device=device)
     checkpoint = Checkpoint(path=snapshot.path, digest=snapshot.digest, label=snapshot.name)
     return measured(evaluate_variant(checkpoint, against, base, spec, device=device), sizes)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
-    from tasks.download.task import Found
+    from tasks.values import Found
 
 log = logging.getLogger("tame.launch")
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Recipe, Source, Sweep, Track
 from tasks import formatting
-from tasks.download.task import local_path, look
+from tasks.download.look import local_path, look
 from tasks.fleet import flow_runs
 from tasks.result import write_file
 from tasks.store import artifacts as store

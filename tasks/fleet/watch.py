@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks.download import hub
-from tasks.download.task import local_path, look
+from tasks.download.look import local_path, look
 from tasks.fleet import flow_runs
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file, sha256_files

@@ -8,7 +8,7 @@ from configs.schema import Evaluate
 from tasks.runtime.device import Gpu
 
 if TYPE_CHECKING:
-    from tasks.download.task import Found
+    from tasks.values import Found
 
 POOL = "tame"
 SIZES = (8, 16, 24, 40, 48, 80, 141)

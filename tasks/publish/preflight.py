@@ -1,4 +1,4 @@
-"""Can it be published there at all? Asked before anything is made.
+"""Can it be published there at all? Asked before anything is made, without Prefect.
 
 BadInputError where the recipe or the token is wrong, TameError where this machine is not up to it.
 """
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, MissingError, TameError, line
+from configs.schema import Recipe
 from tasks.download.hub import endpoint
 from tasks.publish import provenance
-from tasks.publish.client import TIMEOUT, ask
+from tasks.publish.card_metadata import inherited, with_front_matter
+from tasks.publish.client import TIMEOUT, ask, connect
 from tasks.publish.repo import not_renamed
+from tasks.publish.signing import signer
 from tasks.publish.transfer import content
+from tasks.values import Found
 
 # Licences whose text sets conditions on passing the model on, or forbids it. None is one too: no licence, no permission.
 CONDITIONAL = (
@@ -29,6 +33,47 @@ CONDITIONAL = (
     "qwen",
     "unknown",
 )
+
+
+def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> list[str]:
+    """See that every variant can be published where it is to go, before anything is made; what should be known first.
+
+    `found` is the source; None while nobody has looked at it.
+
+    Raises:
+        BadInputError: no token, or one that is not accepted or may not write there; a name that the Hub does not allow; a
+            target that holds what tame did not put there, or is public and should be private; no space in a folder; a card
+            of the source whose metadata the Hub does not take.
+        UnreachableError: the Hub does not answer.
+    """
+    spec = recipe.publish
+    if spec.to == "nowhere" or not repos:
+        return []
+    if len({repo.lower() for repo in repos.values()}) < len(repos):
+        raise BadInputError(f"publish.repo {spec.repo!r} is the same for two variants; put {{variant}} in it")
+    signer("")
+    if spec.to == "folder":
+        for repo in repos.values():
+            folder(Path(repo))
+        return space(repos, found.bytes if found else 0)
+    for repo in repos.values():
+        legal(repo)
+    api = connect()
+    replaced = []
+    for repo in repos.values():
+        name = full_name(repo, api)
+        may_write(api, name)
+        replaced += free(api, name, spec.private, recipe.source.model)
+    if found is None:
+        return replaced
+    model = recipe.source.model
+    if found.card:
+        front = inherited(model, found.commit, found.licence, found.card)
+        metadata(api, with_front_matter(front, []), f"the card of {model}, from which the new ones inherit,")
+    warnings = licence(model, found.licence, found.gated)
+    if warnings and spec.licence_check == "refuse":
+        raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
+    return warnings + replaced
 
 
 def legal(repo: str) -> None:

@@ -9,15 +9,13 @@ from prefect import State, task
 from prefect.states import Completed
 
 from configs.errors import BadInputError, TameError, UnreachableError
-from configs.schema import Publish, Recipe
+from configs.schema import Publish
 from tasks.download import hub
 from tasks.download.hub import endpoint
-from tasks.download.task import Found
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
-from tasks.publish.card_metadata import inherited, with_front_matter
 from tasks.publish.check import problems, problems_in_folder
 from tasks.publish.client import connect, wait
 from tasks.publish.contents import contents, summary
@@ -32,47 +30,6 @@ log = logging.getLogger("tame.publish")
 
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds before each further attempt, after the client's own."""
-
-
-def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> list[str]:
-    """See that every variant can be published where it is to go, before anything is made; what should be known first.
-
-    `found` is the source; None while nobody has looked at it.
-
-    Raises:
-        BadInputError: no token, or one that is not accepted or may not write there; a name that the Hub does not allow; a
-            target that holds what tame did not put there, or is public and should be private; no space in a folder; a card
-            of the source whose metadata the Hub does not take.
-        UnreachableError: the Hub does not answer.
-    """
-    spec = recipe.publish
-    if spec.to == "nowhere" or not repos:
-        return []
-    if len({repo.lower() for repo in repos.values()}) < len(repos):
-        raise BadInputError(f"publish.repo {spec.repo!r} is the same for two variants; put {{variant}} in it")
-    signer("")
-    if spec.to == "folder":
-        for repo in repos.values():
-            checks.folder(Path(repo))
-        return checks.space(repos, found.bytes if found else 0)
-    for repo in repos.values():
-        checks.legal(repo)
-    api = connect()
-    replaced = []
-    for repo in repos.values():
-        name = checks.full_name(repo, api)
-        checks.may_write(api, name)
-        replaced += checks.free(api, name, spec.private, recipe.source.model)
-    if found is None:
-        return replaced
-    model = recipe.source.model
-    if found.card:
-        front = inherited(model, found.commit, found.licence, found.card)
-        checks.metadata(api, with_front_matter(front, []), f"the card of {model}, from which the new ones inherit,")
-    warnings = checks.licence(model, found.licence, found.gated)
-    if warnings and spec.licence_check == "refuse":
-        raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
-    return warnings + replaced
 
 
 def publish(

@@ -37,6 +37,8 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     """
     source, out, variant = request.source, request.out, request.variant
     config = read_config(source)
+    if not request.trust_remote_code:  # the code that it names is not taken along
+        config.pop("auto_map", None)
     tensors = read_tensors(source)
     tensor_format, layout = _lay_out(method, request, tensors)
     from tasks.quantize.engine import stream

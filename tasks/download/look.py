@@ -1,0 +1,77 @@
+"""A look at a source, whatever kind it is, before anything is downloaded: from names, headers and config.json.
+
+It imports neither Prefect nor torch, so that `tame plan` can refuse at once.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from configs.errors import BadInputError
+from configs.schema import Source
+from tasks.download import hub
+from tasks.download.folder import look_folder
+from tasks.download.gguf_source import dequantized_before, look_gguf
+from tasks.download.hub_source import look_hub
+from tasks.values import Found
+
+
+def look(source: Source, quantized: bool = False) -> Found:
+    """See whether `source` can be used, without downloading more than its small files.
+
+    `quantized` admits checkpoints that are quantized already: they can be measured, if not quantized again.
+
+    Raises:
+        BadInputError: it does not exist, may not be read, has no config.json or safetensors, cannot be loaded without its
+            own code, is an adapter alone, or is already quantized.
+        TameError: it is damaged; or the Hub cannot be reached and nothing complete is cached.
+    """
+    path = local_path(source.model)
+    if path is None:
+        return look_hub(source, quantized)
+    if path.is_dir():
+        return look_folder(source, path, quantized)
+    if path.suffix != ".gguf":
+        raise BadInputError(f"source.model {source.model}: not a .gguf file; give a folder, a .gguf or a Hub repo")
+    return look_gguf(path)
+
+
+def local_path(model: str) -> Path | None:
+    """The folder or file that `model` names on this disk, or None if it can only be a Hub repo.
+
+    Raises:
+        BadInputError: it looks like a path, and nothing is there; or a package that is not installed.
+    """
+    if model.startswith("package:"):
+        return _inside_package(model)
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not hub.REPO_ID.fullmatch(model):
+        raise BadInputError(f"source.model {model}: no such folder or file, and not a Hub repo id (owner/name)")
+    return None
+
+
+def tokenizer_folder(source: Source, found: Found) -> Path | None:
+    """A folder with the configuration and tokenizer of `source`, fetched from the Hub if they are not here.
+
+    None for a .gguf that has not been dequantized yet.
+    """
+    if found.kind == "gguf":
+        return dequantized_before(Path(str(found.path)))
+    if found.path is not None:
+        return Path(found.path)
+    small = [name for name in found.files if not name.endswith(".safetensors")]
+    return hub.fetch_files(source.model, str(found.commit), small)
+
+
+def _inside_package(model: str) -> Path:
+    """The path of `package:NAME/FILE`, which is not imported."""
+    package, _, inside = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / inside).exists():
+            return path
+    missing = f"no {inside} in that package" if spec else (
+        f"the package {package} is not installed; `make demo` installs the demo's"
+    )  # fmt: skip
+    raise BadInputError(f"source.model {model}: {missing}")
