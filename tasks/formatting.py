@@ -1,4 +1,4 @@
-"""Numbers and results as people see them: figures, labels, intervals, the headline, a table, a page of Markdown.
+"""Numbers and results as people see them: figures, labels, intervals, the decision, the headline, a table, a page of Markdown.
 
 Every place that shows a number to a person (the terminal, Prefect, the report, the model card) rounds it with
 `figure`, so that all say the same. Files for programs (result.json, MLflow) keep the number unrounded.
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.errors import line
-from tasks.metrics import Unit, interval, nats, parse, read, unit_of
+from tasks.decision import Choice, decide
+from tasks.metrics import Unit, interval, nats, parse, pessimistic, read, unit_of
 from tasks.result import Measured, Result, ResultVariant
 from tasks.values import Protocol
 
@@ -87,7 +88,7 @@ def outcome(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """The release in a line, the worst first: `Rejected: kl_mean 0.131 > 0.1 for nf4. Published: int8`."""
+    """The release in a line, the worst first: `Rejected: KL up to 0.131 > limit 0.1 for nf4. Published: int8`."""
     parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
     told = [variant for variant in result.variants if not result.error or variant.error != result.error]
     for status in ("failed", "rejected", "passed", "published"):
@@ -95,6 +96,39 @@ def headline(result: Result) -> str:
         if variants:
             parts.append(f"{status.title()}: {'; '.join(map(_why, variants))}")
     return ". ".join(parts)
+
+
+def advice(result: Result) -> str:
+    """What to use of a release and why, in a sentence: `tasks.decision`'s rule in words. Empty where there are no variants."""
+    decision = decide(result)
+    if not decision.choices:
+        return "" if result.error else "Use none of these: no variant passed."
+    first, *others = decision.choices
+    if decision.judged:
+        parts = [f"Use {first.name}: {_worth(first)}"]
+    else:
+        parts = [
+            f"No limit was set, so that nobody knows what is good enough. The smallest is {first.name}: {_worth(first)}"
+        ]
+    return "; ".join(parts + [f"{one.name} {PURPOSES[one.purpose]}: {_worth(one)}" for one in others]) + "."
+
+
+PURPOSES = {"use": "", "between": "for something in between", "closest": "if answers must be closest to the original's"}
+
+
+def _worth(choice: Choice) -> str:
+    """What a variant saves, and what it costs at the pessimistic end: `57 % smaller (111.9 MB), KL up to 0.02 (limit 0.1)`."""
+    size = figure("size_bytes", choice.size)
+    if choice.smaller is not None:
+        size = f"{100 * abs(choice.smaller):.0f} % {'smaller' if choice.smaller >= 0 else 'larger'} ({size})"
+    if choice.damage is None:
+        return size
+    up_to = " up to" if choice.damage.high is not None else ""
+    cost = f"{DAMAGE[choice.damage.name]}{up_to} {figure(choice.damage.name, pessimistic(choice.damage))}"
+    return f"{size}, {cost}" + ("" if choice.limit is None else f" (limit {choice.limit:g})")
+
+
+DAMAGE = {"kl_mean": "KL", "perplexity_ratio": "perplexity ratio"}
 
 
 def _why(variant: ResultVariant) -> str:
@@ -132,11 +166,12 @@ def cell(name: str, metrics: dict[str, float]) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The release on one screen of Markdown: headline, a table of what matters most, what to know, where things are."""
+    """The release on one screen of Markdown: decision, headline, a table of what matters most, what to know, where things are."""
     measured = rows(result)
     main = ("size_bytes", "perplexity", "kl_mean", "top1_agreement", "peak_memory_bytes", "decode_tokens_per_second")
     names = [name for name in main if any(name in row.metrics for row in measured)]
-    lines = [f"**{plain(headline(result))}**", "", f"{plain(result.source.model)} at `{_commit(result)}`", ""]
+    lines = [f"**{plain(told)}**\n" for told in (advice(result), headline(result)) if told]
+    lines += [f"{plain(result.source.model)} at `{_commit(result)}`", ""]
     lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
     lines += ["|" + " --- |" * (len(names) + 2)]
     for row in measured:

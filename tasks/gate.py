@@ -6,38 +6,26 @@ from typing import NamedTuple
 from prefect import task
 
 from configs.schema import Gate
-from tasks.metrics import Metric, nats, parse, read
+from tasks.metrics import Metric, nats, parse, pessimistic, read
 from tasks.values import Verdict
 
 
 def judge(metrics: dict[str, float], gate: Gate) -> Verdict:
     """Compare `metrics` (contract names) with the limits, on the pessimistic end of each confidence interval.
 
-    The pessimistic end of what should be small is `<name>_high`, of what should be large `<name>_low`; a metric without
-    an interval is judged by its value. A limit on a number that was not measured, or is not finite, is not kept.
+    A metric without an interval is judged by its value. A limit on a number that was not measured, or is not finite, is not kept.
     """
     numbers = read(metrics)
     checks: list[_Check] = []
     if gate.max_perplexity_increase is not None:
-        ratio = _high(numbers.get("perplexity_ratio"))
-        checks.append(_Check("perplexity increase", None if ratio is None else ratio - 1, gate.max_perplexity_increase))
+        ratio = numbers.get("perplexity_ratio")
+        checks.append(_Check("perplexity increase", ratio, gate.max_perplexity_increase, less=1.0))
     if gate.max_mean_kl is not None:
-        checks.append(_Check("kl_mean", _high(numbers.get("kl_mean")), gate.max_mean_kl))
+        checks.append(_Check("KL", numbers.get("kl_mean"), gate.max_mean_kl))
     if gate.min_top1_agreement is not None:
-        checks.append(_Check("top1_agreement", _low(numbers.get("top1_agreement")), gate.min_top1_agreement, True))
+        checks.append(_Check("top-1 agreement", numbers.get("top1_agreement"), gate.min_top1_agreement, at_least=True))
     if gate.max_task_drop is not None:
-        drops = {
-            name: metric for name, metric in numbers.items() if parse(name).task and parse(name).role == "difference"
-        }
-        for name, metric in drops.items():
-            low = _low(metric)
-            what = f"task/{parse(name).task}/{parse(name).quantity} drop"
-            checks.append(_Check(what, None if low is None else -low, gate.max_task_drop))
-        tasks, compared = ({parse(name).task for name in names} - {None} for names in (numbers, drops))
-        for task in sorted(str(task) for task in tasks - compared):
-            checks.append(_Check(f"task/{task} drop", None, gate.max_task_drop))
-        if not tasks:
-            checks.append(_Check("task drop", None, gate.max_task_drop))
+        checks += _drops(numbers, gate.max_task_drop)
     return Verdict(
         passed=all(check.kept for check in checks),
         reasons=[str(check) for check in checks if not check.kept],
@@ -45,13 +33,33 @@ def judge(metrics: dict[str, float], gate: Gate) -> Verdict:
     )
 
 
-class _Check(NamedTuple):
-    """A limit, and the number that is held against it."""
+def _drops(numbers: dict[str, Metric], limit: float) -> list["_Check"]:
+    """What each task lost, and each task of which nobody knows."""
+    drops = {name: metric for name, metric in numbers.items() if parse(name).task and parse(name).role == "difference"}
+    checks = [
+        _Check(f"{parse(name).task} {parse(name).quantity} drop", metric, limit, sign=-1)
+        for name, metric in drops.items()
+    ]
+    tasks, compared = ({parse(name).task for name in names} - {None} for names in (numbers, drops))
+    checks += [_Check(f"{task} drop", None, limit) for task in sorted(str(task) for task in tasks - compared)]
+    return checks if tasks else [_Check("task drop", None, limit)]
 
-    name: str
-    value: float | None
+
+class _Check(NamedTuple):
+    """A limit, and the metric that is held against it."""
+
+    what: str
+    metric: Metric | None
     limit: float
     at_least: bool = False
+    less: float = 0.0
+    """What the metric is when nothing was lost, such as a ratio of 1: the limit counts from there."""
+    sign: int = 1
+
+    @property
+    def value(self) -> float | None:
+        """The pessimistic end of the metric, counted as the limit is."""
+        return None if self.metric is None else self.sign * (pessimistic(self.metric) - self.less)
 
     @property
     def kept(self) -> bool:
@@ -60,19 +68,27 @@ class _Check(NamedTuple):
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
+        unit = {"share": " %", "ratio": " %", "share difference": " points"}.get(
+            self.metric.unit if self.metric else "", ""
+        )
+        scale = 100 if unit else 1
         kept, broken = ("≥", "<") if self.at_least else ("≤", ">")
-        if self.value is None or not math.isfinite(self.value):
-            return f"{self.name} was not measured (limit {kept} {self.limit:g})"
-        value = nats(self.value) if self.name == "kl_mean" and abs(self.value) < 1e-6 else f"{self.value:.4g}"
-        return f"{self.name} {value} {kept if self.kept else broken} {self.limit:g}"
+        if self.metric is None or self.value is None or not math.isfinite(self.value):
+            return f"{self.what} was not measured (limit {self.limit:g})"
+        number = _number(self.value, self.limit, scale)
+        end = "" if self.metric.low is None or number.startswith("<") else " down to" if self.at_least else " up to"
+        return f"{self.what}{end} {number}{unit} {kept if self.kept else broken} limit {scale * self.limit:g}{unit}"
 
 
-def _low(metric: Metric | None) -> float | None:
-    return None if metric is None else metric.value if metric.low is None else metric.low
-
-
-def _high(metric: Metric | None) -> float | None:
-    return None if metric is None else metric.value if metric.high is None else metric.high
+def _number(value: float, limit: float, scale: int) -> str:
+    """`value` with four digits, or as many as it takes to show on which side of the limit it is."""
+    if scale == 1 and value and abs(value) < 1e-6:
+        return nats(value)
+    for digits in range(4, 17):
+        text = f"{scale * value:.{digits}g}"
+        if (float(text) > scale * limit) == (value > limit) and (float(text) < scale * limit) == (value < limit):
+            break
+    return text
 
 
 @task(name="gate", task_run_name="gate {variant}")

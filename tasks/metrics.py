@@ -123,6 +123,14 @@ def is_score(name: str) -> bool:
     return task is not None and role == "value" and unit_of(name) == "share"
 
 
+def pessimistic(metric: Metric) -> float:
+    """The end of its interval that limits are held against: the high one of what should be small, the low one of what should
+    be large; of what has no interval, the value."""
+    large = metric.unit == "share difference" or metric.name == "top1_agreement" or is_score(metric.name)
+    end = metric.low if large else metric.high
+    return metric.value if end is None else end
+
+
 def nats(value: float) -> str:
     """A KL divergence as people read it. It is never negative but for rounding, and below 1e-6 it is nothing but that."""
     if value and abs(value) < 1e-6:

@@ -27,6 +27,7 @@ ROOMS = (
     "tasks.calibrate",
     "tasks.quantize",
     "tasks.result",
+    "tasks.decision",
     "tasks.formatting",
     "tasks.evaluate",
     "tasks.gate",

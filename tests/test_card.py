@@ -92,6 +92,14 @@ def test_every_number_in_the_tables_is_the_results(result: Result, name: str) ->
             told.add(what)
         else:  # an interval's end, or the difference to the base: in the row of its metric
             assert figure(metric, value) in text(result, name) or metric.endswith("_p")
+    siblings = {f"{v.name}: `me/SmolLM2-135M-Instruct-{v.name}`" for v in result.variants} | {"baseline"}
+    for row in [result.baseline, *result.variants]:
+        told_of = cells[
+            f"**{row.name}** (this one)" if row.name == name else next(s for s in siblings if s.startswith(row.name))
+        ]
+        compared = ("size_bytes", "perplexity", "kl_mean", "top1_agreement")
+        assert told_of[:4] == [figure(metric, row.metrics.get(metric)) for metric in compared]
+    cells = {what: row for what, row in cells.items() if what not in siblings and not what.startswith("**")}
     numbers = {what for what, row in cells.items() if re.search(r"\d", "".join(row[:2]))}
     left = {f"`{left.module}`" for left in variant.left}
     assert numbers - left == told - {what for what in told if what not in numbers}

@@ -64,12 +64,12 @@ def test_ends_of_intervals_are_not_points() -> None:
 
 def test_headline_says_the_worst_first_and_why() -> None:
     result = make()
-    reasons = "kl_mean 0.2741 > 0.1, top1_agreement 0.703 < 0.9"
+    reasons = "KL up to 0.2741 > limit 0.1, top-1 agreement down to 70.3 % < limit 90 %"
     killed = result.variants[2].error
     assert formatting.headline(result) == f"Failed: fp4 ({killed}). Rejected: {reasons} for nf4-dq. Published: int8"
     assert formatting.outcome(result) == "Failed"
     two = result.model_copy(update={"variants": result.variants[:2]})
-    assert formatting.headline(two).startswith("Rejected: kl_mean 0.2741 > 0.1")
+    assert formatting.headline(two).startswith("Rejected: KL up to 0.2741 > limit 0.1")
     assert formatting.outcome(two.model_copy(update={"variants": two.variants[:1]})) == "Published"
 
 

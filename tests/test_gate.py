@@ -16,20 +16,20 @@ METRICS = {
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept", "broken"),
+    ("limit", "kept", "broken", "shown"),
     [
-        ("max_perplexity_increase", 0.0601, 0.05),
-        ("max_mean_kl", 0.11, 0.10),
-        ("min_top1_agreement", 0.89, 0.90),
-        ("max_task_drop", 0.03, 0.02),
+        ("max_perplexity_increase", 0.0601, 0.05, "perplexity increase up to 6 % > limit 5 %"),
+        ("max_mean_kl", 0.11, 0.10, "KL up to 0.11 > limit 0.1"),
+        ("min_top1_agreement", 0.89, 0.90, "top-1 agreement down to 89 % < limit 90 %"),
+        ("max_task_drop", 0.03, 0.02, "piqa acc drop up to 3 points > limit 2 points"),
     ],
 )
-def test_limits_are_judged_on_the_pessimistic_end(limit: str, kept: float, broken: float) -> None:
+def test_limits_are_judged_on_the_pessimistic_end(limit: str, kept: float, broken: float, shown: str) -> None:
     assert judge(METRICS, Gate(**{limit: kept})).passed
     verdict = judge(METRICS, Gate(**{limit: broken}))
     assert not verdict.passed
     assert len(verdict.reasons) == 1
-    assert f"{broken:g}" in verdict.reasons[0]
+    assert shown in verdict.reasons[0]
 
 
 def test_a_gate_without_limits_passes_everything() -> None:
@@ -46,7 +46,7 @@ def test_what_was_not_measured_does_not_pass(value: float | None) -> None:
 
 
 def test_what_is_nothing_but_rounding_is_told_as_such() -> None:
-    assert judge({"kl_mean": -9.5e-09}, Gate(max_mean_kl=0.1)).checked == ["kl_mean < 1e-6 ≤ 0.1"]
+    assert judge({"kl_mean": -9.5e-09}, Gate(max_mean_kl=0.1)).checked == ["KL < 1e-6 ≤ limit 0.1"]
 
 
 def test_tasks_are_judged_by_their_differences_and_missed_where_there_is_none() -> None:
@@ -57,11 +57,23 @@ def test_tasks_are_judged_by_their_differences_and_missed_where_there_is_none() 
         "task/piqa/acc_norm_difference": 0.01,
     }
     verdict = judge(metrics, Gate(max_task_drop=0.05))
-    assert verdict.checked == ["task/piqa/acc drop 0.03 ≤ 0.05", "task/piqa/acc_norm drop -0.01 ≤ 0.05"]
-    assert verdict.reasons == ["task/a/b drop was not measured (limit ≤ 0.05)"]
+    assert verdict.checked == [
+        "piqa acc drop up to 3 points ≤ limit 5 points",
+        "piqa acc_norm drop -1 points ≤ limit 5 points",
+    ]
+    assert verdict.reasons == ["a/b drop was not measured (limit 0.05)"]
 
 
 def test_all_broken_limits_are_named() -> None:
     verdict = judge(METRICS, Gate(max_mean_kl=0.01, min_top1_agreement=0.99, max_perplexity_increase=0.5))
-    assert [reason.split()[0] for reason in verdict.reasons] == ["kl_mean", "top1_agreement"]
-    assert verdict.checked == ["perplexity increase 0.06 ≤ 0.5"]
+    assert [reason.split()[0] for reason in verdict.reasons] == ["KL", "top-1"]
+    assert verdict.checked == ["perplexity increase up to 6 % ≤ limit 50 %"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.100004, "KL 0.100004 > limit 0.1"), (0.1, "KL 0.1 ≤ limit 0.1"), (0.0999996, "KL 0.0999996 ≤ limit 0.1")],
+)
+def test_a_number_beside_its_limit_shows_on_which_side_it_is(value: float, said: str) -> None:
+    verdict = judge({"kl_mean": value}, Gate(max_mean_kl=0.1))
+    assert verdict.reasons + verdict.checked == [said]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from configs.errors import TameError
-from tasks.formatting import cell, figure, label, points, span
+from tasks.formatting import advice, cell, figure, label, points, rows, span, verdict
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
@@ -24,6 +24,9 @@ from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
 from tasks.result import Result, ResultVariant
 from tasks.values import Protocol
+
+COMPARED = ("size_bytes", "perplexity", "kl_mean", "top1_agreement")
+"""What the card compares the variants of a release by."""
 
 
 def release_files(
@@ -102,12 +105,13 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         f"{name}{commit}, quantized to {method.quantized_to} by tame {result.versions.get('tame', '')}".rstrip() + ".",
         "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
         "model's own results are its authors' to tell: see its card.",
+        *([_plain(advice(result))] if len(result.variants) > 1 else []),
         *_usage(repo, method),
         *_quality(result, variant),
         *_speed(result, variant),
         *_left(variant),
         *_limits(variant, method),
-        *_siblings(variant, repos),
+        *_siblings(result, variant, repos),
         *_reproduce(result),
     ]
     return with_front_matter(front, lines)
@@ -128,7 +132,7 @@ def _usage(repo: str, method: CardText | None) -> list[str]:
 
 def _quality(result: Result, variant: ResultVariant) -> list[str]:
     base = result.baseline.metrics if result.baseline else {}
-    table = rows(base, variant.metrics)
+    table = cost_rows(base, variant.metrics)
     if not table:
         return []
     lines = [
@@ -148,7 +152,7 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
     return lines
 
 
-def rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
+def cost_rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:
     """The lines of the card's table: every metric but times and memory, the base model's beside this one's."""
     return [
         f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, metrics.get(name))} | {span(name, metrics)} | "
@@ -219,11 +223,36 @@ def _limits(variant: ResultVariant, method: CardText) -> list[str]:
     return ["## Limits", "\n".join(f"- {note}" for note in [*map(_plain, variant.notes), *known])]
 
 
-def _siblings(variant: ResultVariant, repos: dict[str, str]) -> list[str]:
-    others = [f"- {name}: `{repo}`" for name, repo in repos.items() if name != variant.name]
-    if not others:
+def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> list[str]:
+    """Every variant of the release with its size and quality, the one that the card is of marked."""
+    if len(result.variants) < 2:
         return []
-    return ["## Variants of the same release", "Each is published only if it kept the limits.", "\n".join(others)]
+    measured = rows(result)
+    names = [name for name in COMPARED if any(name in row.metrics for row in measured)]
+    lines = [
+        "| " + " | ".join(["", *map(label, names), "Verdict"]) + " |",
+        "| --- |" + " ---: |" * len(names) + " --- |",
+    ]
+    for row in measured:
+        name = (
+            f"**{row.name}** (this one)"
+            if row is this
+            else f"{row.name}: `{repos[row.name]}`"
+            if row.name in repos
+            else row.name
+        )
+        cells = [
+            name,
+            *(figure(metric, row.metrics.get(metric)) for metric in names),
+            verdict(row).replace("published", "passed"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    told = (
+        "Each is published only if it kept the limits."
+        if any(v.gate and v.gate.checked for v in result.variants)
+        else ""
+    )
+    return ["## Variants of the same release", "\n".join(lines), *([told] if told else [])]
 
 
 def _reproduce(result: Result) -> list[str]:

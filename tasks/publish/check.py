@@ -91,7 +91,7 @@ def _card(folder: Path, told: dict[str, Any]) -> list[str]:
     lines = set((folder / "README.md").read_text(errors="replace").splitlines())
     return [
         f"README.md: its table does not say {row!r}, as {provenance.NAME} does"
-        for row in card.rows(told.get("baseline") or {}, told["metrics"])
+        for row in card.cost_rows(told.get("baseline") or {}, told["metrics"])
         if row not in lines
     ]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.errors import BadInputError, TameError
 from tasks import formatting
+from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.report import plots
 from tasks.result import Measured, Result, ResultVariant
@@ -42,6 +43,7 @@ def render(result: Result) -> str:
         result=result,
         name=result.source.model.rstrip("/").rsplit("/", 1)[-1],
         measured=measured,
+        order=_order(result),
         metrics=formatting.points([row.metrics for row in measured]),
         quality=quality,
         machine=_machine(result),
@@ -141,6 +143,17 @@ def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
         drawn.append((formatting.label(metric), plots.over_time(series, ticks, metric)))
     newest_first = sorted(runs, key=lambda run: str(run.data.tags.get("started", "")), reverse=True)
     return {"name": name, "plots": drawn, "runs": newest_first, "metrics": COLUMNS}
+
+
+def _order(result: Result) -> list[tuple[ResultVariant, str]]:
+    """The variants in order of use, each with what it is for: the decision's first, then the others as the recipe has them."""
+    decision = decide(result)
+    purposes = {choice.name: formatting.PURPOSES[choice.purpose] for choice in decision.choices}
+    if decision.choices and decision.judged:
+        purposes[decision.choices[0].name] = "use this one"
+    first = [result.variant(choice.name) for choice in decision.choices]
+    rest = [variant for variant in result.variants if variant.name not in purposes]
+    return [(variant, purposes.get(variant.name, "")) for variant in [*first, *rest]]
 
 
 def _machine(result: Result) -> str:
@@ -253,7 +266,7 @@ def _page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only ever given what plots.py drew
-    functions = ("figure", "span", "label", "headline", "verdict")
+    functions = ("advice", "figure", "span", "label", "headline", "verdict")
     environment.globals |= {name: getattr(formatting, name) for name in functions}
     environment.globals["is_variant"] = lambda row: isinstance(row, ResultVariant)
     return environment.get_template(template).render(**values).strip() + "\n"

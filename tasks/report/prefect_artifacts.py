@@ -4,7 +4,7 @@ import logging
 import re
 
 from configs.errors import line
-from tasks.formatting import headline, markdown, table
+from tasks.formatting import advice, headline, markdown, table
 from tasks.result import Result
 
 log = logging.getLogger("tame.report")
@@ -18,7 +18,7 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
     from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
     key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
-    summary = headline(result)
+    summary = " ".join(told for told in (advice(result), headline(result)) if told)
     try:
         create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
         where = f"\nThe report is at `{report}`.\n" if report else ""

@@ -7,14 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.formatting import cell, figure, headline, label, points, settings, span
+from tasks.formatting import advice, cell, figure, headline, label, points, settings, span
 from tasks.result import Measured, Result
 
 STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}
 
 
 def closing(result: Result, out: Path, width: int, colour: bool) -> str:
-    """The table of baseline and variants, the reasons of those that did not pass, and the paths of what was made."""
+    """The table of baseline and variants, the reasons of those that did not pass, the decision, and the paths of what was made."""
     # Cut-off numbers help nobody: where the table does not fit, it is wider than the screen.
     console = Console(file=io.StringIO(), width=max(width, 110), force_terminal=colour, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -31,7 +31,9 @@ def closing(result: Result, out: Path, width: int, colour: bool) -> str:
         if why := variant.error or "; ".join(variant.gate.reasons if variant.gate and not variant.gate.passed else []):
             console.print(Text(f"{variant.name} {variant.status}: {why}", style=STYLES[variant.status]), soft_wrap=True)
     console.print()
-    console.print(Text(headline(result), style="bold"), soft_wrap=True)
+    if decision := advice(result):
+        console.print(Text(decision, style="bold"), soft_wrap=True)
+    console.print(Text(headline(result)), soft_wrap=True)
     for what, where in _made(result, out):
         console.print(Text(f"{what:<10} {where}"), soft_wrap=True)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]

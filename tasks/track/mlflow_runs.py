@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from tasks import formatting
+from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
 from tasks.runtime.home import home
@@ -200,6 +201,8 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
 def _release_tags(result: Result) -> dict[str, str]:
     return {
         "headline": formatting.headline(result),
+        "decision": formatting.advice(result),
+        "use": chosen.name if (chosen := _chosen(result)) else "",
         "verdict": formatting.outcome(result).lower(),
         "mlflow.note.content": formatting.markdown(result),
         **_release_of(result),
@@ -221,7 +224,15 @@ def _release_metrics(result: Result) -> dict[str, float]:
     counts = dict.fromkeys(("published", "passed", "rejected", "failed"), 0.0)
     for variant in result.variants:
         counts[variant.status] += 1
-    return {"seconds": result.seconds, **{f"variants_{status}": count for status, count in counts.items()}}
+    chosen = _chosen(result)  # so that the release's own row has numbers
+    shown = {name: chosen.metrics[name] for name in COLUMNS if name in chosen.metrics} if chosen else {}
+    return {"seconds": result.seconds, **shown, **{f"variants_{status}": count for status, count in counts.items()}}
+
+
+def _chosen(result: Result) -> ResultVariant | None:
+    """The variant to use, by the rule of `tasks.decision`."""
+    choices = decide(result).choices
+    return result.variant(choices[0].name) if choices else None
 
 
 class _Content(NamedTuple):
