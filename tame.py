@@ -79,19 +79,24 @@ def quantize(options: argparse.Namespace) -> int:
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
     variant = _checked(Variant, explain, **asked)
     from tasks.download.task import download
-    from tasks.quantize.command import quantize_folder
-    from tasks.runtime.progress import show
+    from tasks.quantize.command import parse_size, quantize_folder
+    from tasks.quantize.protocols import Request
 
-    source = download(_checked(Source, explain, model=options.source, revision=options.revision))
-    made = quantize_folder(
-        Path(source.path),
-        Path(options.out),
-        variant,
+    limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
+    trust = options.trust_remote_code
+    source = download(
+        _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
+    )
+    request = Request(
+        source=Path(source.path),
+        out=Path(options.out),
+        variant=variant,
         device=options.device,
         workers=options.workers,
-        max_shard_size=options.max_shard_size,
-        progress=show,
+        max_shard_size=limit,
+        trust_remote_code=trust,
     )
+    made = quantize_folder(request, check=options.check)
     print(f"{options.out}  {made.bytes / 1e6:,.1f} MB, {made.bits_per_weight:.2f} bits a weight, sha256 {made.digest}")
     for note in made.notes:
         print(f"note: {note}")
@@ -270,6 +275,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--workers", type=_positive, help="tensors in flight; by default what the machine is good for")
     command.add_argument("--max-shard-size", metavar="SIZE", help="largest output file, such as 5GB; by default 256MB")
+    command.add_argument(
+        "--check", action="store_true", help="run the result once; takes the memory of the whole model"
+    )
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code of the model; read it first"
+    )
 
     command = add(evaluate, "measure a model, and nothing else")
     command.add_argument("model", metavar="MODEL", help="a folder, a .gguf or a Hub repo")

@@ -1,21 +1,32 @@
-"""tame's quantizing beside transformers' own, in fresh processes in turn.
+"""`tame quantize` beside transformers' own load and save: whole processes, as people run them, in turn.
 
+    python benchmarks/quantize.py --model 1.7b --methods nf4,int8 --repeat 3
     python benchmarks/quantize.py --device cuda --model 1.7b --methods int8,nf4,nf4-dq
     python benchmarks/quantize.py --device cuda --exactness
 
-The model is made here: random weights in the shapes of Qwen3-1.7B, or of Qwen3-8B. Prints
-markdown. Needs torch, transformers, bitsandbytes, accelerate, pydantic; neither Prefect nor MLflow.
+The model is made here: random weights in the shapes of Qwen3-1.7B and others. Prints markdown. What is timed is a process from
+its start to its end, with all that it starts; its CPU time says more than the clock where a machine is shared. Memory is the peak
+of the proportional set sizes (PSS) of all these processes together, looked at 50 times a second, so that pages they share count
+once. "Above imports" is that less the same for a model of a few megabytes, which takes what the libraries take. `--exactness` needs
+torch, transformers, bitsandbytes, accelerate, pydantic, psutil, filelock, xxhash and PyYAML alone.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +44,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         {**QWEN3, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4},
         10**12,
     ),
+    "0.4b": ({**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18}, 10**12),
     "0.6b": ({**QWEN3, "hidden_size": 1024, "intermediate_size": 3072}, 10**12),
     "1.7b": (QWEN3, 10**12),
     "8b": (
@@ -49,6 +61,24 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }  # config, and bytes a file
 
 
+BY_TRANSFORMERS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+source, out, device, kind = sys.argv[1:]
+if kind == "int8":
+    config = BitsAndBytesConfig(load_in_8bit=True)
+else:
+    double = kind.endswith("-dq")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind.removesuffix("-dq"), bnb_4bit_use_double_quant=double
+    )
+model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map={"": device}, dtype="auto")
+model.save_pretrained(out)
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:N")
@@ -59,19 +89,32 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tame-benchmark"), help="where models are made")
     parser.add_argument("--exactness", action="store_true", help="compare bytes instead, over tiny architectures")
-    parser.add_argument("--one", nargs=2, metavar=("WHO", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.one:
-        one(*options.one, options)
-    elif options.exactness:
+    if options.exactness:
         exactness(options)
     else:
         side_by_side(options)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one whole process, and all that it started, took."""
+
+    seconds: float
+    cpu: float
+    """Seconds, on all cores."""
+    memory: int
+    """Peak, bytes."""
+    gpu: int
+    """Peak of what the GPU's memory held more than before, bytes, the driver's own included."""
+    written: int
+    """Bytes of weight files."""
+
+
 def side_by_side(options: argparse.Namespace) -> None:
-    source = make_model(options.work, options.model)
+    """Print a line for each process, and then how much faster tame is."""
+    source, small = make_model(options.work, options.model), make_model(options.work, "tiny")
     read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     reading, writing = disk_speed(source, options.work)
     print(
@@ -80,64 +123,136 @@ def side_by_side(options: argparse.Namespace) -> None:
     )
     print(f"writes {writing / 1e9:.2f} GB/s (page cache); the floor is bytes read and written at that.\n")
     print(
-        "| method | who | whole process s | without imports s | host peak above imports MB | GPU peak MB "
-        "| bytes | floor s |"
+        "| method | who | whole process s | CPU s | host peak above imports MB | GPU peak MB | bytes | floor s | load before |"
     )
-    print("| --- | --- | --: | --: | --: | --: | --: | --: |")
+    print("| --- | --- | --: | --: | --: | --: | --: | --: | --: |")
     for method in options.methods.split(","):
+        runs: dict[str, list[Run]] = {who: [] for who in options.who.split(",")}
+        imports = {who: run(who, method, small, options).memory for who in runs}
         for _ in range(options.repeat):
-            for who in options.who.split(","):
-                started = time.perf_counter()
-                command = [sys.executable, __file__, "--one", who, method, *sys.argv[1:]]
-                done = subprocess.run(command, capture_output=True, text=True)
-                wall = time.perf_counter() - started
-                if done.returncode:
-                    sys.exit(f"{who} {method} failed:\n{done.stderr[-3000:]}")
-                found = json.loads(done.stdout.splitlines()[-1])
-                floor = read / reading + found["bytes"] / writing
+            for who, done in runs.items():
+                load = os.getloadavg()[0]
+                done.append(found := run(who, method, source, options))
+                floor = read / reading + found.written / writing
                 print(
-                    f"| {method} | {who} | {wall:.1f} | {found['seconds']:.2f} | "
-                    f"{found['host'] / 1e6:,.0f} | {found['gpu'] / 1e6:,.0f} | {found['bytes']:,} | {floor:.1f} |",
+                    f"| {method} | {who} | {found.seconds:.1f} | {found.cpu:.1f} | {(found.memory - imports[who]) / 1e6:,.0f} | "
+                    f"{found.gpu / 1e6:,.0f} | {found.written:,} | {floor:.1f} | {load:.1f} |",
                     flush=True,
                 )
+        if len(runs) == 2:
+            pairs = [b.seconds / a.seconds for a, b in zip(*runs.values(), strict=True)]
+            best = [min(found.seconds for found in done) for done in runs.values()]
+            cpu = [min(found.cpu for found in done) for done in runs.values()]
+            print(
+                f"| {method} | times | **{best[1] / best[0]:.2f}** best by best, {statistics.median(pairs):.2f} the median of "
+                f"pairs ({', '.join(f'{pair:.2f}' for pair in pairs)}) | {cpu[1] / cpu[0]:.2f} | | | | | |",
+                flush=True,
+            )
 
 
-def one(who: str, method: str, options: argparse.Namespace) -> None:
-    """Quantize once in this process, and say what it took."""
-    source, out = options.work / options.model, options.work / "out"
+def run(who: str, method: str, source: Path, options: argparse.Namespace) -> Run:
+    """Quantize once, in a process as people start it."""
+    out = options.work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    cuda = options.device.startswith("cuda")
     if who == "tame":
-        import bitsandbytes
-
-        import tasks.quantize.engine  # noqa: F401
-        from tests.models import quantize
+        kind = ["--method", method.removesuffix("-dq"), *(["--double-quant"] if method.endswith("-dq") else [])]
+        extra = ["--workers", str(options.workers)] if options.workers else []
+        command = ["-m", "tame", "quantize", str(source), str(out), *kind, "--device", options.device, *extra]
     else:
-        import bitsandbytes  # noqa: F401
-        import transformers  # noqa: F401
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM  # noqa: F401
-
-    if cuda:
-        torch.zeros(1, device=options.device)
-        torch.cuda.reset_peak_memory_stats()
-    before, started = peak(), time.perf_counter()
-    if who == "tame":
-        quantize(source, out, variant_of(method), device=options.device, workers=options.workers)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, quantization_config=bnb_config(method), device_map={"": options.device}
+        command = ["-c", BY_TRANSFORMERS, str(source), str(out), options.device, method]
+    with tempfile.TemporaryDirectory() as home, watching_gpu(options.device) as gpu:
+        environment = {**os.environ, "TAME_HOME": home, "PYTHONPATH": str(ROOT)}
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        model.save_pretrained(out)
-    found = {
-        "seconds": time.perf_counter() - started,
-        "host": peak() - before,
-        "gpu": torch.cuda.max_memory_allocated() if cuda else 0,
-        "bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-    }
-    print(json.dumps(found), flush=True)
-    os._exit(0)
+        memory = Memory(process.pid)
+        _, errors = process.communicate()
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        memory.stop()
+    if process.returncode:
+        sys.exit(f"{who} {method} failed:\n{errors[-3000:]}")
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cpu, memory.peak, gpu.peak, written)
+
+
+class Watch(threading.Thread):
+    """Looks at something again and again, and keeps the largest number."""
+
+    def __init__(self, every: float) -> None:
+        super().__init__(daemon=True)
+        self.every, self.peak, self.ended = every, 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Look until `stop`."""
+        while not self.ended.wait(self.every):
+            self.peak = max(self.peak, self.look())
+
+    def look(self) -> int:
+        """The number now."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Look no more."""
+        self.ended.set()
+        self.join()
+
+
+class Memory(Watch):
+    """The proportional set sizes of a process and all its descendants, in bytes."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        super().__init__(0.02)
+
+    def look(self) -> int:
+        """Of those that are there; each may end meanwhile."""
+        total, pids = 0, [self.pid]
+        for pid in pids:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    pids += [int(child) for child in (thread / "children").read_text().split()]
+        return total
+
+
+class GPU(Watch):
+    """What the GPU's memory holds more than at first, in bytes, as the driver says; 0 without one."""
+
+    def __init__(self, device: str) -> None:
+        self.number = device.partition(":")[2] or "0"
+        self.before = self.used()
+        super().__init__(0.2)
+
+    def used(self) -> int:
+        """What the driver says."""
+        command = ["nvidia-smi", "-i", self.number, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 2**20
+
+    def look(self) -> int:
+        """More than before."""
+        return self.used() - self.before
+
+
+class NoGPU:
+    """In place of `GPU` on a CPU."""
+
+    peak = 0
+
+
+@contextlib.contextmanager
+def watching_gpu(device: str) -> Iterator[Any]:
+    if not device.startswith("cuda"):
+        yield NoGPU()
+        return
+    watch = GPU(device)
+    try:
+        yield watch
+    finally:
+        watch.stop()
 
 
 def exactness(options: argparse.Namespace) -> None:
@@ -158,6 +273,7 @@ def exactness(options: argparse.Namespace) -> None:
     print(
         f"| architecture | stored as | share quantized | {' | '.join(methods)} |\n| --- | --- | --: |{' --- |' * len(methods)}"
     )
+    counts: Counter[str] = Counter()
     for name in ZOO:
         for dtype, sharded in (("bfloat16", False), ("float16", True), ("float32", False)):
             folder = options.work / "zoo"
@@ -182,6 +298,8 @@ def exactness(options: argparse.Namespace) -> None:
                     cells.append(f"{type(error).__name__}: {str(error)[:80]}")
             stored = f"{dtype}{', sharded' if sharded else ''}"
             print(f"| {name} | {stored} | {share:.3f} | {' | '.join(cells)} |", flush=True)
+            counts.update(cells)
+    print(f"\n{counts.total()} cells: {', '.join(f'{count} {cell}' for cell, count in counts.most_common())}")
 
 
 def difference(mine: Path, theirs: Path) -> str:
@@ -226,11 +344,6 @@ def bnb_config(method: str) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     kind, double = method.removesuffix("-dq"), method.endswith("-dq")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
-
-
-def peak() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def disk_speed(source: Path, work: Path) -> tuple[float, float]:

@@ -107,13 +107,15 @@ def test_double_quantization_does_not_depend_on_the_number_of_threads(tmp_path: 
     source = tiny(tmp_path / "source", config)
     alone = by_transformers(source, tmp_path / "alone", variant_of("nf4-dq"))
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
     try:
-        quantized(source, tmp_path / "mine", variant_of("nf4-dq"))
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            quantized(source, tmp_path / f"mine-{threads}", variant_of("nf4-dq"))
+            assert_same(tmp_path / f"mine-{threads}", alone)
+        torch.set_num_threads(3)
         together = by_transformers(source, tmp_path / "together", variant_of("nf4-dq"))
     finally:
         torch.set_num_threads(before)
-    assert_same(tmp_path / "mine", alone)
     assert tensors(together) != tensors(alone)
 
 
@@ -151,8 +153,11 @@ def test_output_in_several_files(method: str, tiny_llama: Path, tmp_path: Path) 
     indexes = [
         json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (tmp_path / "mine", theirs)
     ]
-    assert indexes[0] == indexes[1]
-    assert len({*indexes[0]["weight_map"].values()}) > 2
+    assert indexes[0]["metadata"] == indexes[1]["metadata"]
+    assert indexes[0]["weight_map"].keys() == indexes[1]["weight_map"].keys()
+    files = {file.name: file.stat().st_size for file in (tmp_path / "mine").glob("*.safetensors")}
+    assert set(indexes[0]["weight_map"].values()) == files.keys()
+    assert len(files) > 2
 
 
 def test_skipped_modules_are_skipped_besides_those_that_transformers_skips(tiny_llama: Path, tmp_path: Path) -> None:
@@ -316,7 +321,7 @@ def test_a_killed_run_is_taken_up(method: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_killed_run_hashed_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.quantize import engine
+    from tasks.quantize import file_digests
     from tasks.runtime.child_process import isolated
 
     source = tiny(tmp_path / "source", zoo("qwen3-moe"), spread=True)
@@ -328,8 +333,8 @@ def test_what_a_killed_run_hashed_is_not_hashed_again(tmp_path: Path, monkeypatc
     entries = [json.loads(line) for line in (out / ".journal").read_text().splitlines()[1:]]
     hashed = {name for name, *entry in entries if len(entry) == 1}
     again = set()
-    real = engine._sha256
-    monkeypatch.setattr(engine, "_sha256", lambda shard, *rest: again.add(shard.path.name) or real(shard, *rest))
+    real = file_digests._sha256
+    monkeypatch.setattr(file_digests, "_sha256", lambda shard, *rest: again.add(shard.path.name) or real(shard, *rest))
     assert quantized(source, out, variant_of("int8"), max_shard_size=150_000)["digests"] == whole["digests"]
     assert again == whole["digests"].keys() - hashed
 
@@ -342,7 +347,7 @@ def test_digests_are_those_of_the_files(method: str, tmp_path: Path, monkeypatch
     from tasks.download.checkpoint import read_header
 
     monkeypatch.setattr("tasks.quantize.engine.COPY", 10_000)
-    monkeypatch.setattr("tasks.quantize.engine.PIECE", 3_000)
+    monkeypatch.setattr("tasks.quantize.file_digests.PIECE", 3_000)
     source = tiny(tmp_path / "source", zoo("qwen3"))
     out = tmp_path / "out"
     digests = quantized(source, out, variant_of(method), max_shard_size=60_000)["digests"]
@@ -365,6 +370,7 @@ def test_the_store_and_the_folder_give_one_digest(tiny_llama: Path, tmp_path: Pa
 
     from tasks.download.task import download
     from tasks.quantize.command import quantize_folder
+    from tasks.quantize.protocols import Request
     from tasks.quantize.task import quantize, quantize_inputs
 
     snapshot = download(Source(model=str(tiny_llama)))
@@ -375,11 +381,12 @@ def test_the_store_and_the_folder_give_one_digest(tiny_llama: Path, tmp_path: Pa
     assert made.bits_per_weight == 8 * (Path(made.path) / "model.safetensors").stat().st_size / made.parameters
     for name, digest in made.files.items():
         assert hashlib.sha256((Path(made.path) / name).read_bytes()).hexdigest() == digest
-    folder = quantize_folder(tiny_llama, tmp_path / "out", variant_of("nf4"), device="cpu", forward=False)
+    request = Request(tiny_llama, tmp_path / "out", variant_of("nf4"), "cpu")
+    folder = quantize_folder(request)
     assert (folder.digest, folder.files, folder.bytes) == (made.digest, made.files, made.bytes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tame-home"]
     with pytest.raises(BadInputError, match="not an empty folder"):
-        quantize_folder(tiny_llama, tmp_path / "out", variant_of("nf4"), device="cpu")
+        quantize_folder(request)
     inputs = quantize_inputs(snapshot, variant_of("nf4"), "cuda:1")
     assert inputs == quantize_inputs(snapshot, variant_of("nf4", name="x"), "cuda:0")
     assert inputs != quantize_inputs(snapshot, variant_of("nf4"), "cpu")

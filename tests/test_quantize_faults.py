@@ -287,6 +287,7 @@ def test_architectures_that_are_not_known(
 
 def test_no_space_left(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.quantize import command
+    from tasks.quantize.protocols import Request
 
     def full(file: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -294,13 +295,13 @@ def test_no_space_left(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(command, "isolated", lambda what, function, *args, **kwargs: function(*args, **kwargs))
     with pytest.raises(TameError, match=r"out: no space left \([\d.]+ GB free\); make room"):
-        command.quantize_folder(model, tmp_path / "out", NF4, device="cpu")
+        command.quantize_folder(Request(model, tmp_path / "out", NF4, "cpu"))
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" not in path.name or path.is_dir()) == ["model"]
 
 
 @pytest.mark.parametrize("size", ["", "5 apples", "-1GB", "0"])
-def test_a_shard_size_that_is_none(size: str, model: Path, tmp_path: Path) -> None:
-    from tasks.quantize.command import quantize_folder
+def test_a_shard_size_that_is_none(size: str) -> None:
+    from tasks.quantize.command import parse_size
 
     with pytest.raises(BadInputError, match="--max-shard-size"):
-        quantize_folder(model, tmp_path / "out", NF4, device="cpu", max_shard_size=size)
+        parse_size(size)

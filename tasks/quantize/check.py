@@ -74,6 +74,6 @@ def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bo
             logits = model(input_ids=tokens, **inputs)[0]
     except torch.OutOfMemoryError:
         return None, f"{device} is out of memory"
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # of a kernel, or of what this model wants besides tokens: the weights are not to blame
         return None, f"{cls.__name__} does not run on {device}: {line(error, limit=200)}"
     return bool(torch.isfinite(logits).all()), "a forward pass on eight tokens"

@@ -50,9 +50,14 @@ class Job:
         """Names the job among all others."""
         return f"{self.output}@{self.at}"
 
+    @property
+    def bytes_read(self) -> int:
+        """What is read of the source."""
+        return self.source.end - self.source.start
+
     def split(self, size: int) -> list["Job"]:
         """The same as several jobs of at most `size` bytes, if it is a copy; weights are quantized by one thread each."""
-        if self.quantized or self.source.end - self.source.start <= size:
+        if self.quantized or self.bytes_read <= size:
             return [self]
         ratio = self.dtype.itemsize / DTYPES[self.source.dtype].itemsize
         return [
@@ -83,6 +88,8 @@ class Layout:
     notes: list[str]
     growing: set[str]
     """Outputs whose length is known only when they are made."""
+    weight_of: dict[str, str]
+    """For each output that is a part of a quantized weight, the weight: its parts are of no use without each other."""
 
 
 def lay_out(
@@ -135,6 +142,7 @@ def lay_out(
         left=left,
         notes=notes,
         growing={name for name, output in written.items() if output.part and tensor_format.grows(output.part, variant)},
+        weight_of={name: output.weight for name, output in written.items() if output.part and output.weight},
     )
 
 
@@ -258,7 +266,7 @@ def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, St
 
 def _complete(model: Any) -> dict[str, Stored]:
     """Tensors for a model whose weights are not there: its own, tied ones once, under its own names."""
-    tied = model.all_tied_weights_keys
+    tied = transformers_adapter.tied(model)
     return {
         name: Stored(name, NAMES.get(tensor.dtype, "F32"), tuple(tensor.shape), "", 0, tensor.nbytes)
         for name, tensor in model.state_dict().items()

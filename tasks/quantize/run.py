@@ -1,9 +1,9 @@
 """One folder in, one folder out: everything that happens in the process that quantizes."""
 
+import functools
 import gc
 import json
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,12 @@ from tasks.download.checkpoint import Stored, carried_files, read_config, read_t
 from tasks.quantize.check import check_written
 from tasks.quantize.protocols import Method, Request, TensorFormat, Written
 from tasks.quantize.quiet import quieten
-from tasks.runtime.device import cores
 from tasks.runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
     from tasks.quantize.layout import Layout
     from tasks.quantize.shards import Shard
 
-PER_GPU = 4  # threads: with more, they wait for each other
 LIBRARIES = ("torch", "transformers", "safetensors")
 """What decides the bytes of a checkpoint, besides its method's own libraries."""
 
@@ -33,27 +31,24 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     """Quantize a checkpoint tensor by tensor, in the format that `method` has for that.
 
     Raises:
-        BadInputError, TameError: as `check_source`, `lay_out` and `stream`. OSError: no space left.
+        BadInputError, TameError: as `check_source`, `lay_out` and `Engine.run`. OSError: no space left.
     """
-    source, out, variant = request.source, request.out, request.variant
-    config = read_config(source)
+    config = read_config(request.source)
     if not request.trust_remote_code:  # the code that it names is not taken along
         config.pop("auto_map", None)
-    tensors = read_tensors(source)
+    tensors = read_tensors(request.source)
     tensor_format, layout = _lay_out(method, request, tensors)
-    from tasks.quantize.engine import stream
+    from tasks.quantize.engine import Engine
     from tasks.quantize.journal import Journal
     from tasks.quantize.shards import shards
 
-    files = shards(out, layout.outputs, request.max_shard_size, layout.growing)
-    journal = Journal(out, _identity(method, request, tensors, layout, files))
+    files = shards(request.out, layout.outputs, request.max_shard_size, layout.growing, layout.weight_of)
+    journal = Journal(request.out, _identity(method, request, tensors, layout, files))
     expected = {journal.path, *(shard.path for shard in files)}
-    for path in set(out.iterdir()) - expected:
+    for path in set(request.out.iterdir()) - expected:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    devices = _devices(request.device)
-    workers = request.workers or (cores() if devices == ["cpu"] else min(cores(), PER_GPU * len(devices)))
-    rest = _rest(request, config, tensor_format, layout, files)
-    digests = stream(source, layout.jobs, files, tensor_format, variant, devices, workers, journal, rest, progress)
+    engine = Engine(request, tensor_format, layout.jobs, files, journal, progress)
+    digests = engine.run(functools.partial(_complete, request, config, tensor_format, layout, files))
     journal.remove()
     return Written(
         digests=digests,
@@ -101,34 +96,21 @@ def _identity(
     ]
 
 
-def _rest(
+def _complete(
     request: Request, config: dict[str, Any], tensor_format: TensorFormat, layout: "Layout", files: "list[Shard]"
-) -> Callable[[], None]:
-    """A function that writes all that is not weights, and checks the whole; for when the weights are written."""
+) -> None:
+    """Write all that is not weights, and check the whole, once the weights are written."""
     from tasks.quantize.shards import write_index
 
     out = request.out
-
-    def rest() -> None:
-        write_index(out, files, layout.parameters)
-        _write_json(out / "config.json", {**config, **layout.config})
-        if layout.generation_config is not None:
-            _write_json(out / "generation_config.json", layout.generation_config)
-        for name in carried_files(request.source, request.names, request.trust_remote_code):
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(request.source / name, out / name)
-        check_written(out, layout, tensor_format, request.trust_remote_code)
-
-    return rest
-
-
-def _devices(device: str) -> list[str]:
-    """`cuda` means all GPUs that this process sees."""
-    if device != "cuda":
-        return [device]
-    import torch
-
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    write_index(out, files, layout.parameters)
+    _write_json(out / "config.json", {**config, **layout.config})
+    if layout.generation_config is not None:
+        _write_json(out / "generation_config.json", layout.generation_config)
+    for name in carried_files(request.source, request.names, request.trust_remote_code):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(request.source / name, out / name)
+    check_written(out, layout, tensor_format, request.trust_remote_code)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

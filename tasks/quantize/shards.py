@@ -96,25 +96,34 @@ class Shard:
         return len(text).to_bytes(8, "little") + text
 
 
-def shards(folder: Path, tensors: dict[str, torch.Tensor], limit: int | None, growing: set[str]) -> list[Shard]:
+def shards(
+    folder: Path, tensors: dict[str, torch.Tensor], limit: int | None, growing: set[str], weight_of: dict[str, str]
+) -> list[Shard]:
     """Split the tensors over files of at most `limit` bytes, in the order they have, as `save_pretrained` does.
+
+    Unlike there, the parts of one weight, which `weight_of` names, always share a file, even if it is larger for that: a
+    loader that reads file after file cannot make the weight of some of its parts (transformers 4.53 to 4.55 give up).
 
     Without a limit: files of 256 MB, or larger ones where that would be more than 32.
     """
     if limit is None:
         limit = max(SMALL, sum(tensor.nbytes for tensor in tensors.values()) // MANY)
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        weights.setdefault(weight_of.get(name, name), {})[name] = tensor
     groups: list[dict[str, torch.Tensor]] = []
     current: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > limit:
-            groups.append({name: tensor})
+    for parts in weights.values():
+        more = sum(tensor.nbytes for tensor in parts.values())
+        if more > limit:
+            groups.append(parts)
             continue
-        if size + tensor.nbytes > limit:
+        if size + more > limit:
             groups.append(current)
             current, size = {}, 0
-        current[name] = tensor
-        size += tensor.nbytes
+        current |= parts
+        size += more
     if current:
         groups.append(current)
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]

@@ -68,7 +68,7 @@ def reloaded(folder: Path, tensor_format: TensorFormat, trust_remote_code: bool 
     cls = transformers_adapter.model_class(config, folder, trust_remote_code)
     with transformers_adapter.building(cls, config.dtype):
         model = cls(config)
-        tied = getattr(model, "all_tied_weights_keys", {})
+        tied = transformers_adapter.tied(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]
         selection = tensor_format.reselect(model, config.quantization_config, config.dtype)
     return {name for name in names if selection.includes(name)}

@@ -91,13 +91,12 @@ class Worker:
         for start in range(source.start, source.end, several):
             piece = self._read(source.file, start, min(several, source.end - start))
             values = piece.view(stored)
-            if stored.is_floating_point and not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
-                first = int((~torch.isfinite(values)).nonzero()[0])
+            cast = values.to(job.dtype)
+            if job.dtype.is_floating_point and not all(bool(torch.isfinite(end)) for end in torch.aminmax(cast)):
+                first = int((~torch.isfinite(cast)).nonzero()[0])
                 index = job.at // job.dtype.itemsize + (start - source.start) // stored.itemsize + first
-                raise TameError(
-                    f"{self._where(job)} has {values[first].item()} at element {index}; the checkpoint is broken, get it again"
-                )
-            data = _view(values.to(job.dtype))
+                raise TameError(f"{self._where(job)} {_lost(values[first], f'element {index}', job.dtype)}")
+            data = _view(cast)
             checksum.update(data)
             self.shards[name].write(name, at, data)
             at += len(data)
@@ -128,6 +127,11 @@ class Worker:
 
     def _blocks(self, job: Job) -> Iterator[tuple[int, torch.Tensor]]:
         """A weight's rows, a few at a time, on the device and in the job's dtype; with the number of the first."""
+        for row, block in self._stored_blocks(job):
+            yield row, block.to(self.device, non_blocking=True).to(job.dtype)
+
+    def _stored_blocks(self, job: Job) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same on the host, in the dtype that they have in the source; valid until the next one."""
         source, (height, width) = job.source, job.shape
         stored = DTYPES[source.dtype]
         step = self.tensor_format.row_multiple(width)
@@ -142,23 +146,23 @@ class Worker:
                 row_bytes = width * stored.itemsize
                 block = self._read(source.file, source.start + row * row_bytes, count * row_bytes)
                 block = block.view(stored).view(count, width)
-            yield row, block.to(self.device, non_blocking=True).to(job.dtype)
+            yield row, block
 
     def _check(self, job: Job, scales: torch.Tensor) -> None:
         """Refuse a weight whose scales say that it is broken, or that the format cannot hold it; then find where."""
         if self.tensor_format.plausible(scales):
             return
         known = 0
-        for row, block in self._blocks(job):
+        for row, stored in self._stored_blocks(job):
+            block = stored.to(self.device).to(job.dtype)
             bad = (~torch.isfinite(block)).nonzero()
             if len(bad):
-                value = block[bad[0][0], bad[0][1]].item()
-                at = [row + int(bad[0][0]), int(bad[0][1])]
-                raise TameError(f"{self._where(job)} has {value} at {at}; the checkpoint is broken, get it again")
+                first, column = (int(index) for index in bad[0])
+                raise TameError(f"{self._where(job)} {_lost(stored[first, column], [row + first, column], job.dtype)}")
             count = self.tensor_format.scale_count((block.shape[0], block.shape[1]))
             if lost := self.tensor_format.fault(block, scales[known : known + count]):
-                first, why = lost
-                raise TameError(f"{self._where(job)}: row {row + first} {why}")
+                lost_row, why = lost
+                raise TameError(f"{self._where(job)}: row {row + lost_row} {why}")
             known += count
 
     def _written(self, job: Job) -> int:
@@ -209,6 +213,22 @@ class Worker:
             self.buffers[use] = buffer, _view(buffer)
         buffer, data = self.buffers[use]
         return buffer[:size], data[:size]
+
+
+def _lost(value: torch.Tensor, at: object, dtype: torch.dtype) -> str:
+    """What is wrong with a stored number, at `at`, that is not finite in `dtype`; goes on from the tensor's name."""
+    if bool(torch.isfinite(value)):
+        name, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        return (
+            f'has {value.item():.6g} at {at}, and {name}, the model\'s dtype, ends at {most:.6g}; write another "dtype" into '
+            "config.json, such as bfloat16"
+        )
+    if value.dtype == torch.float16 and bool(torch.isinf(value)):
+        return (
+            f"has {value.item()} at {at}: a larger number was cast to float16, which ends at 65504; get the model in "
+            "bfloat16 or float32"
+        )
+    return f"has {value.item()} at {at}; the checkpoint is broken, get it again"
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
