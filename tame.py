@@ -120,8 +120,9 @@ def evaluate(options: argparse.Namespace) -> int:
     for part in ("speed", "samples"):  # seconds to minutes of work that a recipe asks for, and here a flag
         asked |= {} if getattr(options, part) else {part: None}
     spec = _checked(Evaluate, explain, text={"files": options.text}, **asked)
-    model = _checked(Source, explain, model=options.model)
-    base = _checked(Source, explain, model=options.baseline) if options.baseline else None
+    trust = options.trust_remote_code
+    model = _checked(Source, explain, model=options.model, trust_remote_code=trust)
+    base = _checked(Source, explain, model=options.baseline, trust_remote_code=trust) if options.baseline else None
     from tasks.evaluate.command import evaluate_alone
     from tasks.report.terminal import numbers
     from tasks.result import write_file
@@ -292,6 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task-path", metavar="DIR", help="a folder of your own task files")
     command.add_argument("--task-limit", metavar="N", type=_positive, help="only the first N items of each task")
     command.add_argument("--batch-size", metavar="N", type=_positive, help="windows in a batch")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that MODEL and BASE bring with them"
+    )
     command.add_argument("--speed", action="store_true", help="time a prompt and the tokens after it, and take memory")
     command.add_argument("--samples", action="store_true", help="show what it answers to a few prompts")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

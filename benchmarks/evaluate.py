@@ -13,6 +13,8 @@ tame's side is `tame evaluate`, and lm-eval's `lm_eval run`, as people run them,
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 warnings.filterwarnings("ignore")
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h: orphans become ours, so that their CPU time can be counted
 METHODS = {
     "int8": {"load_in_8bit": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="*", default=["nf4", "int8"])
     args = parser.parse_args()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     globals()[args.what](args)
 
 
@@ -191,7 +195,11 @@ def _timed(args: argparse.Namespace, name: str, folder: Path) -> tuple[float, fl
             command_of(args, name, folder, out), env={**os.environ, "TAME_HOME": str(home)}, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True,
         )  # fmt: skip
-        took, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        took = time.perf_counter() - started
+        with contextlib.suppress(ChildProcessError):  # the fork server that tame's stages come from ends after it
+            while True:
+                os.waitpid(-1, 0)
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         return took, cpu, found_by(name, done.stdout, home, out)
 

@@ -16,7 +16,7 @@ from tasks.download.text import LoadedText, check_text, load_text
 from tasks.evaluate.comparison import _diverges_at
 from tasks.evaluate.statistics import interval, mcnemar
 from tests.hub import Hub
-from tests.models import tiny, with_own_code
+from tests.models import tiny, with_own_code, zoo
 
 
 def test_files_are_joined_by_a_blank_line_and_keyed_by_content(tmp_path: Path) -> None:
@@ -155,3 +155,17 @@ def test_a_split_or_column_that_is_not_there_is_named(data_set: Path, tmp_path: 
         assert "no column 'words'; it has text, number" in done.stderr
         done = read_from(hub, TextSource(dataset="me/text", column="number"), tmp_path / "home")
         assert "column 'number' holds int, not text" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mamba"])
+def test_a_source_without_a_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
+    from tasks.evaluate.model import load
+
+    folder = tiny(tmp_path / "model", zoo(name))
+    assert check_text(load_text(TextSource(builtin="python-docs")), 64, folder) >= 64
+    for path in [*folder.glob("tokenizer*"), *folder.glob("special_tokens*")]:
+        path.unlink()
+    with pytest.raises(BadInputError, match=r"no tokenizer"):
+        check_text(load_text(TextSource(builtin="python-docs")), 64, folder)
+    with pytest.raises(BadInputError, match=r"no tokenizer"):
+        load(folder, "cpu")

@@ -6,6 +6,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -107,9 +108,21 @@ def _count(text: str, folder: Path, trust_remote_code: bool) -> int:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        return len(tokenizer(text)["input_ids"])
+        count = len(tokenizer(text)["input_ids"])
     except Exception as error:
         raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
+    check_tokenizer(tokenizer, folder)
+    return count
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """See that a tokenizer was read, and not made up: for a folder without one, transformers makes one without words.
+
+    Raises:
+        BadInputError: it has no tokens but special ones.
+    """
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:
+        raise BadInputError(f"{folder}: there is no tokenizer in it; add the model's tokenizer files")
 
 
 def _read(path: Path) -> str:

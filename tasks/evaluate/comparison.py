@@ -13,6 +13,7 @@ from configs.errors import TameError
 from configs.schema import Evaluate
 from tasks.evaluate.evidence import WHICH
 from tasks.evaluate.statistics import interval, mcnemar
+from tasks.metrics import nats
 
 STAGE = 5
 RESULT = "evaluation.json"
@@ -139,7 +140,7 @@ def _scores(pair: Pair) -> Outcome:
         metrics |= _with_interval("top1_agreement", measured["agree"].astype(np.float64).mean(axis=1), pair.seed)
         if floor and metrics["kl_mean"] <= floor["kl_mean"]:
             notes.append(
-                f"kl_mean {metrics['kl_mean']:.2g} is not above the noise floor of {floor['kl_mean']:.2g}, what the "
+                f"kl_mean {nats(metrics['kl_mean'])} is not above the noise floor of {nats(floor['kl_mean'])}, what the "
                 "baseline differs from itself in another batch shape: no difference was found"
             )
     if (count := len(rows["loss"])) < FEW_WINDOWS:

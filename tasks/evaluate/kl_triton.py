@@ -19,6 +19,7 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that the difference of two of them is
 # Triton resolves annotations on the device's side, where there is no `Any`.
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _kernel(  # type: ignore[no-untyped-def,unused-ignore]  # noqa: ANN202
+    # a kernel gets each tensor that it reads or writes by itself
     logits,  # noqa: ANN001
     targets,  # noqa: ANN001
     reference,  # noqa: ANN001
