@@ -18,6 +18,9 @@ from configs.errors import BadInputError
 from tasks.download.checkpoint import INDEX, Stored
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+BUFFERS = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|masked_bias|position_ids|token_type_ids|cos_cached|sin_cached)$"
+)
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -198,6 +201,13 @@ def tied(model: Any) -> dict[str, str]:
 def tie(model: Any, missing: set[str]) -> None:
     """Tie those weights that are missing in the checkpoint and are another one under another name; they leave `missing`."""
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def computed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a buffer of older checkpoints, which transformers now computes: rotary frequencies, masks, positions."""
+    return bool(BUFFERS.search(name)) or (
+        name.endswith(".bias") and len(shape) == 4
+    )  # GPT-2's causal mask, as it was named
 
 
 def made_up(model: Any, missing: set[str]) -> list[str]:

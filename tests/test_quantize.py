@@ -180,18 +180,29 @@ def test_experts_that_stay_in_16_bits_are_said_out_loud(tmp_path: Path) -> None:
     assert "fused expert weights" in made["notes"][0]
 
 
-def test_what_transformers_does_not_load_is_said_to_be_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape", "share"),
+    [
+        ("model.mtp.weight", [512, 64], "19.0%"),
+        ("model.layers.0.self_attn.q_proj.bias", [64], "0.0%"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", [8], None),  # which transformers computes itself
+        ("model.layers.0.attn.bias", [1, 1, 8, 8], None),
+    ],
+)
+def test_what_transformers_does_not_load_is_said_to_be_left_out(
+    tmp_path: Path, name: str, shape: list[int], share: str | None
+) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
 
     source = tiny(tmp_path / "source")
-    state = load_file(source / "model.safetensors")
-    state["model.mtp.weight"] = state["lm_head.weight"].clone()
+    state = {**load_file(source / "model.safetensors"), name: torch.ones(shape, dtype=torch.bfloat16)}
     save_file(state, source / "model.safetensors", {"format": "pt"})
     made = quantized(source, tmp_path / "mine", variant_of("nf4"))
-    assert made["notes"] == [
-        "1 tensors of the source (19.0% of its bytes), such as model.mtp.weight, are no part of LlamaForCausalLM in "
+    assert made["notes"] == ([] if share is None else [
+        f"1 tensors of the source ({share} of its bytes), such as {name}, are no part of LlamaForCausalLM in "
         "transformers and are left out."
-    ]
+    ])  # fmt: skip
     assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of("nf4")))
 
 

@@ -252,11 +252,11 @@ def _jobs(
 
 
 def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, Stored]) -> list[str]:
-    """A sentence on what transformers does not load, such as heads for predicting several tokens; not on small change."""
+    """A sentence on what transformers does not load: heads for predicting several tokens, a bias that it has no place for."""
     loaded = {tensor.name for several in sources.values() for tensor in several}
-    lost = [tensor for name, tensor in tensors.items() if name not in loaded]
+    lost = [t for name, t in tensors.items() if name not in loaded and not transformers_adapter.computed(name, t.shape)]
     share = sum(t.end - t.start for t in lost) / max(1, sum(t.end - t.start for t in tensors.values()))
-    if share < 0.001:
+    if not lost:
         return []
     return [
         f"{len(lost)} tensors of the source ({share:.1%} of its bytes), such as {lost[0].name}, are no part of "
