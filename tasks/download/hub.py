@@ -1,4 +1,4 @@
-"""What tame asks of the Hugging Face Hub when it reads, and what can be said when the Hub says no.
+"""What tame asks of the Hugging Face Hub when it reads.
 
 Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean there.
 """
@@ -7,8 +7,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from configs.errors import (
     BusyError,
     ChangedError,
     CorruptedError,
-    TameError,
     UnreachableError,
 )
+from tasks.download.hub_client import endpoint, explained, quiet
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
 
@@ -69,11 +67,6 @@ def passes(_task: Any, _run: Any, state: Any) -> bool:
     except BaseException as error:
         return isinstance(error, UnreachableError | CorruptedError) and not isinstance(error, AwayError)
     return False
-
-
-def endpoint() -> str:
-    """The Hub's address."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> RepoInfo:
@@ -161,7 +154,7 @@ def fetch_files(repo: str, commit: str, names: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
 
     folder = Path()
-    with explained(repo, commit), _quiet():
+    with explained(repo, commit), quiet():
         for name in names:
             path = Path(hf_hub_download(repo, name, revision=commit, endpoint=endpoint()))
             folder = path.parents[name.count("/")]
@@ -194,7 +187,7 @@ def fetch(repo: str, revision: str, commit: str, names: list[str], size: int, pr
             if self.counts_bytes:
                 progress(what, min(int(self.seen), size - 1), size)
 
-    with explained(repo, commit), _quiet():
+    with explained(repo, commit), quiet():
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=names, tqdm_class=Bar, max_workers=4, endpoint=endpoint()
         )
@@ -223,75 +216,3 @@ def cached_commit(repo: str, revision: str) -> CachedRepo | None:
         return None
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     return CachedRepo(commit=commit, folder=folder, names=sorted(names))
-
-
-@contextmanager
-def explained(repo: str, revision: str) -> Iterator[None]:
-    """Turn what the Hub client raises into one sentence that says what to do.
-
-    Raises:
-        BadInputError: gated, missing or private repo, unknown revision, bad token.
-        UnreachableError: no connection, 429, 5xx.
-    """
-    import httpx2
-    from huggingface_hub import errors
-
-    page = f"{endpoint()}/{repo}"
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise BadInputError(
-            f"{repo} is gated: ask for access on {page}, then set HF_TOKEN to a token of that account (or run `hf auth login`)"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise BadInputError(
-            f"{repo} has no revision {revision!r}; see {page}/tree/main for its branches and tags"
-        ) from None
-    except errors.RepositoryNotFoundError as error:
-        if (code := _status(error)) == 401 and os.environ.get("HF_TOKEN"):
-            raise BadInputError(
-                f"{repo}: the Hub does not accept the token in HF_TOKEN ({code}), or there is no such repo; see {page}"
-            ) from None
-        raise BadInputError(
-            f"{repo} does not exist on {endpoint()}, or is private: check the name, or set HF_TOKEN to a token that may read it"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        code = _status(error)
-        if code in (401, 403):
-            raise BadInputError(
-                f"{repo}: the Hub refuses ({code}); set HF_TOKEN to a token that may read {page}"
-            ) from None
-        if code == 429 or (code or 500) >= 500:
-            raise BusyError(f"the Hub at {endpoint()} answers {code}") from None
-        raise TameError(f"{repo}: the Hub answers {code} for {page}") from None
-    except errors.LocalEntryNotFoundError:
-        raise UnreachableError(f"the Hub at {endpoint()} cannot be reached") from None
-    except (errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError, TimeoutError) as error:
-        why = (
-            "is not asked (HF_HUB_OFFLINE is set)"
-            if isinstance(error, errors.OfflineModeIsEnabled)
-            else "cannot be reached"
-        )
-        raise UnreachableError(f"the Hub at {endpoint()} {why}") from None
-    except errors.HFValidationError:
-        raise BadInputError(f"{repo!r} is not a legal Hub repo id; expected owner/name") from None
-    except httpx2.HTTPError as error:
-        raise UnreachableError(f"the Hub at {endpoint()}: {type(error).__name__}") from None
-
-
-def _status(error: Any) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import TameError
-from tasks.download.hub import endpoint, explained
+from tasks.download.hub_client import endpoint, explained
 
 # The lm-eval task and its metric; the data set, and the configuration of it that the task asks.
 KNOWN = {

@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import ChangedError, MissingError, TameError
-from tasks.download.hub import endpoint
+from tasks.download.hub_client import endpoint, explained
 from tasks.publish import provenance
-from tasks.publish.client import TIMEOUT, ask, connect, explained
+from tasks.publish.client import TIMEOUT, ask, connect
 from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look, not_renamed
 from tasks.publish.transfer import Change, content, upload
 from tasks.publish.verify import verify, verify_proposal
@@ -189,7 +189,7 @@ def _propose(
 def _merge(api: Any, there: Repo, number: int) -> str:
     """Merge a verified pull request into what it was made for; the commit that this makes."""
     _still(api, there.id, there.head)
-    with explained(there.id):
+    with explained(there.id, publishing=True):
         api.merge_pull_request(there.id, number)
     return str(ask(there.id, lambda: api.model_info(there.id, timeout=TIMEOUT)).sha)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.errors import BadInputError, MissingError, TameError, line
 from configs.schema import Recipe
-from tasks.download.hub import endpoint
+from tasks.download.hub_client import endpoint
 from tasks.publish import provenance
 from tasks.publish.card_metadata import inherited, with_front_matter
 from tasks.publish.client import TIMEOUT, ask, connect

@@ -11,7 +11,7 @@ from prefect.states import Completed
 from configs.errors import BadInputError, TameError, UnreachableError
 from configs.schema import Publish
 from tasks.download import hub
-from tasks.download.hub import endpoint
+from tasks.download.hub_client import endpoint
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks

@@ -2,14 +2,13 @@
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
-from tasks.download.hub import endpoint
-from tasks.publish.client import ask, explained
+from tasks.download.hub_client import endpoint, explained, quiet
+from tasks.publish.client import ask
 from tasks.runtime.progress import Progress
 
 log = logging.getLogger("tame.publish")
@@ -60,7 +59,7 @@ def upload(
 
     removing = [CommitOperationDelete(name) for name in change.removals]
     log.info("upload %s: %d files, %.1f MB", repo, len(operations), total / 1e6)
-    with explained(repo), _quiet():
+    with explained(repo, publishing=True), quiet():
         _choose_transfer(api, repo)
         commit = api.create_commit(
             repo,
@@ -112,7 +111,7 @@ def fetch(
 
     def once() -> str:
         hasher = _Hasher(sink, told)
-        with _quiet():
+        with quiet():
             http_get(url, hasher, headers=build_hf_headers(token=api.token), expected_size=size or None)  # type: ignore[arg-type]
         return hasher.digest.hexdigest()
 
@@ -157,19 +156,3 @@ class _Hasher:
 
     def truncate(self) -> int:
         return self.at
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no warnings of the client's own: tame shows its own progress."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if not before:
-            enable_progress_bars()
