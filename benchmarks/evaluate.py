@@ -179,6 +179,13 @@ def found_by(name: str, stdout: str, home: Path, out: Path) -> dict[str, Any]:
     return found
 
 
+def wait_for_orphans() -> None:
+    """The fork server that tame's stages come from ends a little after it, and has the CPU time of all of them."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
 def _timed(args: argparse.Namespace, name: str, folder: Path) -> tuple[float, float, Any]:
     """Seconds of a whole process by the clock and of CPU time, its children's with it, and what it found.
 
@@ -196,9 +203,7 @@ def _timed(args: argparse.Namespace, name: str, folder: Path) -> tuple[float, fl
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True,
         )  # fmt: skip
         took = time.perf_counter() - started
-        with contextlib.suppress(ChildProcessError):  # the fork server that tame's stages come from ends after it
-            while True:
-                os.waitpid(-1, 0)
+        wait_for_orphans()
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         return took, cpu, found_by(name, done.stdout, home, out)
@@ -228,6 +233,7 @@ def processes(args: argparse.Namespace) -> None:
         command = tame_command(args, str(args.base), "--baseline", str(args.base), "--max-tokens", str(args.tokens))
         environment = {**os.environ, "TAME_HOME": str(folder / "home")}
         subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        wait_for_orphans()
         found = _in_turn(args, args.sides or ["tame", "tame_both", "plain_all"], folder)
     for key, value in found["tame"].items():
         print(f"{key:11} tame {value:.5f}  plain loop {found['plain_all'][key]:.5f}")
