@@ -78,17 +78,21 @@ def quantize(options: argparse.Namespace) -> int:
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
     variant = _checked(Variant, explain, **asked)
-    from tasks.download.task import download
+    from tasks.download.look import look
     from tasks.quantize.command import parse_size, quantize_folder
     from tasks.quantize.protocols import Request
 
     limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     trust = options.trust_remote_code
-    source = download(
-        _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
-    )
+    source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
+    found = look(source)
+    folder = found.path
+    if found.kind != "folder":  # a folder need not be hashed, nor Prefect imported for it
+        from tasks.download.task import download
+
+        folder = download(source, found).path
     request = Request(
-        source=Path(source.path),
+        source=Path(str(folder)),
         out=Path(options.out),
         variant=variant,
         device=options.device,

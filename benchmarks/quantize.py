@@ -3,10 +3,11 @@
     python benchmarks/quantize.py --model 1.7b --methods nf4,int8 --repeat 3
     python benchmarks/quantize.py --device cuda --model 1.7b --methods int8,nf4,nf4-dq
     python benchmarks/quantize.py --device cuda --exactness
+    for k in 1 2 3 4; do python benchmarks/quantize.py --device cuda --exactness --share $k/4 --work /tmp/exact-$k & done; wait
 
 The model is made here: random weights in the shapes of Qwen3-1.7B and others. Prints markdown. What is timed is a process from
 its start to its end, with all that it starts; its CPU time says more than the clock where a machine is shared. Memory is the peak
-of the proportional set sizes (PSS) of all these processes together, looked at 50 times a second, so that pages they share count
+of the proportional set sizes (PSS) of all these processes together, looked at five times a second, so that pages they share count
 once. "Above imports" is that less the same for a model of a few megabytes, which takes what the libraries take. `--exactness` needs
 torch, transformers, bitsandbytes, accelerate, pydantic, psutil, filelock, xxhash and PyYAML alone.
 """
@@ -89,6 +90,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--work", type=Path, default=Path("/tmp/tame-benchmark"), help="where models are made")
     parser.add_argument("--exactness", action="store_true", help="compare bytes instead, over tiny architectures")
+    parser.add_argument(
+        "--share", default="1/1", metavar="K/N", help="with --exactness: every N-th architecture, from the K-th"
+    )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.exactness:
@@ -205,7 +209,7 @@ class Memory(Watch):
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        super().__init__(0.02)
+        super().__init__(0.2)
 
     def look(self) -> int:
         """Of those that are there; each may end meanwhile."""
@@ -274,7 +278,8 @@ def exactness(options: argparse.Namespace) -> None:
         f"| architecture | stored as | share quantized | {' | '.join(methods)} |\n| --- | --- | --: |{' --- |' * len(methods)}"
     )
     counts: Counter[str] = Counter()
-    for name in ZOO:
+    first, every = (int(number) for number in options.share.split("/"))
+    for name in list(ZOO)[first - 1 :: every]:
         for dtype, sharded in (("bfloat16", False), ("float16", True), ("float32", False)):
             folder = options.work / "zoo"
             shutil.rmtree(folder, ignore_errors=True)

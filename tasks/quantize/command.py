@@ -15,8 +15,8 @@ from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request, Written
-from tasks.quantize.task import chosen_device, summarize
 from tasks.runtime.child_process import isolated
+from tasks.runtime.device import pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
@@ -40,7 +40,7 @@ def quantize_folder(request: Request, *, check: bool = False, progress: Progress
     out = request.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInputError(f"{out}: exists and is not an empty folder; remove it or give another")
-    device = chosen_device(request.device)
+    device = pick_all(request.device)
     check_source(request.source)
     partial = out.parent / f".{out.name}.partial"
     started = time.monotonic()
@@ -55,7 +55,7 @@ def quantize_folder(request: Request, *, check: bool = False, progress: Progress
         raise TameError(_os_error(error, out)) from error
     size = sum((out / name).stat().st_size for name in files)
     seconds = time.monotonic() - started
-    return summarize(str(out), files, size, store.digest_of(files), written, seconds, cached=False)
+    return written.quantized_in(str(out), files, size, store.digest_of(files), seconds, cached=False)
 
 
 def _build(request: Request, out: Path, check: bool, progress: Progress) -> tuple[Written, dict[str, str]]:

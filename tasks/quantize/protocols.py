@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Variant
 from tasks.runtime.progress import Progress, silent
-from tasks.values import Unquantized
+from tasks.values import Quantized, Unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,24 @@ class Written(BaseModel):
     """What is not quantized, largest first."""
     notes: list[str]
     """Sentences that a user of the model should know."""
+
+    def quantized_in(
+        self, path: str, files: dict[str, str], size: int, digest: str, seconds: float, cached: bool
+    ) -> Quantized:
+        """The value that the next stages get, of this checkpoint in `path`: `size` is that of all files, which `digest` covers."""
+        return Quantized(
+            path=path,
+            digest=digest,
+            bytes=size,
+            files=files,
+            parameters=self.parameters,
+            bits_per_weight=8 * self.weight_bytes / self.parameters,
+            quantized_share=self.quantized / self.parameters,
+            left=self.left,
+            notes=self.notes,
+            seconds=seconds,
+            cached=cached,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request, Written
 from tasks.quantize.run import versions_for
 from tasks.runtime.child_process import isolated
-from tasks.runtime.device import held, pick
+from tasks.runtime.device import held, pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.values import Quantized, Snapshot
@@ -22,11 +22,6 @@ from tasks.values import Quantized, Snapshot
 log = logging.getLogger("tame.quantize")
 
 VERSION = 5  # of this stage: raise it when the same inputs give other bytes
-
-
-def chosen_device(device: str) -> str:
-    """What `auto`, `cpu`, `cuda` or `cuda:N` means here; `cuda` stays, as it means all GPUs."""
-    return pick(device) if device != "cuda" else pick(device).partition(":")[0]
 
 
 def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def quantize(
         BadInputError: the source cannot be quantized, or is quantized already.
         TameError: a damaged or broken source, no space left, no memory left.
     """
-    chosen = chosen_device(device)
+    chosen = pick_all(device)
 
     def make(folder: Path) -> store.Made:
         source = Path(snapshot.path)
@@ -79,29 +74,10 @@ def quantize(
     inputs = quantize_inputs(snapshot, variant, chosen)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)
     written, seconds = Written(digests={}, **artifact.meta), artifact.meta["seconds"]
-    quantized = summarize(artifact.path, artifact.files, artifact.bytes, artifact.digest, written, seconds, cached)
+    quantized = written.quantized_in(artifact.path, artifact.files, artifact.bytes, artifact.digest, seconds, cached)
     for note in [] if cached else quantized.notes:
         log.warning("%s: %s", variant.label, note)
     return quantized
-
-
-def summarize(
-    path: str, files: dict[str, str], size: int, digest: str, written: Written, seconds: float, cached: bool
-) -> Quantized:
-    """The value that the next stages get, of a checkpoint in `path`: `size` is that of all files, which `digest` covers."""
-    return Quantized(
-        path=path,
-        digest=digest,
-        bytes=size,
-        files=files,
-        parameters=written.parameters,
-        bits_per_weight=8 * written.weight_bytes / written.parameters,
-        quantized_share=written.quantized / written.parameters,
-        left=written.left,
-        notes=written.notes,
-        seconds=seconds,
-        cached=cached,
-    )
 
 
 @task(name="quantize", task_run_name="quantize {variant.label}")

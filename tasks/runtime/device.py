@@ -82,6 +82,11 @@ def pick(device: str = "auto") -> str:
     return f"cuda:{int(index or 0)}"
 
 
+def pick_all(device: str) -> str:
+    """The same for work that all GPUs can share: `cuda` means all that this process sees, and stays `cuda`."""
+    return pick(device) if device != "cuda" else pick(device).partition(":")[0]
+
+
 def name_of(device: str) -> str:
     """What stands beside a measured number: the GPU's name, or the CPU's and its cores."""
     if device.startswith("cuda"):
