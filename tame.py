@@ -10,6 +10,8 @@ from typing import Any
 
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
+from configs.settings import unknown
+from tasks.runtime.environment import check_addresses, set_up, stop_at_second_interrupt
 
 log = logging.getLogger("tame")
 
@@ -17,9 +19,13 @@ log = logging.getLogger("tame")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all well, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected."""
     options = _parser().parse_args(arguments)
-    _set_up(options.debug, "INFO" if options.command in (up, worker) else "CRITICAL")
+    set_up(options.debug, "INFO" if options.command in (up, worker) else "CRITICAL")
+    stop_at_second_interrupt()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
+        for warning in unknown(os.environ):
+            log.warning("%s", warning)
+        check_addresses(os.environ)
         code = command(options)
     except TameError as error:
         code = _say(error, options.debug, error.exit_code)
@@ -178,46 +184,11 @@ def provision(options: argparse.Namespace) -> int:
 
 def cache(options: argparse.Namespace) -> int:
     """The artifact store."""
-    from tasks.store import artifacts as store
+    from tasks.store.command import look_after
 
-    if options.remote:
-        return _cache_remote(options)
-    if options.action == "prune":
-        removed, kept = store.prune(options.older_than)
-        print(f"removed {len(removed)} artifacts, {sum(a.bytes for a in removed) / 1e6:,.1f} MB; kept {len(kept)}")
-        return 0
-    wrong = 0
-    for artifact in store.artifacts():
-        state = ""
-        if options.action == "verify":
-            problems = store.verify(artifact)
-            wrong += len(problems)
-            state = "  ok" if not problems else "".join(f"\n  {problem}" for problem in problems)
-        print(f"{artifact.kind:<12} {artifact.key[:12]}  {artifact.bytes / 1e6:>10,.1f} MB  {artifact.path}{state}")
-    return 1 if wrong else 0
-
-
-def _cache_remote(options: argparse.Namespace) -> int:
-    from tasks.store import admin
-
-    remote = admin.remote_store()
-    if options.action == "prune":
-        removed, kept = admin.prune(remote, options.older_than)
-        print(
-            "\n".join(f"removed {remote.url}/{name}" for name in removed) or "nothing to remove",
-            f"kept {len(kept)}",
-            sep="\n",
-        )
-        return 0
-    wrong = 0
-    for name, shared, problems in admin.artifacts(remote):
-        if shared and options.action == "verify":
-            problems = admin.verify(remote, shared)
-        wrong += len(problems)
-        told = "".join(f"\n  {problem}" for problem in problems) or ("  ok" if options.action == "verify" else "")
-        kind, _, key = name.rpartition("-")
-        print(f"{kind:<12} {key[:12]}  {shared.bytes / 1e6 if shared else 0:>10,.1f} MB  {remote.url}/{name}{told}")
-    return 1 if wrong and options.action == "verify" else 0
+    lines, code = look_after(options.action, options.remote, options.older_than)
+    sys.stdout.writelines(f"{text}\n" for text in lines)
+    return code
 
 
 def report(options: argparse.Namespace) -> int:
@@ -256,15 +227,33 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command
 
-    for function, text in ((run, "release a model: the whole flow"), (plan, "say what a run would do, and do nothing")):
-        command = add(function, text)
-        command.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in configs/")
-        command.add_argument(
-            "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe"
-        )
-        command.add_argument("--out", metavar="DIR", help="where result.json and report.html go")
+    _takes_a_recipe(add(run, "release a model: the whole flow"))
+    _takes_a_recipe(add(plan, "say what a run would do, and do nothing"))
+    _of_quantize(add(quantize, "quantize a model, and nothing else"))
+    _of_evaluate(add(evaluate, "measure a model, and nothing else"))
+    _of_publish(add(publish, "publish a folder to the Hub, verified"))
+    command = add(up, "Prefect, MLflow, the deployments and a worker on this machine")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    _of_worker(add(worker, "work for the Prefect server of PREFECT_API_URL, on the CPU unless a GPU is named"))
+    add(provision, "make the work pool, queues, automations and deployments on the server of PREFECT_API_URL")
+    _of_cache(add(cache, "the artifact store"))
+    command = add(report, "all releases over time, from MLflow")
+    command.add_argument("--model", help="of one model only")
+    command.add_argument("--out", metavar="FILE", default="history.html")
+    command = add(track, "catch up with MLflow")
+    command.add_argument(
+        "--replay", action="store_true", required=True, help="log what was spooled while MLflow was away"
+    )
+    return parser
 
-    command = add(quantize, "quantize a model, and nothing else")
+
+def _takes_a_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in configs/")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe")
+    command.add_argument("--out", metavar="DIR", help="where result.json and report.html go")
+
+
+def _of_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help="a folder, a .gguf or a Hub repo")
     command.add_argument("out", metavar="OUT", help="a folder that is absent or empty")
     command.add_argument("--method", required=True, choices=tuple(METHODS))
@@ -287,7 +276,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", help="run the Python code of the model; read it first"
     )
 
-    command = add(evaluate, "measure a model, and nothing else")
+
+def _of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder, a .gguf or a Hub repo")
     command.add_argument("--baseline", metavar="BASE", help="what to compare it with")
     command.add_argument("--text", metavar="FILE", nargs="+", action="extend", required=True, help="UTF-8 text")
@@ -305,41 +295,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--json", metavar="OUT", help="write the numbers to a file")
 
-    command = add(publish, "publish a folder to the Hub, verified")
+
+def _of_publish(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", nargs="?")
     command.add_argument("repo", metavar="REPO", nargs="?", help="owner/name")
     command.add_argument("--private", action="store_true", help="visible to you alone")
     command.add_argument("--check", metavar="REPO", help="compare a published repo with its own tame.json")
     command.add_argument("--source", metavar="SOURCE", help="with --check: the model it says it was made from")
 
-    command = add(up, "Prefect, MLflow, the deployments and a worker on this machine")
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on")
 
-    command = add(worker, "work for the Prefect server of PREFECT_API_URL, on the CPU unless a GPU is named")
+def _of_worker(command: argparse.ArgumentParser) -> None:
     kind = command.add_mutually_exclusive_group()
     kind.add_argument("--gpu", metavar="N", type=_index, help="on this GPU, as nvidia-smi counts them")
     kind.add_argument("--control", action="store_true", help="only flows that wait for others: watch, sweep")
     command.add_argument("--pool", default="tame", help="the work pool to take runs from")
     command.add_argument("--once", action="store_true", help="end after one run, or at once if none waits")
 
-    add(provision, "make the work pool, queues, automations and deployments on the server of PREFECT_API_URL")
 
-    command = add(cache, "the artifact store")
+def _of_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument("action", choices=("list", "verify", "prune"))
     command.add_argument("--remote", action="store_true", help="the shared one, at TAME_STORE")
     command.add_argument(
-        "--older-than", metavar="DAYS", type=float, help="prune: also what was not used for so long (0: all)"
+        "--older-than", metavar="DAYS", type=_days, help="prune: also what was not used for so long (0: all)"
     )
-
-    command = add(report, "all releases over time, from MLflow")
-    command.add_argument("--model", help="of one model only")
-    command.add_argument("--out", metavar="FILE", default="history.html")
-
-    command = add(track, "catch up with MLflow")
-    command.add_argument(
-        "--replay", action="store_true", required=True, help="log what was spooled while MLflow was away"
-    )
-    return parser
 
 
 def _index(text: str) -> int:
@@ -354,6 +332,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0 <= days < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of days, 0 or more")
+    return days
+
+
 def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
     from pydantic import ValidationError
 
@@ -361,34 +349,6 @@ def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
         return model.model_validate(values)
     except ValidationError as error:
         raise BadInputError(explain(error, model)) from None
-
-
-def _set_up(debug: bool, prefect: str) -> None:
-    """Quiet libraries and tame's own log on stderr; set before any of them is imported, and never against the user's own."""
-    for name, value in {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "tame",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG" if debug else prefect,
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "false",  # datasets would ask s3.amazonaws.com whenever it opens a local file
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",  # tame has its own bars
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }.items():
-        os.environ.setdefault(name, value)
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s")
-    )
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
-    log.propagate = False
-    if not debug:
-        import warnings
-
-        warnings.simplefilter("ignore")
 
 
 def _say(error: BaseException | str, debug: bool, code: int) -> int:

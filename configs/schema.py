@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,10 +24,19 @@ from pydantic_core import PydanticCustomError
 
 from configs.method_names import METHODS, OPTIONS
 
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{text!r} is blank; write something, or leave the key out")
+    return text
+
+
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
 ]  # also a folder and part of a Hub repo id
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+Text = Annotated[
+    str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"), AfterValidator(_not_blank)
+]
 DTYPES = Literal["float32", "float16", "bfloat16"]
 
 

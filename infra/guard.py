@@ -11,7 +11,8 @@ import sys
 
 import psutil
 
-MARK = "TAME_UP"
+from configs.settings import UP
+
 PATIENCE = {"worker": 15.0, "server": 5.0}  # seconds; workers first: they tell the server what they leave
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,7 +38,7 @@ def _marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            if process.pid != os.getpid() and process.environ().get(UP.name) == mark:
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # another user's, or gone

@@ -6,6 +6,7 @@ belong to whoever runs the server from then on: one that was paused or edited in
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,16 @@ import yaml
 
 from configs.errors import BadInputError, TameError, bare_address, line
 from tasks.fleet import work_queues
+from tasks.runtime.retry import wait_until
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.flows import Flow
 
 FILE = Path(__file__).parent.parent / "prefect.yaml"
+log = logging.getLogger("tame.provision")
+
+SILENT_FOR = 2.0  # seconds that a server may take before somebody is told
 HEALTHY_WITHIN = 300.0  # seconds; on a machine that does nothing else it takes 20
 
 
@@ -58,12 +63,32 @@ def connect() -> "Iterator[SyncPrefectClient]":
     if not get_current_settings().api.url:  # a profile may name it, too
         raise BadInputError("PREFECT_API_URL is not set; give the address of Prefect's server, or use tame up")
     with get_client(sync_client=True) as client:
-        end = time.monotonic() + HEALTHY_WITHIN
-        while error := client.api_healthcheck():
-            if time.monotonic() > end:
-                raise TameError(f"{bare_address(str(client.api_url))} does not answer: {line(error)}")
-            time.sleep(0.3)
+        _wait_for(client)
         yield client
+
+
+def _wait_for(client: "SyncPrefectClient") -> None:
+    address, started, said = bare_address(str(client.api_url)).rstrip("/"), time.monotonic(), False
+    why = ""
+
+    def answers() -> bool:
+        nonlocal said, why
+        if (error := client.api_healthcheck()) is None:
+            return True
+        why = line(error)
+        if not said and time.monotonic() - started > SILENT_FOR:
+            log.warning("%s does not answer (%s); waiting for it for %.0f s", address, why, HEALTHY_WITHIN)
+            said = True
+        return False
+
+    wait_until(
+        answers,
+        HEALTHY_WITHIN,
+        every=0.3,
+        otherwise=lambda: TameError(
+            f"{address} does not answer: {why}; start Prefect's server, or correct PREFECT_API_URL"
+        ),
+    )
 
 
 def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:

@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,9 +16,11 @@ from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 from configs.errors import BadInputError, TameError, bare_address
+from configs.settings import UP, home
 from tasks.fleet import work_queues
 from tasks.runtime.device import gpus
-from tasks.runtime.home import home
+from tasks.runtime.environment import direct_opener, reach_directly
+from tasks.runtime.retry import wait_until
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -103,7 +103,8 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         with (home() / "logs" / f"{name}.log").open("ab") as output:
             started[name] = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                env={**os.environ, "TAME_UP": f"{token} {kind}"},
+                cwd=home() if name == "mlflow" else None,  # its uvicorn imports from the working folder first
+                env={**os.environ, UP.name: f"{token} {kind}"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -112,6 +113,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
 
     (home() / "logs").mkdir(exist_ok=True)
     near = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  (where to find what listens everywhere)
+    reach_directly(near)
     if near != "127.0.0.1":
         log.warning("%s: whoever reaches it can start runs and see results; neither page asks for a password", host)
     if not os.environ.get("PREFECT_API_URL"):
@@ -119,6 +121,9 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         os.environ |= {"PREFECT_API_URL": f"http://{near}:{port}/api", "PREFECT_UI_API_URL": "/api"}
         os.environ.setdefault("PREFECT_HOME", str(home() / "prefect"))
         os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
+        os.environ["PREFECT_SERVER_API_BASE_PATH"] = ""  # of a server behind a proxy, which this one is not
+        if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+            os.environ["PREFECT_API_AUTH_STRING"] = password  # what this server asks for, not what another one did
         start("prefect", "server", "prefect", "server", "start", "--host", host, "--port", str(port))
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         port = _free_port(host, 5000)
@@ -161,23 +166,24 @@ def _database() -> str:
 
 def _wait(started: dict[str, "subprocess.Popen[bytes]"], condition: Callable[[], bool]) -> None:
     """Wait until `condition`, unless one of `started` ends before."""
-    end = time.monotonic() + HEALTHY_WITHIN
-    while not condition():
+
+    def holds() -> bool:
+        if condition():
+            return True
         for name, process in started.items():
             if process.poll():
                 raise TameError(f"{name} did not start; see {home() / 'logs' / name}.log")
-        if time.monotonic() > end:
-            raise TameError(
-                f"{', '.join(started)} were not all healthy in {HEALTHY_WITHIN:.0f} s; see {home() / 'logs'}"
-            )
-        time.sleep(0.2)
+        return False
+
+    late = f"{', '.join(started)} were not all healthy in {HEALTHY_WITHIN:.0f} s; see {home() / 'logs'}"
+    wait_until(holds, HEALTHY_WITHIN, every=0.2, otherwise=lambda: TameError(late))
 
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  (our own address)
+        with direct_opener().open(url, timeout=5) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 

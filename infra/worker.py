@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import NoReturn
 
 from configs.errors import BadInputError, TameError, bare_address
+from configs.settings import DEVICE_LIMIT
 from tasks.fleet import work_queues
-from tasks.runtime.device import LIMIT, gpus
+from tasks.runtime.device import gpus
 
 WAITING_AT_ONCE = 20  # flows that only wait
 ASK_EVERY = 2  # seconds between two looks for work; Prefect's 10 leave a device idle for 5 s between two runs
@@ -51,7 +52,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
         if limit:
             with suppress(ObjectAlreadyExists):  # by another worker of this machine, at the same time
                 client.upsert_global_concurrency_limit_by_name(limit, 1)
-            os.environ[LIMIT] = limit
+            os.environ[DEVICE_LIMIT.name] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(ASK_EVERY))
     command = [sys.executable, "-m", "infra.patched_worker", "--pool", pool, "--name", name]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Source
+from configs.settings import home
 from tasks.download.architectures import check_language_model
 from tasks.download.folder import check_tokenizer
 from tasks.download.look import local_path, look, tokenizer_folder
@@ -62,7 +63,7 @@ def preflight(recipe: Recipe, out: Path) -> Plan:
 
 def _preflight(recipe: Recipe, out: Path) -> Plan:
     path = local_path(recipe.source.model)
-    for place in (out, store.home()):
+    for place in (out, home()):
         writable(place)
     store.check()
     from tasks.download.text import check_text, load_text
@@ -171,7 +172,7 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
     memory = memory_needed(found, recipe.evaluate)
     room = smallest(memory) or "none is large enough"
     lines.append(("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {room}"))
-    free = shutil.disk_usage(_existing(store.home())).free
+    free = shutil.disk_usage(_existing(home())).free
     lines.append(("disk", f"{size(free)} free, {size(needed)} will be written"))
     return lines + [("note", warning) for warning in plan.warnings]
 

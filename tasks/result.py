@@ -5,21 +5,20 @@ whatever happens, what is written says what is true so far.
 """
 
 import math
-import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import psutil
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, named_line
 from configs.schema import Recipe, Variant
+from configs.settings import home
 from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
 from tasks.runtime.device import hardware, versions
-from tasks.store import artifacts as store
+from tasks.runtime.files import write_text
 from tasks.values import Evaluation, Protocol, Published, Quantized, Sample, Snapshot, Unquantized, Verdict
 
 
@@ -234,7 +233,7 @@ def sizes_of(folder: Path, names: list[str]) -> dict[str, float]:
 
 def folder_of(recipe: Recipe, out: str | None) -> Path:
     """Where a run's result goes: `out`, or TAME_HOME/runs/NAME."""
-    return Path(out).expanduser().absolute() if out else store.home() / "runs" / recipe.name
+    return Path(out).expanduser().absolute() if out else home() / "runs" / recipe.name
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -252,16 +251,9 @@ def write_file(path: Path, text: str) -> Path:
     Raises:
         TameError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"):
-            if not psutil.pid_exists(int(left.suffix[1:])):  # its writer was killed
-                left.unlink(missing_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        return write_text(path, text)
     except OSError as error:
         raise TameError(
             f"{path}: {error.strerror or error}; make it writable, or give another folder with --out"
         ) from None
-    return path

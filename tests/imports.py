@@ -45,12 +45,9 @@ LONGER = {"configs.schema"}
 LIBRARY = re.compile(r"bitsandbytes|bnb", re.IGNORECASE)
 METHODS = "tasks.quantize.methods"
 NOT_YET = (
-    "file: tame has",
     "file: tasks.store.artifacts has",
     "file: tasks.store.remote_store has",
     "file: tasks.track.task has",
-    "function: flows.local._temporary_server has",
-    "function: tame._parser has",
 )
 """What is still too large, printed each time. Whoever mends one takes it out; nothing is added."""
 

@@ -23,13 +23,14 @@ from pydantic import ValidationError
 from configs.errors import TameError
 from configs.load import load_recipe
 from configs.schema import Evaluate, Recipe, Source, Sweep, TextSource, Variant, Watch
+from configs.settings import DEVICE_LIMIT
 from flows.release import release
 from infra.provision import FILE
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline
 from tasks.fleet import work_queues
 from tasks.quantize.task import quantize
-from tasks.runtime.device import LIMIT, held
+from tasks.runtime.device import held
 
 ROOT = Path(__file__).parents[1]
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
@@ -181,7 +182,7 @@ def test_two_processes_never_hold_one_device_together(provisioned: tuple[str, st
     api, _, _ = provisioned
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name("gpu:here:0", 1)
-    environment = {**os.environ, "PREFECT_API_URL": api, LIMIT: "gpu:here:0"}
+    environment = {**os.environ, "PREFECT_API_URL": api, DEVICE_LIMIT.name: "gpu:here:0"}
     both = [
         subprocess.Popen([sys.executable, "-c", HOLD], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -195,7 +196,7 @@ def test_a_device_without_a_limit_is_an_error_and_none_is_none(
 ) -> None:
     with held():
         pass
-    monkeypatch.setenv(LIMIT, "gpu:nowhere:0")
+    monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:nowhere:0")
     with temporary_settings({PREFECT_API_URL: prefect_url}):
         began = time.monotonic()
         with pytest.raises(TameError, match=r"gpu:nowhere:0: .*must be created.*tame worker"), held():
@@ -207,7 +208,7 @@ def test_stages_that_compute_hold_their_device(
 ) -> None:
     snapshot = download(Source(model=str(tiny_llama)))
     spec = Evaluate(text=TextSource(builtin="python-docs"), window=64, max_tokens=128)
-    monkeypatch.setenv(LIMIT, "gpu:nowhere:0")  # asked for before anything is computed
+    monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:nowhere:0")  # asked for before anything is computed
     with temporary_settings({PREFECT_API_URL: prefect_url}):
         with pytest.raises(TameError, match="gpu:nowhere:0"):
             quantize(snapshot, Variant(method="int8"))
@@ -223,7 +224,7 @@ def test_what_fails_while_a_device_is_held_is_told_as_it_is(
         get_client(sync_client=True) as client,
     ):
         client.upsert_global_concurrency_limit_by_name("gpu:here:1", 1)
-        monkeypatch.setenv(LIMIT, "gpu:here:1")
+        monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:here:1")
         for _ in range(2):  # and it is given back
             with pytest.raises(ZeroDivisionError), held():
                 print(1 / 0)
@@ -232,7 +233,7 @@ def test_what_fails_while_a_device_is_held_is_told_as_it_is(
 def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
     provisioned: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(LIMIT, "gpu:here:2")
+    monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:here:2")
     monkeypatch.setattr("tasks.runtime.device.PAUSE", 0.1)
     away = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
     with temporary_settings({PREFECT_API_URL: provisioned[0]}):
@@ -241,7 +242,7 @@ def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
         with ExitStack() as gone:
             with held():
                 gone.enter_context(temporary_settings(away))
-            monkeypatch.setenv(LIMIT, "gpu:here:3")
+            monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:here:3")
             monkeypatch.setattr("tasks.runtime.device.PATIENCE", 4.0)
             with pytest.raises(TameError, match="did not answer for 4 s"), held():
                 raise AssertionError

@@ -22,8 +22,9 @@ from configs.errors import (
     UnreachableError,
 )
 from tasks.download.hub_client import endpoint, explained, quiet
+from configs.settings import home
+from tasks.runtime.files import write_text
 from tasks.runtime.progress import Progress
-from tasks.store import artifacts as store
 
 REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -96,11 +97,7 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
         modified=info.last_modified,
     )
     if remembered(repo, found.commit) is None:
-        place = _memory(repo, found.commit)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.{os.getpid()}")
-        beside.write_text(found.model_dump_json())
-        beside.replace(place)
+        write_text(_memory(repo, found.commit), found.model_dump_json())
     return found
 
 
@@ -122,7 +119,7 @@ def remembered(repo: str, commit: str) -> RepoInfo | None:
 
 
 def _memory(repo: str, commit: str) -> Path:
-    return store.home() / "hub" / repo.replace("/", "--") / f"{commit}.json"
+    return home() / "hub" / repo.replace("/", "--") / f"{commit}.json"
 
 
 def fetch_json(repo: str, commit: str, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Recipe, Source, Sweep, Track
+from configs.settings import home
 from tasks import formatting
 from tasks.download.look import local_path, look
 from tasks.fleet import flow_runs
 from tasks.result import write_file
-from tasks.store import artifacts as store
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -174,7 +174,7 @@ def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[
     key = re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-")
     create_table_artifact(table(rows), f"{key}-table", summary)
     create_markdown_artifact(page, f"{key}-leaderboard", summary)
-    write_file(store.home() / "runs" / spec.name / "leaderboard.md", page)
+    write_file(home() / "runs" / spec.name / "leaderboard.md", page)
     statuses = {row.status for row in rows}
     if statuses & FAILED:
         return Failed(message=summary)  # a worker would raise what it holds

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.errors import BadInputError, TameError
 from tasks.download.hub_client import endpoint
+from configs.settings import home
 from tasks.publish import card, provenance, signing
 from tasks.publish.client import connect
 from tasks.publish.repo import SIGNATURE, Repo, look
@@ -32,7 +33,7 @@ def problems(repo: str, source: str | None, progress: Progress) -> list[str]:
     there = look(api, repo)
     if there is None:
         raise BadInputError(f"{repo} is not on {endpoint()}, or HF_TOKEN may not read it")
-    place = store.home() / "checks"
+    place = home() / "checks"
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as folder:
         _download(api, there, Path(folder), progress)

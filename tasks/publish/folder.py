@@ -11,10 +11,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from configs.errors import TameError
+from configs.settings import home
 from tasks.publish import provenance
 from tasks.publish.repo import SIGNATURE, Wanted, in_memory
 from tasks.runtime.progress import Progress
-from tasks.store import artifacts as store
 from tasks.store.digests import sha256_files
 
 PIECE = 1 << 20
@@ -38,7 +38,7 @@ def put(
     """
     target = target.resolve()  # a link stays one, and what it leads to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = store.home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
+    lock = home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         there = digests(target)

@@ -5,13 +5,13 @@ the public key to verify with. The signature is `model.sig`, over every other fi
 package of that name verifies it too.
 """
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
+from configs.settings import SIGNING_KEY, SIGNING_PUBLIC_KEY, Setting, file_of
 from tasks.publish.repo import SIGNATURE, Wanted
 
 
@@ -21,7 +21,7 @@ def signer(repo: str) -> Callable[[dict[str, Wanted]], bytes] | None:
     Raises:
         BadInputError: the key cannot be read, or model-signing is not installed.
     """
-    key = _key("TAME_SIGNING_KEY")
+    key = _key(SIGNING_KEY)
     return None if key is None else lambda files: _sign(files, key, repo.split("/")[-1])
 
 
@@ -31,7 +31,7 @@ def problem(folder: Path) -> str | None:
     Raises:
         BadInputError: the key cannot be read, or model-signing is not installed.
     """
-    key = _key("TAME_SIGNING_PUBLIC_KEY")
+    key = _key(SIGNING_PUBLIC_KEY)
     if key is None:
         return None
     if not (folder / SIGNATURE).exists():
@@ -47,17 +47,16 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def _key(variable: str) -> Path | None:
-    given = os.environ.get(variable)
-    if not given:
+def _key(setting: Setting) -> Path | None:
+    key = file_of(setting)
+    if key is None:
         return None
-    key = Path(given).expanduser()
-    if not key.is_file():
-        raise BadInputError(f"{variable}: there is no file {key}; give a PEM file with an elliptic-curve key")
     try:
         import model_signing  # noqa: F401
     except ImportError as error:
-        raise BadInputError(f"{variable} is set, but {error.name} is not installed: pip install 'tame[sign]'") from None
+        raise BadInputError(
+            f"{setting.name} is set, but {error.name} is not installed: pip install 'tame[sign]'"
+        ) from None
     return key
 
 

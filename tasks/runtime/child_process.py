@@ -45,7 +45,10 @@ CALM = {
 ONLY_INSTALLED = {"PYTHONSAFEPATH": "1"}  # no torch.py of the folder that tame is run in
 OURS = ("TAME_", "PREFECT_", "MLFLOW_", "PYTEST_")  # variables that no preloaded library reads
 
+log = logging.getLogger("tame.process")
+
 _preloaded_under: dict[str, str] = {}
+_said: set[str] = set()
 
 
 class Pipe(logging.Handler):
@@ -97,7 +100,10 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 def _context() -> BaseContext:
     """The fork server, started now if it is not; or new processes, where libraries are to be imported under other settings."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    if sys.platform != "linux" or (_preloaded_under and settings != _preloaded_under):
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    if _preloaded_under and settings != _preloaded_under:
+        _say_what_changed(settings)
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if not _preloaded_under:
@@ -114,6 +120,17 @@ def _context() -> BaseContext:
             for name, value in given.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
+
+
+def _say_what_changed(settings: dict[str, str]) -> None:
+    """Say once of each variable that libraries are imported again, because it is not what it was at the first stage."""
+    changed = [name for name in settings.keys() | _preloaded_under if settings.get(name) != _preloaded_under.get(name)]
+    if fresh := sorted(set(changed) - _said):
+        _said.update(fresh)
+        log.info(
+            "%s changed since the first stage: libraries are imported again, which takes some seconds a stage",
+            ", ".join(fresh),
+        )
 
 
 def _listen(receiving: Connection) -> tuple[str, Any] | None:
@@ -150,6 +167,7 @@ def _child(
     kwargs: dict[str, Any],
 ) -> None:
     _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     gc.freeze()  # what was imported need not be searched for garbage, nor its pages copied for that
     os.environ.clear()  # a forked process has that of the fork server
     os.environ.update({**CALM, **environment})

@@ -16,13 +16,12 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from configs.errors import BadInputError, TameError, line
+from configs.settings import DEVICE_LIMIT, device_limit
 from tasks.runtime.ownership import PATIENCE, PAUSE
 
 log = logging.getLogger("tame.device")
 
 DECIDING = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
-LIMIT = "TAME_DEVICE_LIMIT"
-"""Names the global concurrency limit on Prefect's server that stands for this worker's device."""
 LEASE = 60.0
 """Seconds after which Prefect takes back the device of a process that died with it."""
 
@@ -103,7 +102,7 @@ def held() -> Iterator[None]:
     Raises:
         TameError: the limit does not exist, or the server did not answer for PATIENCE.
     """
-    limit = os.environ.get(LIMIT)
+    limit = device_limit()
     if not limit:
         yield
         return
@@ -133,7 +132,7 @@ def _take(limit: str, stack: ExitStack) -> None:
             return
         except Exception as error:  # whatever Prefect throws; what is done while it is held is not in here
             if not _away(error):
-                raise TameError(f"{LIMIT} {limit}: {line(error)}; start it with tame worker") from error
+                raise TameError(f"{DEVICE_LIMIT.name} {limit}: {line(error)}; start it with tame worker") from error
             if time.monotonic() > end:
                 raise TameError(f"Prefect's server did not answer for {PATIENCE:.0f} s; run it again") from error
             log.warning("Prefect's server does not answer; waiting for it before taking %s", limit)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.errors import BadInputError, CorruptedError
-from tasks.store.lease import leases, ttl
+from configs.settings import lease_seconds
+from tasks.store.lease import leases
 from tasks.store.remote_store import (
     Remote,
     Shared,
@@ -73,7 +74,7 @@ def prune(remote: Remote, older_than_days: float | None) -> tuple[list[str], lis
     found = list(artifacts(remote))
     before = {name: leases(remote, name) for name, _, _ in found}
     if any(shared is None or before[name] for name, shared, _ in found):
-        time.sleep(ttl())
+        time.sleep(lease_seconds())
     removed: list[str] = []
     kept: list[str] = []
     for name, shared, _ in found:

@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from configs.errors import AwayError, CorruptedError, KilledError, TameError
-from tasks.runtime.home import home as home
+from configs.settings import home, shared_store
+from tasks.runtime.files import existing_parent
 from tasks.store import remote_store
 from tasks.store.digests import sha256_file, sha256_files
 from tasks.store.lease import lease
@@ -89,7 +90,7 @@ def check() -> None:
     Raises:
         BadInputError: it cannot. AwayError: it does not answer.
     """
-    url = os.environ.get("TAME_STORE", "")
+    url = shared_store()
     seen = home() / "stores" / hashlib.sha256(url.encode()).hexdigest()[:KEY_LENGTH]
     with contextlib.suppress(OSError):
         if 0 <= time.time() - seen.stat().st_mtime < 3600:
@@ -413,7 +414,7 @@ def _write(folder: Path, artifact: Artifact) -> None:
     files, manifest = folder / "files", folder / "manifest.json"
     for name in artifact.files:
         fsync(files / name)
-    manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}))
+    manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}), encoding="utf-8")
     for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, folder):
         fsync(path)
 
@@ -500,8 +501,7 @@ def need_space(folder: Path, size: int, what: str) -> None:
     Raises:
         TameError: fewer bytes are free where `folder` is, or will be.
     """
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_parent(folder)
     if (free := shutil.disk_usage(folder).free) < size:
         raise TameError(
             f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk"

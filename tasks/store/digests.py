@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tasks.runtime.home import home
+from configs.settings import home
 
 
 def sha256_file(path: Path) -> str:

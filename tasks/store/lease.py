@@ -17,11 +17,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from configs.settings import lease_seconds
 from tasks.store.remote_store import Remote, create, delete, patiently, read, sizes
 
 log = logging.getLogger("tame.store")
 
-TTL = 90.0  # seconds without a sign of life
 BEATS = 6  # signs of life in that time
 PROCESS = uuid.uuid4().hex
 _dead: dict[str, float] = {}
@@ -56,26 +56,23 @@ def leases(remote: Remote, name: str) -> list[bytes | None]:
     return [read(remote, f"{place}/lease.{number}") for number in _numbers(remote, place)]
 
 
-def ttl() -> float:
-    """Seconds after which a lease that does not change is void: TTL, or TAME_LEASE_SECONDS, the same on all machines."""
-    return float(os.environ.get("TAME_LEASE_SECONDS") or TTL)
-
-
 def _acquire(remote: Remote, place: str, owner: dict[str, str]) -> int:
-    seen, since, looked, told = (0, b""), 0.0, -ttl(), ""
+    seen, since, looked, told = (0, b""), 0.0, -lease_seconds(), ""
     while True:
         last = max(_numbers(remote, place), default=0)
         content = read(remote, f"{place}/lease.{last}") if last else b""
         now = time.monotonic()
         if content is None:  # let go of meanwhile
             continue
-        blind = now - looked > ttl() / 2  # storage was away, for its holder perhaps as well, or this machine slept
+        blind = (
+            now - looked > lease_seconds() / 2
+        )  # storage was away, for its holder perhaps as well, or this machine slept
         looked = now
         if (last, content) != seen or blind:
             seen, since = (last, content), now
         holder, process = _holder(content)
-        known = now - _dead.get(process, -ttl()) < ttl()
-        if not last or known or now - since > ttl():
+        known = now - _dead.get(process, -lease_seconds()) < lease_seconds()
+        if not last or known or now - since > lease_seconds():
             if last and not known:
                 log.warning("%s: no sign of life from %s for %.0f s; building it here", place, holder, now - since)
                 if process:
@@ -88,13 +85,13 @@ def _acquire(remote: Remote, place: str, owner: dict[str, str]) -> int:
         if holder != told:
             log.info("%s is making %s; waiting for it", holder, place.rpartition("/")[2])
             told = holder
-        time.sleep(min(2.0, ttl() / BEATS))
+        time.sleep(min(2.0, lease_seconds() / BEATS))
 
 
 def _beat(remote: Remote, path: str, owner: dict[str, str], ended: threading.Event) -> None:
     """Write the lease again and again until `ended`, or until it is another's."""
     beats = 0
-    while not ended.wait(ttl() / BEATS):
+    while not ended.wait(lease_seconds() / BEATS):
         beats += 1
         try:
             if owner["id"].encode() not in remote.fs.cat_file(path):
@@ -108,8 +105,8 @@ def _beat(remote: Remote, path: str, owner: dict[str, str], ended: threading.Eve
 
 
 def _release(remote: Remote, path: str, identity: str) -> None:
-    if identity.encode() in patiently(remote, lambda: remote.fs.cat_file(path), limit=ttl() / BEATS):
-        patiently(remote, lambda: remote.fs.rm_file(path), limit=ttl() / BEATS)
+    if identity.encode() in patiently(remote, lambda: remote.fs.cat_file(path), limit=lease_seconds() / BEATS):
+        patiently(remote, lambda: remote.fs.rm_file(path), limit=lease_seconds() / BEATS)
 
 
 def _numbers(remote: Remote, place: str) -> list[int]:

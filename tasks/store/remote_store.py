@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from configs.errors import AwayError, BadInputError, CorruptedError, TameError, bare_address, named_line
+from configs.settings import shared_store, store_patience
 from tasks.store.digests import sha256_now
 
 log = logging.getLogger("tame.store")
 
 T = TypeVar("T")
 
-PATIENCE = 150.0  # seconds that storage may be away
 DRIVERS = {"s3": "tame[s3]", "gs": "tame[gcs]", "file": "fsspec"}
 OPTIONS: dict[str, dict[str, Any]] = {
     # One file takes 4 × 16 MiB of memory on its way in, 4 × 50 MiB on its way out; `patiently` tries again, nobody else.
@@ -82,7 +82,7 @@ def connect() -> Remote | None:
     Raises:
         BadInputError: a URL that tame cannot share artifacts by, or a driver that is not installed.
     """
-    url = os.environ.get("TAME_STORE", "").strip()
+    url = shared_store()
     return _connect(url) if url else None
 
 
@@ -137,9 +137,9 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
     """Call `what` again, less and less often, while storage is away. FileNotFoundError and FileExistsError pass.
 
     Raises:
-        AwayError: it was away for `limit` seconds, by default `patience()`. TameError: it refuses. OSError: a disk is full.
+        AwayError: it was away for `limit` seconds, by default TAME_STORE_PATIENCE. TameError: it refuses. OSError: a disk is full.
     """
-    limit = patience() if limit is None else limit
+    limit = store_patience() if limit is None else limit
     started, pause = time.monotonic(), 0.2
     while True:
         try:
@@ -165,11 +165,6 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
                 )
             time.sleep(pause)
             pause = min(2 * pause, 15)
-
-
-def patience() -> float:
-    """Seconds that storage may be away: PATIENCE, or TAME_STORE_PATIENCE."""
-    return float(os.environ.get("TAME_STORE_PATIENCE") or PATIENCE)
 
 
 def create(remote: Remote, path: str, content: bytes) -> bool:

@@ -11,11 +11,11 @@ import re
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from configs.settings import home
 from tasks import formatting
 from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
-from tasks.runtime.home import home
 from tasks.track import registry
 
 MAX_STEPS = 500

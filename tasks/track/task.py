@@ -27,8 +27,9 @@ from prefect import task
 
 from configs.errors import TameError, bare_address, named_line
 from configs.schema import Recipe
+from configs.settings import home
 from tasks.result import Result
-from tasks.runtime.home import home
+from tasks.runtime.files import write_text
 from tasks.track import mlflow_internals, mlflow_runs, registry
 
 logger = logging.getLogger("tame.track")
@@ -229,7 +230,7 @@ def _create(database: Path) -> None:
 
 
 def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | None, final: bool) -> None:
-    page = report.read_text() if report and report.exists() else None
+    page = report.read_text(encoding="utf-8") if report and report.exists() else None
     content = {
         "server": place(),
         "run_id": run_id,
@@ -238,9 +239,7 @@ def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | Non
         "result": result.model_dump(mode="json"),
         "report": page,
     }
-    partial = spooled.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(spooled)
+    write_text(spooled, json.dumps(content))
 
 
 def _write(client: Any, spooled: Path) -> str:

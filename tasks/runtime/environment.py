@@ -1,0 +1,144 @@
+"""What a process of tame changes in its own environment before anything else is imported.
+
+Nothing here is against the user: a variable that is set already stays as it is.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from configs.errors import BadInputError, bare_address
+
+if TYPE_CHECKING:
+    from urllib.request import OpenerDirector
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "tame",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "false",  # datasets would ask s3.amazonaws.com whenever it opens a local file
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # tame has its own bars
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+CHILDREN = {
+    "PYTHONSAFEPATH": "1",  # no prefect.py, uvicorn.py or tasks.py of the folder that tame is run in
+    "PYTHONUTF8": "1",  # an ASCII locale is one of the terminal, not of the files that are read and written
+}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def set_up(debug: bool, prefect_level: str) -> None:
+    """Make this process, and those that it starts, quiet, local and safe from what lies in the working folder.
+
+    Args:
+        debug: Log more, and each record with its time and logger.
+        prefect_level: From which level on Prefect's own log is shown on the console.
+    """
+    _fill_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
+    shown = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG" if debug else prefect_level}
+    for name, value in (QUIET | CHILDREN | shown).items():
+        os.environ.setdefault(name, value)
+    reach_directly(*LOOPBACK)
+    _log_to_stderr(debug)
+
+
+def reach_directly(*hosts: str) -> None:
+    """Have `hosts` asked without the proxy that http_proxy and its like name: a proxy does not reach this machine's loopback."""
+    if not any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") and os.environ[name] for name in os.environ):
+        return
+    given = [part.strip() for name in ("no_proxy", "NO_PROXY") for part in os.environ.get(name, "").split(",")]
+    merged = ",".join(dict.fromkeys([*filter(None, given), *hosts]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = merged
+
+
+def direct_opener() -> "OpenerDirector":
+    """What opens an address of our own, whatever the proxy."""
+    from urllib.request import ProxyHandler, build_opener
+
+    return build_opener(ProxyHandler({}))
+
+
+def check_addresses(environment: Mapping[str, str]) -> None:
+    """See that the addresses that libraries take from the environment are addresses.
+
+    Raises:
+        BadInputError: one has no scheme, such as `http://`.
+    """
+    for name, example in (("HF_ENDPOINT", "https://huggingface.co"), ("PREFECT_API_URL", "http://127.0.0.1:4200/api")):
+        value = environment.get(name, "").strip()
+        if value and not re.match(r"https?://[^/]", value):
+            raise BadInputError(
+                f"{name} is {bare_address(value)!r}: expected an address with its scheme, such as {example}"
+            )
+    place = environment.get("MLFLOW_TRACKING_URI", "").strip()
+    is_path = place.startswith((".", "/", "~", "file:")) or Path(place).exists()
+    if (
+        place
+        and "://" not in place
+        and not is_path
+        and re.search(r"[.:]", place)
+        and not re.match(r"[a-z-]+:[a-z]", place)
+    ):
+        raise BadInputError(
+            f"MLFLOW_TRACKING_URI is {bare_address(place)!r}: expected an address with its scheme, such as http://127.0.0.1:5000"
+        )
+
+
+def stop_at_second_interrupt() -> None:
+    """Let the first Ctrl-C end work in good order, and a second one end this process at once.
+
+    Nothing is lost by that: what is not complete is taken up by the next run, and children end with their parent.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return
+
+    def at_once(_number: int, _frame: FrameType | None) -> None:
+        os.write(2, b"\ntame: stopped at once; the next run goes on from what is finished\n")
+        os._exit(130)
+
+    def in_order(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, at_once)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, in_order)
+
+
+def _fill_closed_streams() -> None:
+    """Open /dev/null in the place of a standard stream that is closed: the next file to be opened would take its place."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (open until the process ends)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def _log_to_stderr(debug: bool) -> None:
+    log = logging.getLogger("tame")
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s")
+    )
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+    if not debug:
+        import warnings
+
+        warnings.simplefilter("ignore")

@@ -1,0 +1,63 @@
+"""Files of tame's own: written whole or not at all, in folders that can be written."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+
+from configs.errors import TameError
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path` as UTF-8, whole or not at all, and return `path`. Missing folders are made.
+
+    It is written beside its place under a name that ends with the process's number, and renamed. What a killed process has
+    left under such a name is removed; any other file beside it is somebody else's, and stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        number = left.suffix[1:]
+        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def existing_parent(path: Path) -> Path:
+    """`path` itself if it is there, else the nearest folder above it that is: where it would be made."""
+    at = path.absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    return at
+
+
+def check_writable(folder: Path, instead: str = "give another folder") -> None:
+    """See that `folder` can be written, or made, by making a file where it is or would be; nothing stays of it.
+
+    Args:
+        folder: The folder, which need not be there.
+        instead: What to do if it cannot, for the message.
+
+    Raises:
+        TameError: it cannot.
+    """
+    at = existing_parent(folder)
+    if not at.is_dir():
+        raise TameError(f"{folder}: {at} is a file, so no folder can be made there; {instead}")
+    try:
+        with tempfile.TemporaryFile(dir=at):
+            pass
+    except OSError as error:
+        raise TameError(
+            f"{folder}: {at} cannot be written ({error.strerror}); make it writable, or {instead}"
+        ) from None
