@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.argument_types import days, index, positive
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
 from configs.settings import unknown
@@ -267,7 +268,7 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--workers", type=_positive, help="tensors in flight; by default what the machine is good for")
+    command.add_argument("--workers", type=positive, help="tensors in flight; by default what the machine is good for")
     command.add_argument("--max-shard-size", metavar="SIZE", help="largest output file, such as 5GB; by default 256MB")
     command.add_argument(
         "--check", action="store_true", help="run the result once; takes the memory of the whole model"
@@ -281,12 +282,12 @@ def _of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder, a .gguf or a Hub repo")
     command.add_argument("--baseline", metavar="BASE", help="what to compare it with")
     command.add_argument("--text", metavar="FILE", nargs="+", action="extend", required=True, help="UTF-8 text")
-    command.add_argument("--window", metavar="N", type=_positive, help="tokens in a window")
-    command.add_argument("--max-tokens", metavar="N", type=_positive, help="stop after so many tokens")
+    command.add_argument("--window", metavar="N", type=positive, help="tokens in a window")
+    command.add_argument("--max-tokens", metavar="N", type=positive, help="stop after so many tokens")
     command.add_argument("--tasks", metavar="T", nargs="+", action="extend", help="lm-evaluation-harness tasks")
     command.add_argument("--task-path", metavar="DIR", help="a folder of your own task files")
-    command.add_argument("--task-limit", metavar="N", type=_positive, help="only the first N items of each task")
-    command.add_argument("--batch-size", metavar="N", type=_positive, help="windows in a batch")
+    command.add_argument("--task-limit", metavar="N", type=positive, help="only the first N items of each task")
+    command.add_argument("--batch-size", metavar="N", type=positive, help="windows in a batch")
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that MODEL and BASE bring with them"
     )
@@ -306,7 +307,7 @@ def _of_publish(command: argparse.ArgumentParser) -> None:
 
 def _of_worker(command: argparse.ArgumentParser) -> None:
     kind = command.add_mutually_exclusive_group()
-    kind.add_argument("--gpu", metavar="N", type=_index, help="on this GPU, as nvidia-smi counts them")
+    kind.add_argument("--gpu", metavar="N", type=index, help="on this GPU, as nvidia-smi counts them")
     kind.add_argument("--control", action="store_true", help="only flows that wait for others: watch, sweep")
     command.add_argument("--pool", default="tame", help="the work pool to take runs from")
     command.add_argument("--once", action="store_true", help="end after one run, or at once if none waits")
@@ -316,30 +317,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument("action", choices=("list", "verify", "prune"))
     command.add_argument("--remote", action="store_true", help="the shared one, at TAME_STORE")
     command.add_argument(
-        "--older-than", metavar="DAYS", type=_days, help="prune: also what was not used for so long (0: all)"
+        "--older-than", metavar="DAYS", type=days, help="prune: also what was not used for so long (0: all)"
     )
-
-
-def _index(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 is the first")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
-
-
-def _days(text: str) -> float:
-    try:
-        days = float(text)
-    except ValueError:
-        days = -1.0
-    if not 0 <= days < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of days, 0 or more")
-    return days
 
 
 def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:

@@ -47,7 +47,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> Slept:
     """Nobody waits before trying again; how long they would have."""
     pauses: Slept = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=time.time)
-    monkeypatch.setattr(client, "time", clock)
+    monkeypatch.setattr("tasks.runtime.retry.time", clock)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", clock)
     return pauses

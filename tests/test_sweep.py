@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from configs.schema import Recipe, Source, Sweep
 from flows.prefetch import prefetch
-from flows.sweep import sweep
+from flows.sweep import sweep, wait
 from tasks import formatting
 from tasks.fleet import sweep as pairs
 from tasks.track import task as track
@@ -35,7 +35,7 @@ pytest_plugins = ("tests.fleet",)
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "POLL", 0.1)
+    monkeypatch.setattr("flows.sweep.POLL", 0.1)
 
 
 def spec(*models: str, **values: Any) -> Sweep:
@@ -163,9 +163,9 @@ def test_a_sweep_that_was_killed_goes_on_with_its_runs(
     asked = spec(model)
     sweep_id = prefect.create_flow_run(sweep, parameters={"spec": asked}).id
     program = (
-        "import sys; from uuid import UUID; from configs.schema import Sweep; from tasks.fleet import sweep as pairs\n"
+        "import sys; from uuid import UUID; from configs.schema import Sweep; from flows.sweep import plan, wait\n"
         "spec, sweep_id = Sweep.model_validate_json(sys.argv[1]), UUID(sys.argv[2])\n"
-        "pairs.wait(pairs.plan(spec, sweep_id), sweep_id, 1)"
+        "wait(plan(spec, sweep_id), sweep_id, 1)"
     )
     command = [sys.executable, "-c", program, asked.model_dump_json(), str(sweep_id)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PREFECT_API_URL": str(prefect.api_url)})
@@ -177,11 +177,11 @@ def test_a_sweep_that_was_killed_goes_on_with_its_runs(
     [first] = children(prefect, model)
     hub.write(model, "config.json", LOOK.replace("64", "128").encode())  # it has moved since
     with workers(prefect, [model], lambda run: Completed()):
-        runs = pairs.wait(pairs.plan(asked, sweep_id), sweep_id, None)
+        runs = wait(pairs.plan(asked, sweep_id), sweep_id, None)
     assert len(runs) == 2
     assert first.id in {run.id for run in runs.values()}
     hub.fail("/api/models", 503, times=100)  # all of it is started: nobody needs the Hub
-    assert {run.id for run in pairs.wait(pairs.plan(asked, sweep_id), sweep_id, None).values()} == {
+    assert {run.id for run in wait(pairs.plan(asked, sweep_id), sweep_id, None).values()} == {
         run.id for run in runs.values()
     }
     assert len(children(prefect, model)) == 2
@@ -196,7 +196,7 @@ def test_no_more_than_the_limit_wait_at_a_time(
     asked = spec(*models, limit=1)
     sweep_id = prefect.create_flow_run(sweep, parameters={"spec": asked}).id
     with workers(prefect, models, lambda run: Completed()) as waited:
-        assert len(pairs.wait(pairs.plan(asked, sweep_id), sweep_id, asked.limit)) == 4
+        assert len(wait(pairs.plan(asked, sweep_id), sweep_id, asked.limit)) == 4
     assert max(waited) == 1
 
 

@@ -4,9 +4,7 @@ Everything goes through huggingface_hub, so HF_ENDPOINT, HF_TOKEN, HF_HOME and H
 """
 
 import json
-import os
 import re
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from configs.errors import (
     CorruptedError,
     UnreachableError,
 )
-from tasks.download.hub_client import endpoint, explained, quiet
 from configs.settings import home
+from tasks.download.hub_client import endpoint, explained, quiet
 from tasks.runtime.files import write_text
 from tasks.runtime.progress import Progress
+from tasks.runtime.retry import retry
 
 REPO_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -74,14 +73,11 @@ def model_info(repo: str, revision: str, pauses: tuple[float, ...] = (1.0, 4.0))
     """One request for all that is known of `repo` at `revision`; made again after `pauses` seconds while the Hub is busy."""
     from huggingface_hub import HfApi
 
-    try:
+    def ask() -> Any:
         with explained(repo, revision):
-            info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
-    except BusyError:
-        if not pauses:
-            raise
-        time.sleep(pauses[0])
-        return model_info(repo, revision, pauses[1:])
+            return HfApi(endpoint=endpoint()).model_info(repo, revision=revision, files_metadata=True)
+
+    info = retry(ask, pauses, lambda error: isinstance(error, BusyError))
     siblings = info.siblings or []
     card: Any = info.card_data or {}
     licence = card.get("license") if hasattr(card, "get") else None

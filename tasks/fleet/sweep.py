@@ -1,9 +1,6 @@
-"""Every model in every variant as a release run of its own: planned together, started once, waited for, compared."""
+"""Every model in every variant as a release run of its own: planned together before anything starts, and compared at the end."""
 
-import logging
 import math
-import re
-import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,25 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from prefect.states import Completed, Failed, State
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Recipe, Source, Sweep, Track
-from configs.settings import home
 from tasks import formatting
 from tasks.download.look import local_path, look
 from tasks.fleet import flow_runs
-from tasks.result import write_file
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
 
-log = logging.getLogger("tame.sweep")
-
 AT_ONCE = 8  # requests to the Hub
-POLL = 5.0  # seconds
-AWAY = 900.0  # seconds that Prefect's server may be away
 FAILED = {"failed", "crashed", "cancelled"}
 COLUMNS = ("size_bytes", "perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "decode_tokens_per_second")
 
@@ -119,66 +109,6 @@ def prefetch(pairs: list[Pair], sweep_id: UUID) -> None:
     with get_client(sync_client=True) as client:
         for model, source in sources.items():
             flow_runs.prefetch(client, source, f"sweep {sweep_id} prefetch {model}", sweep_id)
-
-
-def wait(pairs: list[Pair], sweep_id: UUID, limit: int | None) -> dict[str, "FlowRun"]:
-    """Start the runs of `pairs`, at most `limit` at a time, and return all of them, by key, when the last has ended.
-
-    All runs are asked after at once, every few seconds; a server that is away is waited for.
-
-    Raises:
-        TameError: Prefect's server stays away, or does not take a recipe.
-    """
-    import httpx
-    from prefect.client.orchestration import get_client
-
-    ended: dict[str, FlowRun] = {}
-    seen = time.monotonic()
-    with get_client(sync_client=True) as client:
-        fleet = flow_runs.fleet(client)
-        while True:
-            try:
-                under_way = flow_runs.children(client, sweep_id, [run.id for run in ended.values()])
-                fresh = {key: run for key, run in under_way.items() if flow_runs.ended(run)}
-                ended |= fresh
-                for run in fresh.values():
-                    log.info("%s: %s; %d of %d have ended", run.name, run.state_name, len(ended), len(pairs))
-                missing = [pair for pair in pairs if pair.key not in under_way and pair.key not in ended]
-                room = len(missing) if limit is None else limit - len(under_way) + len(fresh)
-                for pair in missing[: max(0, room)]:
-                    assert pair.recipe
-                    assert pair.queue
-                    flow_runs.start(client, fleet, pair.recipe, pair.key, pair.queue, [f"sweep:{sweep_id}"], sweep_id)
-                if len(ended) == len(pairs):
-                    return ended
-                seen = time.monotonic()
-            except httpx.HTTPError as error:
-                if time.monotonic() - seen > AWAY:
-                    raise TameError(
-                        f"{client.api_url} is away ({type(error).__name__}); the runs go on without it"
-                    ) from None
-                log.warning("%s does not answer (%s); trying again", client.api_url, type(error).__name__)
-            time.sleep(POLL)
-
-
-def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[list[Row]]:
-    """Show the leaderboard: as Prefect's table and page, and in TAME_HOME/runs/NAME/leaderboard.md.
-
-    Ends Failed where a run failed, crashed or was cancelled, each named; Rejected where the gate rejected one; else Completed.
-    """
-    from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
-    rows, notes = leaderboard(spec, pairs, runs)
-    summary = headline(spec, rows)
-    page = "\n\n".join([f"# {spec.name}", summary, *notes, grid(rows)]) + "\n"
-    key = re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-")
-    create_table_artifact(table(rows), f"{key}-table", summary)
-    create_markdown_artifact(page, f"{key}-leaderboard", summary)
-    write_file(home() / "runs" / spec.name / "leaderboard.md", page)
-    statuses = {row.status for row in rows}
-    if statuses & FAILED:
-        return Failed(message=summary)  # a worker would raise what it holds
-    return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=summary, data=rows)
 
 
 def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -> tuple[list[Row], list[str]]:

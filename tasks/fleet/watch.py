@@ -3,14 +3,12 @@
 import fnmatch
 import glob
 import hashlib
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from prefect.states import Completed, Failed, State
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError, TameError, line, named_line
@@ -118,22 +116,6 @@ def decide(seen: Seen, tried: list["FlowRun"], busy: "FlowRun | None", spec: Wat
     if seen.changed and now - seen.changed < timedelta(seconds=spec.settle_seconds):
         return row("settles", f"changed {max(0, int((now - seen.changed).total_seconds()))} s ago")
     return row("started", f"attempt {len(tried) + 1}" if tried else "new")
-
-
-def finish(rows: list[Row], key: str) -> State[list[Row]]:
-    """Show `rows` as a table, and end with what was done in a line: Unchanged, Completed, or Failed where a look failed."""
-    from prefect.artifacts import create_table_artifact
-
-    counted = {action: [row for row in rows if row.action == action] for action in ACTIONS}
-    parts = [f"{len(some)} {action}" for action, some in counted.items() if some]
-    started, unseen = counted["started"], counted["error"]
-    summary = ", ".join(parts) + (f"; {'; '.join(f'{row.model}: {row.why}' for row in unseen)}" if unseen else "")
-    create_table_artifact(
-        [row.model_dump() for row in rows], re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-"), summary[:2000]
-    )
-    if unseen:
-        return Failed(message=summary)  # a worker would raise what it holds
-    return Completed(name="Completed" if started else "Unchanged", message=summary, data=rows)
 
 
 class _Sent(NamedTuple):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
-from tasks.download.hub_client import endpoint
 from configs.settings import home
+from tasks.download.hub_client import endpoint
 from tasks.publish import card, provenance, signing
 from tasks.publish.client import connect
 from tasks.publish.repo import SIGNATURE, Repo, look

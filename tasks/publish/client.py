@@ -5,12 +5,12 @@ asking twice is the same as asking once. A commit is neither: whoever makes one 
 """
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from configs.errors import BadInputError, TameError, UnreachableError
 from tasks.download.hub_client import endpoint, explained
+from tasks.runtime.retry import retry
 
 T = TypeVar("T")
 log = logging.getLogger("tame.publish")
@@ -43,25 +43,32 @@ def connect(required: bool = True) -> Any:
 
 def ask(repo: str, request: Callable[[], T]) -> T:
     """Make a request that is safe to repeat, again after a pause when the Hub has none of it for now."""
-    for pause in (*ASKS, None):
-        try:
-            with explained(repo, publishing=True):
-                return request()
-        except UnreachableError as error:
-            if pause is None:
-                raise
-            wait(error, pause)
-    raise AssertionError
+
+    def attempt() -> T:
+        with explained(repo, publishing=True):
+            return request()
+
+    return again_when_reached(attempt, ASKS)
 
 
-def wait(error: UnreachableError, pause: float) -> None:
-    """Wait `pause` seconds, or as long as the Hub asked to wait, if that is longer.
+def again_when_reached(attempt: Callable[[], T], pauses: Iterable[float]) -> T:
+    """Call `attempt` again after each of `pauses`, or after as many seconds as the Hub asks for, while it cannot be reached."""
+    return retry(
+        attempt,
+        pauses,
+        lambda error: isinstance(error, UnreachableError),
+        lambda error, pause, _: seconds_to_wait(error, pause),
+    )
+
+
+def seconds_to_wait(error: Exception, pause: float) -> float:
+    """`pause`, or the seconds that the Hub asked to wait, if those are more; says so.
 
     Raises:
         TameError: the Hub asks for more than LONGEST_WAIT.
     """
-    seconds = max(pause, error.after)
+    seconds = max(pause, error.after if isinstance(error, UnreachableError) else 0.0)
     if seconds > LONGEST_WAIT:
         raise TameError(f"{error}, and asks to wait {seconds:.0f} s; run it again then") from None
     log.info("%s; trying again in %.0f s", error, seconds)
-    time.sleep(seconds)
+    return seconds

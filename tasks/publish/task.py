@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from prefect import State, task
@@ -17,7 +17,7 @@ from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
 from tasks.publish.check import problems, problems_in_folder
-from tasks.publish.client import connect, wait
+from tasks.publish.client import again_when_reached, connect, seconds_to_wait
 from tasks.publish.contents import contents, summary
 from tasks.publish.hub import Release
 from tasks.publish.repo import TAG, Wanted
@@ -71,7 +71,7 @@ def publish(
         review=spec.review,
         tag=tag if tag.startswith(TAG) else TAG + tag,
     )
-    return _told(_patiently(lambda: _to_hub(release, progress), pauses))
+    return _told(again_when_reached(lambda: _to_hub(release, progress), pauses))
 
 
 def _unchanged(folder: Path, files: dict[str, str]) -> None:
@@ -113,15 +113,6 @@ def _to_hub(release: Release, progress: Progress) -> Published:
         uploaded=done.uploaded,
         already=done.already,
     )
-
-
-def _patiently(attempt: Callable[[], Published], pauses: tuple[float, ...]) -> Published:
-    for pause in pauses:
-        try:
-            return attempt()
-        except UnreachableError as error:
-            wait(error, pause)
-    return attempt()
 
 
 def _told(done: Published) -> Published:
@@ -214,7 +205,7 @@ def publish_task(
     try:
         done = publish(folder, files, extra, repo, spec, pauses=())
     except UnreachableError as error:
-        wait(error, 0.0)  # what the Hub asked for, on top of Prefect's own delay
+        time.sleep(seconds_to_wait(error, 0.0))  # what the Hub asked for, on top of Prefect's own delay
         raise
     if not done.already:
         _tell_lineage(done, extra)

@@ -5,10 +5,10 @@ import functools
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from configs.errors import BadInputError, TameError, line
 from configs.settings import DEVICE_LIMIT, device_limit
 from tasks.runtime.ownership import PATIENCE, PAUSE
+from tasks.runtime.retry import retry
 
 log = logging.getLogger("tame.device")
 
@@ -123,26 +124,25 @@ def _take(limit: str, stack: ExitStack) -> None:
     """Wait until the limit is free, and for a server that is away; `stack` gives it back."""
     from prefect.concurrency.sync import concurrency
 
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            stack.enter_context(
-                concurrency(limit, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False)
-            )
-            return
-        except Exception as error:  # whatever Prefect throws; what is done while it is held is not in here
-            if not _away(error):
-                raise TameError(f"{DEVICE_LIMIT.name} {limit}: {line(error)}; start it with tame worker") from error
-            if time.monotonic() > end:
-                raise TameError(f"Prefect's server did not answer for {PATIENCE:.0f} s; run it again") from error
-            log.warning("Prefect's server does not answer; waiting for it before taking %s", limit)
-            time.sleep(PAUSE)
+    def warn(_error: Exception, _pause: float, _spent: float) -> None:
+        log.warning("Prefect's server does not answer; waiting for it before taking %s", limit)
+
+    def take() -> None:  # what is done while it is held is not in here
+        stack.enter_context(concurrency(limit, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False))
+
+    try:
+        retry(take, repeat(PAUSE), _away, warn, PATIENCE)
+    except Exception as error:  # whatever Prefect throws
+        if _away(error):
+            raise TameError(f"Prefect's server did not answer for {PATIENCE:.0f} s; run it again") from error
+        raise TameError(f"{DEVICE_LIMIT.name} {limit}: {line(error)}; start it with tame worker") from error
 
 
-def _away(error: BaseException | None) -> bool:
+def _away(failure: Exception) -> bool:
     """Whether an error comes from a server that cannot be reached, or that cannot reach its database."""
     from httpx import HTTPStatusError, TransportError
 
+    error: BaseException | None = failure
     while error is not None:
         if isinstance(error, TransportError) or (isinstance(error, HTTPStatusError) and error.response.is_server_error):
             return True

@@ -1,7 +1,13 @@
-"""Whose run is it? One that was started again, after a crash that may have been none, has moved on to another process."""
+"""Stop if Prefect has started this flow run again in another process.
+
+Prefect does so after it has missed the run's heartbeats, even if this process still works: it was only cut off, or held up. What
+counts as the owner is the attempt's number, which the server counts up each time that it starts the run.
+"""
 
 import logging
-import time
+from itertools import repeat
+
+from tasks.runtime.retry import retry
 
 log = logging.getLogger("tame.attempt")
 
@@ -46,14 +52,15 @@ def _look(run_id: object) -> tuple[int, str]:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import Abort
 
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with get_client(sync_client=True) as client:
-                run = client.read_flow_run(UUID(str(run_id)))
-            return run.run_count, run.state_type.value if run.state_type else "PENDING"
-        except HTTPError as error:
-            if time.monotonic() > end:
-                raise Abort(f"Prefect's server did not answer for {PATIENCE:.0f} s ({error})") from None
-            log.warning("Prefect's server does not answer (%s); waiting for it before going on", error)
-            time.sleep(PAUSE)
+    def ask() -> tuple[int, str]:
+        with get_client(sync_client=True) as client:
+            run = client.read_flow_run(UUID(str(run_id)))
+        return run.run_count, run.state_type.value if run.state_type else "PENDING"
+
+    def warn(error: Exception, _pause: float, _spent: float) -> None:
+        log.warning("Prefect's server does not answer (%s); waiting for it before going on", error)
+
+    try:
+        return retry(ask, repeat(PAUSE), lambda error: isinstance(error, HTTPError), warn, PATIENCE)
+    except HTTPError as error:
+        raise Abort(f"Prefect's server did not answer for {PATIENCE:.0f} s ({error})") from None

@@ -19,7 +19,7 @@ def retry(
     attempt: Callable[[], T],
     pauses: Iterable[float],
     again: Callable[[Exception], bool],
-    before: Callable[[Exception, float, float], None] | None = None,
+    before: Callable[[Exception, float, float], float | None] | None = None,
     patience: float | None = None,
 ) -> T:
     """Call `attempt` until it returns, again after each of `pauses`, and return what it returns.
@@ -29,7 +29,7 @@ def retry(
         pauses: Seconds between two attempts. When they are used up, the last error is raised.
         again: Whether an error may be gone at the next attempt. Any other is raised at once.
         before: Called before each pause with the error, the seconds of the pause, and the seconds since the first attempt
-            began: to say something, or to raise something else.
+            began: to say something, to return other seconds to wait, or to raise something else.
         patience: Seconds after the first attempt began in which another one may begin; None is no limit.
 
     Raises:
@@ -45,9 +45,8 @@ def retry(
             spent = time.monotonic() - started
             if pause is None or not again(error) or (patience is not None and spent + pause > patience):
                 raise
-            if before:
-                before(error, pause, spent)
-        time.sleep(pause)
+            asked = before(error, pause, spent) if before else None
+        time.sleep(pause if asked is None else asked)
 
 
 def wait_until(

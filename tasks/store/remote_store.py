@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from configs.errors import AwayError, BadInputError, CorruptedError, TameError, bare_address, named_line
 from configs.settings import shared_store, store_patience
+from tasks.runtime.retry import doubling, retry
 from tasks.store.digests import sha256_now
 
 log = logging.getLogger("tame.store")
@@ -36,6 +37,10 @@ AT_ONCE = 4  # files on their way
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FINAL = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 """Errors of the drivers that waiting does not mend."""
+
+
+ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, TameError)
+"""Errors that answer what was asked."""
 
 
 class Remote(NamedTuple):
@@ -140,31 +145,27 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
         AwayError: it was away for `limit` seconds, by default TAME_STORE_PATIENCE. TameError: it refuses. OSError: a disk is full.
     """
     limit = store_patience() if limit is None else limit
-    started, pause = time.monotonic(), 0.2
-    while True:
-        try:
-            return what()
-        except (FileNotFoundError, FileExistsError, NotADirectoryError, TameError):
+    started = time.monotonic()
+
+    def warn(error: Exception, pause: float, spent: float) -> None:
+        if pause > 1:
+            log.warning("%s does not answer (%s); trying for %.0f s more", remote.url, named_line(error), limit - spent)
+
+    try:
+        return retry(what, doubling(0.2, 15), _passes, warn, limit)
+    except ANSWERS:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            if not _passes(error):
-                raise TameError(
-                    f"TAME_STORE {remote.url}: {named_line(error)}; give access to list, read, write and delete there"
-                ) from error
-            away = time.monotonic() - started
-            if away + pause > limit:
-                raise AwayError(
-                    f"TAME_STORE {remote.url}: no answer for {away:.0f} s ({named_line(error)}); what is finished is kept on "
-                    "this machine, run again when it answers"
-                ) from error
-            if pause > 1:
-                log.warning(
-                    "%s does not answer (%s); trying for %.0f s more", remote.url, named_line(error), limit - away
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 15)
+        if not _passes(error):
+            raise TameError(
+                f"TAME_STORE {remote.url}: {named_line(error)}; give access to list, read, write and delete there"
+            ) from error
+        raise AwayError(
+            f"TAME_STORE {remote.url}: no answer for {time.monotonic() - started:.0f} s ({named_line(error)}); what is "
+            "finished is kept on this machine, run again when it answers"
+        ) from error
 
 
 def create(remote: Remote, path: str, content: bytes) -> bool:
@@ -347,7 +348,9 @@ def _exists(error: BaseException) -> bool:
 
 def _passes(error: Exception) -> bool:
     """Whether an error of a driver may be gone if it is tried again: not one of permission, of credentials, of names."""
-    refused = isinstance(error, PermissionError | ValueError | TameError) or type(error).__name__ in FINAL
+    refused = isinstance(error, (*ANSWERS, PermissionError, ValueError)) or type(error).__name__ in FINAL
     if isinstance(error, OSError):
-        refused |= error.errno in (errno.EINVAL, errno.EROFS, errno.EPERM, errno.ENOTSUP) or "Forbidden" in str(error)
+        refused |= error.errno in (*FULL, errno.EINVAL, errno.EROFS, errno.EPERM, errno.ENOTSUP) or "Forbidden" in str(
+            error
+        )
     return not refused
