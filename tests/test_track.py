@@ -162,6 +162,38 @@ def test_logging_again_changes_nothing(home: Path, result: Result, tmp_path: Pat
     assert [version.tags["published"] for version in versions] == [result.variants[0].published]
 
 
+def test_a_rerun_from_the_cache_adds_no_release(home: Path, result: Result) -> None:
+    whole = [v.model_copy(update={"evidence": None}) for v in result.variants[:2]]
+    made = result.model_copy(update={"variants": whole, "prefect_run": "p1"})
+    first = track.log(made, begin(prefect_run="p1"), None, final=True)
+    count = len(runs("variant")) + len(runs("baseline"))
+
+    def again(run: str, **update: Any) -> Any:
+        assert made.baseline is not None
+        cached = [v.model_copy(update={"cached": ["quantize", "evaluate"]}) for v in whole]
+        later = {
+            "prefect_run": run,
+            "baseline": made.baseline.model_copy(update={"cached": ["evaluate"]}),
+            "seconds": 2.0,
+        }
+        run_id = track.log(
+            made.model_copy(update={"variants": cached, **later, **update}), begin(prefect_run=run), None, True
+        )
+        return client().get_run(run_id)
+
+    rerun = again("p2", started="2026-11-24T18:00:00+00:00")
+    assert (rerun.info.status, rerun.data.tags["kind"], rerun.data.tags["rerun_of"]) == ("FINISHED", "rerun", first)
+    assert list(runs("release")) == [EXPERIMENT]
+    assert len(runs("variant")) + len(runs("baseline")) == count
+    assert again("p2").info.run_id == rerun.info.run_id  # the same Prefect run, tried again
+    assert list(runs("release")) == [EXPERIMENT]
+
+    # Another verdict is another release, and so is anything that was made anew.
+    stricter = made.recipe.model_copy(update={"gate": made.recipe.gate.model_copy(update={"max_mean_kl": 0.01})})
+    for run, update in (("p3", {"recipe": stricter}), ("p4", {"variants": whole})):
+        assert again(run, **update).data.tags["kind"] == "release"
+
+
 def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> None:
     def released(day: int, kl: float, digest: str, size: float, **recipe: Any) -> None:
         int8, nf4, _ = result.variants
