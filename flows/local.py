@@ -19,7 +19,7 @@ from filelock import FileLock
 from configs.errors import TameError, line
 from configs.schema import Recipe
 from tasks.result import Result
-from tasks.track import task as track
+from tasks.track import connection as mlflow
 
 STARTS_WITHIN = 120.0  # seconds; 5 to 14 are usual (FACTS)
 
@@ -32,7 +32,7 @@ def release_here(recipe: Recipe, out: Path) -> Result:
     """
     with ExitStack() as stack:
         if _server_named():
-            track.prepare()
+            mlflow.prepare()
         else:
             stack.enter_context(_temporary_server())
         from flows.release import release
@@ -93,7 +93,7 @@ def _temporary_server() -> Iterator[None]:
     watch = f"import os, sys; sys.stdin.read(); os.kill({server.pid}, {signal.SIGTERM:d})"
     guard = subprocess.Popen([sys.executable, "-S", "-c", watch], stdin=subprocess.PIPE, start_new_session=True)
     try:
-        track.prepare()  # MLflow takes as long to import as the server takes to start: both at once
+        mlflow.prepare()  # MLflow takes as long to import as the server takes to start: both at once
         _wait(server, f"http://127.0.0.1:{port}/api/health", errors)
         starting.release()
         from prefect.logging.handlers import APILogWorker

@@ -48,7 +48,6 @@ NOT_YET = (
     "file: tame has",
     "file: tasks.store.artifacts has",
     "file: tasks.store.remote_store has",
-    "file: tasks.track.task has",
     "function: flows.local._temporary_server has",
     "function: tame._parser has",
 )

@@ -110,16 +110,16 @@ def history(model: str | None = None) -> str:
     """
     import mlflow
 
-    from tasks.track import task as track
+    from tasks.track import connection
 
     try:
-        client = track.connect()
+        client = connection.connect()
         known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
     except Exception as error:  # whatever MLflow throws
-        raise TameError(f"{track.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
+        raise TameError(f"{connection.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
     if model is not None and model not in known:
         names = ", ".join(sorted(known)[:10]) or "none yet"
-        raise BadInputError(f"--model {model}: no release of it is logged in {track.place()}; there are: {names}")
+        raise BadInputError(f"--model {model}: no release of it is logged in {connection.place()}; there are: {names}")
     chosen = sorted(known) if model is None else [model]
     sections = []
     for name in chosen:
@@ -127,7 +127,9 @@ def history(model: str | None = None) -> str:
         if found:
             sections.append(_history_of(name, found))
     if not sections:
-        raise BadInputError(f"{track.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one")
+        raise BadInputError(
+            f"{connection.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one"
+        )
     return _page("history.html", sections=sections)
 
 
