@@ -179,7 +179,9 @@ class Speed(Spec):
 
     prompt_tokens: int = Field(512, ge=1, le=131_072, description="Length of the prompt that is prefilled, in tokens.")
     new_tokens: int = Field(64, ge=2, le=8192, description="Tokens decoded after it.")
-    repeats: int = Field(3, ge=1, le=100, description="Timed repeats after one warm-up; the median is reported.")
+    repeats: int = Field(
+        5, ge=1, le=100, description="Timed repeats after one warm-up; the median is reported, and their range."
+    )
 
 
 class Samples(Spec):

@@ -9,7 +9,7 @@ from configs.errors import TameError, line
 from configs.schema import Recipe
 from flows.temporary_server import TemporaryServer
 from tasks.result import Result
-from tasks.track import task as track
+from tasks.track import connection as mlflow
 
 
 def release_here(recipe: Recipe, out: Path) -> Result:
@@ -20,7 +20,7 @@ def release_here(recipe: Recipe, out: Path) -> Result:
     """
     with ExitStack() as stack:
         if _server_named():
-            track.prepare()
+            mlflow.prepare()
         else:
             stack.enter_context(_temporary_server())
         from flows.release import release
@@ -47,7 +47,7 @@ def _temporary_server() -> Iterator[None]:
     server = TemporaryServer()
     server.start()
     try:
-        track.prepare()  # MLflow takes as long to import as the server takes to start: both at once
+        mlflow.prepare()  # MLflow takes as long to import as the server takes to start: both at once
         server.wait()
         from prefect.logging.handlers import APILogWorker
         from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings

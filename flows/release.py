@@ -23,6 +23,7 @@ from tasks.report.prefect_artifacts import create_artifacts
 from tasks.result import Result, ResultVariant
 from tasks.runtime import ownership as attempts
 from tasks.store import artifacts as store
+from tasks.track import connection
 from tasks.track import task as track
 from tasks.values import Checkpoint, Evaluation, Snapshot
 
@@ -109,7 +110,7 @@ def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) 
         results.write(result, folder)
         report = results.write_file(folder / "report.html", render(result))
         track.track_task("release", result, run, report, final=True)
-        create_artifacts(result, track.run_url(run), str(report))
+        create_artifacts(result, connection.run_url(run), str(report))
     except Exception as error:
         result = result.ended_by(error)
         with contextlib.suppress(TameError):

@@ -154,7 +154,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
 def _database() -> str:
     """MLflow's database, made by a process that does not stay: it imports all of MLflow."""
     made = subprocess.run(
-        [sys.executable, "-c", "from tasks.track.task import database_uri; print(database_uri())"],
+        [sys.executable, "-c", "from tasks.track.connection import database_uri; print(database_uri())"],
         capture_output=True,
         text=True,
         check=False,

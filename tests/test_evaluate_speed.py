@@ -71,6 +71,9 @@ def test_models_with_another_state_are_timed_and_answer_greedily(which: int, tmp
     assert metrics["time_to_first_token_seconds"] == pytest.approx(sum(first) / 2)
     assert metrics["prefill_tokens_per_second"] == pytest.approx(16 / (sum(first) / 2))
     assert metrics["decode_tokens_per_second"] == pytest.approx(3 / (sum(rest) / 2))
+    assert (metrics["time_to_first_token_seconds_low"], metrics["time_to_first_token_seconds_high"]) == tuple(first)
+    assert metrics["prefill_tokens_per_second_low"] == pytest.approx(16 / first[1])
+    assert metrics["decode_tokens_per_second_high"] == pytest.approx(3 / rest[0])
 
 
 def test_beams_penalties_and_sampling_of_a_generation_config_do_not_apply(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_one_file_without_requests_or_scripts(html: str) -> None:
 
 
 def test_plots_follow_the_page_s_colours_and_have_words(html: str) -> None:
-    assert html.count("<svg ") == html.count('role="img" aria-label=') == 9
+    assert html.count("<svg ") == html.count('role="img" aria-label=') == 10
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert re.findall(r"#[0-9a-fA-F]{6}\b", drawn) == []
     words = re.findall(r'aria-label="([^"]*)"', html)
@@ -133,8 +133,14 @@ def test_plots_follow_the_page_s_colours_and_have_words(html: str) -> None:
 
 def test_plots_are_files_of_their_own(html: str) -> None:
     files = mlflow_runs.plots_of(html)
-    assert {"size-kl_mean.svg", "windows.svg", "layers-nf4-dq.svg", "bars-load_seconds.svg"} <= files.keys()
-    assert len(files) == 9
+    assert {
+        "judged-kl_mean.svg",
+        "judged-perplexity_ratio.svg",
+        "windows.svg",
+        "layers-nf4-dq.svg",
+        "bars-load_seconds.svg",
+    } <= files.keys()
+    assert len(files) == 10
     for svg in files.values():
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

@@ -21,7 +21,7 @@ from tasks import formatting
 from tasks.evaluate import evidence
 from tasks.report import html as report
 from tasks.result import NOT_REACHED, Result
-from tasks.track import registry
+from tasks.track import connection, liveness, registry
 from tasks.track import task as track
 from tests.results import RECIPE, make
 from tests.test_report import Page
@@ -37,7 +37,7 @@ BEGIN = (
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database without runs: making one costs seconds."""
     place = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    track._create(place)
+    connection._create(place)
     return place
 
 
@@ -45,10 +45,10 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(tame_home: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tame_home.mkdir()
     shutil.copy(empty_database, tame_home / "mlflow.db")
-    monkeypatch.setattr(track, "SYSTEM_METRICS_EVERY", 3600.0)
+    monkeypatch.setattr(liveness, "SYSTEM_METRICS_EVERY", 3600.0)
     yield tame_home
-    for run_id in list(track._alive):
-        track._rest(run_id)
+    for run_id in list(liveness.alive):
+        liveness.rest(run_id)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def begin(**tags: str) -> str | None:
 
 
 def client() -> Any:
-    return track.connect()
+    return connection.connect()
 
 
 def runs(kind: str) -> dict[str, Any]:
@@ -162,6 +162,38 @@ def test_logging_again_changes_nothing(home: Path, result: Result, tmp_path: Pat
     assert [version.tags["published"] for version in versions] == [result.variants[0].published]
 
 
+def test_a_rerun_from_the_cache_adds_no_release(home: Path, result: Result) -> None:
+    whole = [v.model_copy(update={"evidence": None}) for v in result.variants[:2]]
+    made = result.model_copy(update={"variants": whole, "prefect_run": "p1"})
+    first = track.log(made, begin(prefect_run="p1"), None, final=True)
+    count = len(runs("variant")) + len(runs("baseline"))
+
+    def again(run: str, **update: Any) -> Any:
+        assert made.baseline is not None
+        cached = [v.model_copy(update={"cached": ["quantize", "evaluate"]}) for v in whole]
+        later = {
+            "prefect_run": run,
+            "baseline": made.baseline.model_copy(update={"cached": ["evaluate"]}),
+            "seconds": 2.0,
+        }
+        run_id = track.log(
+            made.model_copy(update={"variants": cached, **later, **update}), begin(prefect_run=run), None, True
+        )
+        return client().get_run(run_id)
+
+    rerun = again("p2", started="2026-11-24T18:00:00+00:00")
+    assert (rerun.info.status, rerun.data.tags["kind"], rerun.data.tags["rerun_of"]) == ("FINISHED", "rerun", first)
+    assert list(runs("release")) == [EXPERIMENT]
+    assert len(runs("variant")) + len(runs("baseline")) == count
+    assert again("p2").info.run_id == rerun.info.run_id  # the same Prefect run, tried again
+    assert list(runs("release")) == [EXPERIMENT]
+
+    # Another verdict is another release, and so is anything that was made anew.
+    stricter = made.recipe.model_copy(update={"gate": made.recipe.gate.model_copy(update={"max_mean_kl": 0.01})})
+    for run, update in (("p3", {"recipe": stricter}), ("p4", {"variants": whole})):
+        assert again(run, **update).data.tags["kind"] == "release"
+
+
 def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> None:
     def released(day: int, kl: float, digest: str, size: float, **recipe: Any) -> None:
         int8, nf4, _ = result.variants
@@ -193,7 +225,7 @@ def test_one_call_answers_which_variant_is_best(home: Path, result: Result) -> N
     assert by_alias == {"best": int8, "best-4bit": "bb" * 32, "best-8bit": int8, "newest": int8}
     assert len(versions) == 4  # the same int8 weights three times are one version
     documented: dict[str, Any] = {}
-    track.connect()
+    connection.connect()
     page = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
     for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
         exec(block, documented)
@@ -346,10 +378,10 @@ def test_a_dead_database_is_asked_once(
 
 
 def test_connecting_changes_no_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    track.prepare()
+    connection.prepare()
     before = dict(os.environ)
     seen: list[object] = []
-    threads = [threading.Thread(target=lambda: seen.append(track.connect())) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: seen.append(connection.connect())) for _ in range(4)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -392,11 +424,11 @@ def test_a_server_that_hangs_is_asked_nothing_but_whether_it_is_there(
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}/sub")
-        monkeypatch.setattr(track, "ANSWER_WITHIN", 0.1)
+        monkeypatch.setattr(connection, "ANSWER_WITHIN", 0.1)
         assert begin() is None
         assert track.log(result, None, None, final=False) is None
         assert track.log(result, None, None, final=True) is None
-        assert track.run_url("a run") is None
+        assert connection.run_url("a run") is None
         silent.shutdown(socket.SHUT_RDWR)
     thread.join()
     assert asked == [b"GET /sub/health HTTP/1.1"] * 4
@@ -430,12 +462,12 @@ def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_ne
 
 def test_silence_from_another_host_counts_as_death_after_a_while(home: Path) -> None:
     elsewhere = {"tame.where": "another host", "tame.process": "1 1.0"}
-    assert not track._is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 100:.0f}"})
-    assert track._is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 1000:.0f}"})
-    assert track._is_dead({})
-    assert not track._is_dead(track._signs_of_life())
-    assert track._is_dead(
-        {**track._signs_of_life(), "tame.process": f"{os.getpid()} 1.0"}
+    assert not liveness.is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 100:.0f}"})
+    assert liveness.is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 1000:.0f}"})
+    assert liveness.is_dead({})
+    assert not liveness.is_dead(liveness.signs_of_life())
+    assert liveness.is_dead(
+        {**liveness.signs_of_life(), "tame.process": f"{os.getpid()} 1.0"}
     )  # the pid lives on in another
 
 

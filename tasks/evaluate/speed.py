@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def measure_speed(loaded: Loaded, spec: Speed, folder: Path, progress: Progress 
 
     Call it first in a fresh process: peak memory is that of the process since its start. Writes result.json:
     load_seconds, peak_memory_bytes (of the GPU where there is one, else of the process), peak_host_memory_bytes,
-    time_to_first_token_seconds, prefill_tokens_per_second, decode_tokens_per_second.
+    time_to_first_token_seconds, prefill_tokens_per_second, decode_tokens_per_second, each with its range.
     """
     import torch
 
@@ -34,21 +35,27 @@ def measure_speed(loaded: Loaded, spec: Speed, folder: Path, progress: Progress 
             firsts.append(first)
             rests.append(rest)
         progress("speed", repeat, spec.repeats)
-    first, rest = statistics.median(firsts), statistics.median(rests)
     host = _peak_host_memory()
     metrics = {
         "load_seconds": loaded.seconds,
         "peak_memory_bytes": float(_peak_device_memory() if loaded.device.startswith("cuda") else host),
         "peak_host_memory_bytes": float(host),
-        "time_to_first_token_seconds": first,
-        "prefill_tokens_per_second": spec.prompt_tokens / first,
-        "decode_tokens_per_second": (spec.new_tokens - 1) / rest,
+        **_repeated("time_to_first_token_seconds", firsts, lambda first: first),
+        **_repeated("prefill_tokens_per_second", firsts, lambda first: spec.prompt_tokens / first),
+        **_repeated("decode_tokens_per_second", rests, lambda rest: (spec.new_tokens - 1) / rest),
     }
     protocol = {**spec.model_dump(), "batch_size": 1, "threads": torch.get_num_threads(), "weights": loaded.weights}
     _write(
         folder,
         {"metrics": metrics, "protocol": protocol, "notes": loaded.notes, "times": {"first": firsts, "rest": rests}},
     )
+
+
+def _repeated(name: str, times: list[float], metric: Callable[[float], float]) -> dict[str, float]:
+    """The metric of the median of `times`, and, of several, its range as the ends of its interval."""
+    ends = sorted((metric(min(times)), metric(max(times))))
+    spread = {f"{name}_low": ends[0], f"{name}_high": ends[1]} if len(times) > 1 else {}
+    return {name: metric(statistics.median(times)), **spread}
 
 
 def answer_samples(loaded: Loaded, spec: Samples, folder: Path, progress: Progress = silent) -> None:

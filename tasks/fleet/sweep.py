@@ -117,7 +117,7 @@ def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -
     try:
         numbers = _numbers(spec, {str(run.id) for run in runs.values()})
     except Exception as error:  # whatever MLflow throws: how the runs ended is worth telling without it
-        from tasks.track.task import away
+        from tasks.track.connection import away
 
         numbers, notes = {}, [f"{away(error)}, so there are no numbers here."]
     rows: dict[str, list[Row]] = {}
@@ -180,9 +180,9 @@ def grid(rows: list[Row]) -> str:
 
 def _numbers(spec: Sweep, runs: set[str]) -> dict[tuple[str, str], tuple[dict[str, str], dict[str, float]]]:
     """Tags and metrics that MLflow has of `runs`, by (Prefect run, variant): all of the experiment in a few requests."""
-    from tasks.track import task as track
+    from tasks.track import connection
 
-    client = track.connect()
+    client = connection.connect()
     experiment = client.get_experiment_by_name(spec.recipe.track.experiment or spec.name)
     found: dict[tuple[str, str], tuple[dict[str, str], dict[str, float]]] = {}
     token = None

@@ -184,16 +184,14 @@ def _speed(result: Result, variant: ResultVariant) -> list[str]:
     if not names:
         return []
     base = result.baseline.metrics if result.baseline else {}
-    rows = [
-        f"| {label(name)} | {figure(name, base.get(name))} | {figure(name, variant.metrics[name])} |" for name in names
-    ]
+    rows = [f"| {label(name)} | {cell(name, base)} | {cell(name, variant.metrics)} |" for name in names]
     speed = result.recipe.evaluate.speed
     return [
         "## Speed and memory",
         "\n".join(["| | Base model | This model |", "| --- | ---: | ---: |", *rows]),
         f"On {_machine(result.hardware, variant.protocol)}"
         + (f", one sequence, {speed.prompt_tokens} tokens of prompt and {speed.new_tokens} new ones" if speed else "")
-        + ". Another machine gives other figures.",
+        + ". A speed is the median of its repeats, with their range. Another machine gives other figures.",
     ]
 
 

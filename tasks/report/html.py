@@ -27,17 +27,19 @@ WORST = 10
 """Layers that the table of the most damaged ones has for each variant."""
 EXAMPLES = 5
 """Answers that changed that are shown for each variant and task, in words."""
+QUALITY = (
+    "Divergence from the original",
+    "Perplexity, as a ratio to the original's",
+    "How often the most likely token is the original's",
+    "Divergence by window of the text",
+)
 COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
 
 
 def render(result: Result) -> str:
     """The report of one release, as HTML."""
     measured = formatting.rows(result)
-    gate = result.recipe.gate
-    baseline = result.baseline.metrics if result.baseline else {}
-    increase = gate.max_perplexity_increase
-    limit = baseline["perplexity"] * (1 + increase) if increase is not None and "perplexity" in baseline else None
-    quality, cost, layers = _drawn(result, limit)
+    quality, cost, layers = _drawn(result)
     return _page(
         "report.html",
         result=result,
@@ -45,7 +47,7 @@ def render(result: Result) -> str:
         measured=measured,
         order=_order(result),
         metrics=formatting.points([row.metrics for row in measured]),
-        quality=quality,
+        quality=list(zip(QUALITY, quality, strict=True)),
         machine=_machine(result),
         cost=[(formatting.label(name), plot) for name, plot in zip(COST, cost, strict=True)],
         layers=[(row.name, plot) for row, plot in zip(result.variants, layers, strict=True)],
@@ -62,15 +64,17 @@ def render(result: Result) -> str:
     )
 
 
-def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], list[Any]]:
+def _drawn(result: Result) -> tuple[list[Any], list[Any], list[Any]]:
     """The plots of quality, of cost, and of each variant's layers.
 
     They are drawn once for equal numbers: drawing takes longer than all else of a cached run.
     """
 
     def draw() -> list[Any]:
-        maximum = result.recipe.gate.max_mean_kl
-        quality = [plots.size_against(result, "kl_mean", maximum), plots.size_against(result, "perplexity", limit)]
+        gate = result.recipe.gate
+        ratio = None if gate.max_perplexity_increase is None else 1 + gate.max_perplexity_increase
+        quality = [plots.judged(result, "kl_mean", gate.max_mean_kl), plots.judged(result, "perplexity_ratio", ratio)]
+        quality.append(plots.judged(result, "top1_agreement", gate.min_top1_agreement))
         cost = [plots.bars(result, name) for name in COST]
         return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
 
@@ -83,7 +87,7 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], l
         for row in formatting.rows(result)
     ]
     inputs = {
-        "stage": 2,
+        "stage": 3,
         "matplotlib": version("matplotlib"),
         "gate": repr(result.recipe.gate.model_dump(mode="json")),
         "shown": repr(shown),
@@ -93,7 +97,8 @@ def _drawn(result: Result, limit: float | None) -> tuple[list[Any], list[Any], l
         drawn = json.loads((Path(artifact.path) / "plots.json").read_bytes())
     except TameError:  # a store that is full is no reason to show nothing
         drawn = draw()
-    return drawn[:3], drawn[3 : 3 + len(COST)], drawn[3 + len(COST) :]
+    first, then = len(QUALITY), len(QUALITY) + len(COST)
+    return drawn[:first], drawn[first:then], drawn[then:]
 
 
 def history(model: str | None = None) -> str:
@@ -105,16 +110,16 @@ def history(model: str | None = None) -> str:
     """
     import mlflow
 
-    from tasks.track import task as track
+    from tasks.track import connection
 
     try:
-        client = track.connect()
+        client = connection.connect()
         known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
     except Exception as error:  # whatever MLflow throws
-        raise TameError(f"{track.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
+        raise TameError(f"{connection.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
     if model is not None and model not in known:
         names = ", ".join(sorted(known)[:10]) or "none yet"
-        raise BadInputError(f"--model {model}: no release of it is logged in {track.place()}; there are: {names}")
+        raise BadInputError(f"--model {model}: no release of it is logged in {connection.place()}; there are: {names}")
     chosen = sorted(known) if model is None else [model]
     sections = []
     for name in chosen:
@@ -122,7 +127,9 @@ def history(model: str | None = None) -> str:
         if found:
             sections.append(_history_of(name, found))
     if not sections:
-        raise BadInputError(f"{track.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one")
+        raise BadInputError(
+            f"{connection.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one"
+        )
     return _page("history.html", sections=sections)
 
 

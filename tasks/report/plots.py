@@ -8,14 +8,16 @@ import io
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.evaluate import evidence
-from tasks.formatting import figure, label, rows
+from tasks.formatting import cell, figure, label, rows
 from tasks.metrics import read
 from tasks.result import Measured, Result, ResultVariant
 
+Row = TypeVar("Row", bound=Measured)
 Plot = tuple[str, str]
 """SVG markup, and its text alternative."""
 
@@ -41,78 +43,87 @@ LINES = 8
 """Kinds of layers in a plot: a colour and a dash each, twice the colours."""
 
 
-def size_against(result: Result, name: str, limit: float | None) -> Plot | None:
-    """The metric `name` over size, with intervals and the gate's limit: down and to the left is better."""
-    shown = [
-        row for row in _drawable(rows(result), "size_bytes") if name not in row.metrics or isfinite(row.metrics[name])
-    ]
-    shown = [row for row in shown if name in row.metrics or (name == "kl_mean" and _is_baseline(row))]
-    if sum(not _is_baseline(row) for row in shown) == 0:
+def judged(result: Result, name: str, limit: float | None) -> Plot | None:
+    """The metric `name` of each variant, the smallest first, with the interval that is judged, and the gate's limit.
+
+    A row a variant: names, sizes and figures stand beside the rows, where they cannot meet, however equal the values.
+    """
+    shown = sorted(_drawable(result.variants, name), key=lambda row: row.metrics.get("size_bytes", math.inf))
+    if not shown:
         return None
-    unit, scale = ("GB", 1e9) if max(row.metrics["size_bytes"] for row in shown) >= 1e9 else ("MB", 1e6)
-    canvas, axes = _axes(3.1)
-    for row in shown:
-        x, y = row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)  # the baseline's divergence is zero
-        metric = read(row.metrics).get(name)
-        low, high = (metric.low, metric.high) if metric else (None, None)
-        below = y - low if low is not None and isfinite(low) else 0.0
-        above = high - y if high is not None and isfinite(high) else 0.0
-        error = [[max(below, 0.0)], [max(above, 0.0)]]
-        axes.errorbar(x, y, yerr=error, fmt=_marker(row), color=_ink(row), markersize=7, capsize=3, elinewidth=1.2)
-        left = x > 0.6 * max(other.metrics["size_bytes"] for other in shown) / scale  # where there is room for the name
-        side: dict[str, Any] = {"xytext": (-8, 6), "ha": "right"} if left else {"xytext": (8, 6)}
-        axes.annotate(_short(row.name), (x, y), textcoords="offset points", fontsize=12, **side)
-    best = _frontier([(row.metrics["size_bytes"] / scale, row.metrics.get(name, 0.0)) for row in shown])
-    axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1, linestyle=":", zorder=1)
+    canvas, axes = _axes(0.85 + 0.46 * len(shown))
+    ends = [_ends(row, name) for row in shown]
+    for i, (row, (low, high)) in enumerate(zip(shown, ends, strict=True)):
+        value = row.metrics[name]
+        around = [[value - low], [high - value]]
+        axes.errorbar(value, i, xerr=around, fmt=_marker(row), color=_ink(row), markersize=7, capsize=4, elinewidth=1.6)
+        _beside(axes, i, figure(name, value))
+    size = [f"{_short(row.name)}\n{figure('size_bytes', row.metrics.get('size_bytes'))}" for row in shown]
+    _rows(axes, size)
+    reach = [end for pair in ends for end in pair] + ([] if limit is None else [limit])
+    whole = WHOLE[name]
+    left, right = min([*reach, whole]), max([*reach, whole])
+    room = 0.06 * (right - left) or 0.06 * abs(right) or 1.0
+    axes.set_xlim(left - room * (left < whole), right + room * (right > whole))
+    axes.axvline(whole, color=MUTED, linewidth=1.4)
     if limit is not None:
-        axes.axhline(limit, color=REJECT, linewidth=1, linestyle="--")
+        axes.axvline(limit, color=REJECT, linewidth=1.2, linestyle="--")
         axes.annotate(
-            f"limit {figure(name, limit)}",
-            (1, limit),
-            xycoords=("axes fraction", "data"),
-            ha="right",
+            f"limit {100 * limit:g} %" if name == "top1_agreement" else f"limit {limit:g}",
+            (limit, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
             va="bottom",
             fontsize=11,
         )
-    axes.set_xlabel(f"Size ({unit})", fontsize=12)
-    axes.set_ylabel(label(name), fontsize=12)
-    axes.margins(x=0.18, y=0.15)
-    axes.set_xlim(left=0)
-    if name == "kl_mean":
-        axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(nbins=4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if name == "top1_agreement" else f"{value:g}")
+    axes.set_xlabel(label(name), fontsize=12)
     said = "; ".join(
-        f"{row.name} {figure('size_bytes', row.metrics['size_bytes'])}, {figure(name, row.metrics.get(name, 0.0))}"
-        for row in shown
+        f"{row.name} {figure('size_bytes', row.metrics.get('size_bytes'))}, {cell(name, row.metrics)}" for row in shown
     )
-    return _svg(canvas, f"size-{name}"), f"Size against {label(name)}: {said}."
+    kept = "" if limit is None else f" The limit is {figure(name, limit)}."
+    return _svg(canvas, f"judged-{name}"), f"{label(name)}, the smallest first: {said}.{kept}"
+
+
+WHOLE = {"kl_mean": 0.0, "perplexity_ratio": 1.0, "top1_agreement": 1.0}
+"""What the metrics that are judged are where nothing was lost."""
+
+
+def _ends(row: Measured, name: str) -> tuple[float, float]:
+    """The ends of the interval of `name`, or its value twice; around the value in any case."""
+    metric = read(row.metrics)[name]
+    low, high = (end if end is not None and isfinite(end) else metric.value for end in (metric.low, metric.high))
+    return min(low, metric.value), max(high, metric.value)
 
 
 def bars(result: Result, name: str) -> Plot | None:
-    """The metric `name` of the baseline and each variant as labelled bars."""
+    """The metric `name` of the baseline and each variant as bars, with the range of the repeats where it is known."""
     shown = _drawable(rows(result), name)
     if not shown:
         return None
-    canvas, axes = _axes(0.55 + 0.36 * len(shown))
-    values = [row.metrics[name] for row in shown]
-    axes.barh(range(len(shown)), values, color=[_ink(row) for row in shown], height=0.62)
-    for i, value in enumerate(values):
-        axes.annotate(
-            figure(name, value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=12
-        )
-    axes.set_yticks(range(len(shown)), [_short(row.name) for row in shown])
-    axes.invert_yaxis()
+    canvas, axes = _axes(0.4 + 0.36 * len(shown))
+    axes.barh(range(len(shown)), [row.metrics[name] for row in shown], color=[_ink(row) for row in shown], height=0.62)
+    for i, row in enumerate(shown):
+        low, high = _ends(row, name)
+        if low < high:
+            axes.plot([low, high], [i, i], color=TEXT, linewidth=1.4, marker="|", markersize=9)
+        _beside(axes, i, figure(name, row.metrics[name]))
+    _rows(axes, [_short(row.name) for row in shown])
     axes.set_xticks([])
-    axes.margins(x=0.22)
     axes.set_xlim(left=0)
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
-    said = ", ".join(f"{row.name} {figure(name, value)}" for row, value in zip(shown, values, strict=True))
+    said = ", ".join(f"{row.name} {cell(name, row.metrics)}" for row in shown)
     return _svg(canvas, f"bars-{name}"), f"{label(name)}: {said}."
 
 
 def windows(result: Result) -> Plot | None:
     """The KL divergence of each window of the text, as a box a variant: is the damage even, or in some places?"""
-    found = [(row, values) for row in result.variants if (values := evidence.windows(row.evidence).get("kl", []))]
+    variants = sorted(result.variants, key=lambda row: row.metrics.get("size_bytes", math.inf))
+    found = [(row, values) for row in variants if (values := evidence.windows(row.evidence).get("kl", []))]
     if not found:
         return None
     canvas, axes = _axes(0.75 + 0.5 * len(found))
@@ -131,9 +142,9 @@ def windows(result: Result) -> Plot | None:
             medianprops={"color": TEXT, "linewidth": 2},
             flierprops={"marker": ".", "markersize": 4, "markeredgecolor": _ink(row)},
         )
-    axes.set_yticks(range(len(found)), [_short(row.name) for row, _ in found])
-    axes.invert_yaxis()
+    _rows(axes, [_short(row.name) for row, _ in found])
     axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(nbins=5)
     axes.set_xlabel("KL divergence of a window (nats)", fontsize=12)
     said = "; ".join(
         f"{row.name}: median {figure('kl_mean', sorted(values)[len(values) // 2])}, "
@@ -224,6 +235,25 @@ def _axes(height: float) -> tuple[Any, Any]:
     return canvas, axes
 
 
+def _rows(axes: Any, names: list[str]) -> None:
+    """A row for each of `names`, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _beside(axes: Any, row: int, text: str) -> None:
+    """Write `text` to the right of a row."""
+    axes.annotate(
+        text,
+        (1.0, row),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=12,
+    )
+
+
 def _svg(canvas: Any, name: str) -> str:
     """A figure as inline SVG without ids that could meet another figure's, dates or fixed colours."""
     import matplotlib as mpl
@@ -259,7 +289,7 @@ def _svg(canvas: Any, name: str) -> str:
     return re.sub(r"\n\s*", "\n", svg).replace("<svg ", named, 1)
 
 
-def _drawable(measured: list[Measured], name: str) -> list[Measured]:
+def _drawable(measured: Sequence[Row], name: str) -> list[Row]:
     return [row for row in measured if isfinite(row.metrics.get(name, math.nan))]
 
 
@@ -277,10 +307,6 @@ def _short(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
-def _is_baseline(row: Measured) -> bool:
-    return not isinstance(row, ResultVariant)
-
-
 def _ink(row: Measured) -> str:
     status = row.status if isinstance(row, ResultVariant) else ""
     return {"published": PASS, "passed": PASS, "rejected": REJECT, "failed": FAIL}.get(status, MUTED)
@@ -289,12 +315,3 @@ def _ink(row: Measured) -> str:
 def _marker(row: Measured) -> str:
     status = row.status if isinstance(row, ResultVariant) else ""
     return {"published": "o", "passed": "o", "rejected": "X", "failed": "v"}.get(status, "D")
-
-
-def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other point beats in both coordinates, smallest first."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best

@@ -72,7 +72,7 @@ def _made(result: Result, out: Path) -> list[tuple[str, str]]:
     lines += [("published", f"{variant.published}") for variant in result.variants if variant.published]
     lines += [("result", str(out / "result.json")), ("report", str(out / "report.html"))]
     if result.mlflow_run:
-        from tasks.track.task import place
+        from tasks.track.connection import place
 
         lines.append(("mlflow", f"run {result.mlflow_run} in {place()}"))
     return lines

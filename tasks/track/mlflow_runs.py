@@ -2,7 +2,8 @@
 
 Everything is found before it is made and carries the release's own time, so that writing a result again, or a later
 one of the same release, adds what is new and duplicates nothing. Tags that searches use: `kind` (release, baseline,
-variant), `variant`, `status`, `verdict` (passed, rejected, failed), `source_commit`, `hub_commit`, `prefect_run`.
+variant; rerun for a release that found everything in the cache and in MLflow, and adds nothing), `variant`, `status`,
+`verdict` (passed, rejected, failed), `source_commit`, `hub_commit`, `prefect_run`.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from tasks import formatting
 from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
-from tasks.track import registry
+from tasks.track import registry, reruns
 
 MAX_STEPS = 500
 """Points of a stepped metric; of a longer curve every n-th is logged."""
@@ -69,7 +70,7 @@ def experiment(client: Any, name: str) -> str:
 
 def open_release(client: Any, experiment_id: str, name: str, tags: dict[str, str], release: str) -> str:
     """The id of the release's run, RUNNING: the one that it had, or a new one."""
-    found = client.search_runs([experiment_id], f"tags.kind = 'release' and tags.release = '{release}'", max_results=1)
+    found = client.search_runs([experiment_id], f"tags.release = '{release}'", max_results=1)
     tags = {"kind": "release", "release": release, "mlflow.source.name": "tame", **tags}
     if not found:
         return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
@@ -104,6 +105,12 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
         run_id = open_release(client, experiment_id, result.recipe.name, release.life, release.name)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
     ended = began + int(result.seconds * 1000)
+    if final and (earlier := reruns.shown_already(client, experiment_id, run_id, result)):
+        note = f"Everything came from the cache: it is as the run {earlier} shows it."
+        tags = {"kind": "rerun", "rerun_of": earlier, "headline": note, "mlflow.note.content": note}
+        _batch(client, run_id, _Content({"seconds": result.seconds}, {}, {**_release_of(result), **tags}), began)
+        client.set_terminated(run_id, "FINISHED", ended)
+        return run_id
     children = _children(client, experiment_id, run_id)
     for order, measured in enumerate(formatting.rows(result)):
         if not final and getattr(measured, "error", None) == NOT_REACHED:
@@ -121,6 +128,7 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
             client.log_text(run_id, report, "report.html")
             for name, plot in plots_of(report).items():
                 client.log_text(run_id, plot, f"plots/{name}")
+        client.set_tag(run_id, reruns.CONTENT, reruns.content_of(result))
         failed = any(variant.status == "failed" for variant in result.variants)
         client.set_terminated(run_id, "FAILED" if failed else "FINISHED", ended)
     return run_id

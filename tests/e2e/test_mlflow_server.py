@@ -18,6 +18,7 @@ import pytest
 from configs.schema import Recipe
 from tasks import formatting
 from tasks.result import NOT_REACHED, Result
+from tasks.track import connection, liveness
 from tasks.track import task as track
 from tests.results import RECIPE, make
 
@@ -73,8 +74,8 @@ def server(tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     running.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
     yield running
-    for run_id in list(track._alive):
-        track._rest(run_id)
+    for run_id in list(liveness.alive):
+        liveness.rest(run_id)
     running.stop()
 
 
@@ -132,7 +133,7 @@ def test_the_machine_s_load_is_logged_again_when_the_server_is_back(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steps() -> int:
-        return len(track.connect().get_metric_history(run_id, LOAD))
+        return len(connection.connect().get_metric_history(run_id, LOAD))
 
     def until(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 120
@@ -140,8 +141,8 @@ def test_the_machine_s_load_is_logged_again_when_the_server_is_back(
             assert time.monotonic() < end
             time.sleep(0.2)
 
-    monkeypatch.setattr(track, "HEARTBEAT", 0.5)
-    monkeypatch.setattr(track, "SYSTEM_METRICS_EVERY", 0.3)
+    monkeypatch.setattr(liveness, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(liveness, "SYSTEM_METRICS_EVERY", 0.3)
     run_id = track.begin(Recipe.model_validate(RECIPE), {})
     assert run_id is not None
     until(lambda: steps() > 0)
