@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.argument_types import days, index, positive
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
 from configs.settings import unknown
 from tasks.runtime.environment import check_addresses, set_up, stop_at_second_interrupt
+
+if TYPE_CHECKING:
+    from configs.schema import Calibrate
 
 log = logging.getLogger("tame")
 
@@ -84,7 +87,10 @@ def quantize(options: argparse.Namespace) -> int:
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
+    if options.calibrate is not None:
+        asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)
+    spec = _calibration(options, explain)
     from tasks.download.look import look
     from tasks.quantize.command import parse_size, quantize_folder
     from tasks.quantize.protocols import Request
@@ -93,11 +99,16 @@ def quantize(options: argparse.Namespace) -> int:
     trust = options.trust_remote_code
     source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
     found = look(source)
-    folder = found.path
-    if found.kind != "folder":  # a folder need not be hashed, nor Prefect imported for it
+    folder, calibration = found.path, None
+    if found.kind != "folder" or variant.calibrate:  # else nothing need be hashed, nor Prefect imported for it
         from tasks.download.task import download
 
-        folder = download(source, found).path
+        snapshot = download(source, found)
+        folder = snapshot.path
+        if variant.calibrate:
+            from tasks.calibrate.task import calibrate
+
+            calibration = calibrate(snapshot, spec)
     request = Request(
         source=Path(str(folder)),
         out=Path(options.out),
@@ -106,12 +117,27 @@ def quantize(options: argparse.Namespace) -> int:
         workers=options.workers,
         max_shard_size=limit,
         trust_remote_code=trust,
+        calibration=calibration,
     )
     made = quantize_folder(request, check=options.check)
     print(f"{options.out}  {made.bytes / 1e6:,.1f} MB, {made.bits_per_weight:.2f} bits a weight, sha256 {made.digest}")
     for note in made.notes:
         print(f"note: {note}")
     return 0
+
+
+def _calibration(options: argparse.Namespace, explain: Callable[..., Any]) -> "Calibrate":
+    """What `--calibrate` and the options that belong to it ask for."""
+    from configs.schema import Calibrate
+
+    given = {"sequences": options.calibrate_sequences, "length": options.calibrate_length}
+    asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if options.calibrate is None and (asked or options.calibrate_level != "true"):
+        raise BadInputError("--calibrate-sequences, --calibrate-length and --calibrate-level need --calibrate FILE")
+    if options.calibrate:
+        asked["text"] = {"files": options.calibrate}
+    spec: Calibrate = _checked(Calibrate, explain, **asked)
+    return spec
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -265,6 +291,20 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         default="float32",
         choices=dtypes,
         help="of 4-bit layers; float32 is what transformers writes",
+    )
+    command.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        nargs="*",
+        action="extend",
+        help="choose 4-bit codes on these UTF-8 texts, mixed evenly; without a FILE, on Python's own library",
+    )
+    command.add_argument(
+        "--calibrate-sequences", metavar="N", type=_positive, help="sequences taken from each text; by default 128"
+    )
+    command.add_argument("--calibrate-length", metavar="N", type=_positive, help="tokens in each; by default 2048")
+    command.add_argument(
+        "--calibrate-level", default="true", choices=("fast", "true", "best"), help="fast: the scales alone"
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -11,6 +11,7 @@ from configs.errors import TameError
 from configs.schema import Recipe, Variant
 from tasks import formatting
 from tasks import result as results
+from tasks.calibrate.task import calibrate_task
 from tasks.download.task import download_task
 from tasks.evaluate.task import baseline_task, evaluate_task
 from tasks.gate import gate_task
@@ -76,7 +77,8 @@ def _measure(
     known: ResultVariant, variant: Variant, snapshot: Snapshot, baseline: Evaluation, recipe: Recipe
 ) -> ResultVariant:
     try:
-        quantized = quantize_task(snapshot, variant).result()
+        calibration = calibrate_task(snapshot, recipe.calibration).result() if variant.calibrate else None
+        quantized = quantize_task(snapshot, variant, calibration).result()
         known = results.quantized(known, quantized)
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
         evaluation = evaluate_task(checkpoint, baseline, snapshot, recipe.evaluate).result()

@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Source
 from configs.settings import home
+from tasks.calibrate.task import calibrate
 from tasks.download.architectures import check_language_model
 from tasks.download.folder import check_tokenizer
 from tasks.download.look import local_path, look, tokenizer_folder
+from tasks.download.text import LoadedText
 from tasks.fleet.work_queues import check_fits, memory_needed, smallest
 from tasks.formatting import figure
 from tasks.publish.benchmarks import Benchmark, Benchmarks
@@ -81,6 +83,8 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         if recipe.evaluate.task_limit is None:
             benchmarks = find_benchmarks(recipe.evaluate.tasks)
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
+    if any(variant.calibrate for variant in recipe.variants):
+        _check_calibration(recipe, found, text)
     tokens = None
     if folder := tokenizer_folder(recipe.source, found):
         tokens = check_text(text, window, folder, recipe.source.trust_remote_code)
@@ -104,6 +108,22 @@ def look_at(source: Source) -> Found:
         check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
         check_tokenizer(found, where)
     return found
+
+
+def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> None:
+    """See that calibrated variants have a text, that it is not the evaluated one, and that the model can be calibrated.
+
+    Raises:
+        BadInputError, TameError: they have not, it is, or it cannot.
+    """
+    from tasks.calibrate.sequences import check_apart, check_length, load_texts
+
+    if found.config.get("is_encoder_decoder"):
+        kind = (found.config.get("architectures") or [found.config.get("model_type")])[0]
+        raise BadInputError(f"{recipe.source.model}: {kind} is an encoder-decoder; leave calibrate out")
+    check_apart(load_texts(recipe.calibration), evaluated)
+    if folder := tokenizer_folder(recipe.source, found):
+        check_length(recipe.calibration, folder)
 
 
 def writable(folder: Path) -> None:
@@ -146,7 +166,8 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
     needed = 0 if snapshot else found.bytes
     for index, variant in enumerate(recipe.variants):
         told = []
-        if snapshot and (kept := store.where("quantized", quantize_inputs(snapshot, variant, pick()))):
+        calibration = calibrate(snapshot, recipe.calibration) if snapshot and variant.calibrate else None
+        if snapshot and (kept := store.where("quantized", quantize_inputs(snapshot, variant, pick(), calibration))):
             told.append(f"in {kept}")
         elif expected:
             needed += expected[index]["weight_bytes"]

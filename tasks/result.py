@@ -19,7 +19,7 @@ from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
 from tasks.runtime.device import hardware, versions
 from tasks.runtime.files import write_text
-from tasks.values import Evaluation, Protocol, Published, Quantized, Sample, Snapshot, Unquantized, Verdict
+from tasks.values import Calibration, Evaluation, Protocol, Published, Quantized, Sample, Snapshot, Unquantized, Verdict
 
 
 class _Value(BaseModel):
@@ -74,6 +74,8 @@ class ResultVariant(Measured):
     spec: Variant
     gate: Verdict | None = None
     artifact: ResultArtifact | None = None
+    calibration: Calibration | None = None
+    """What its codes were chosen on, if they were."""
     left: list[Unquantized] = []
     """What stayed in 16 bits."""
     published: str | None = None
@@ -105,6 +107,13 @@ class Result(_Value):
     def variant(self, label: str) -> ResultVariant:
         """The variant named `label`."""
         return next(variant for variant in self.variants if variant.name == label)
+
+    def plain_of(self, variant: ResultVariant) -> ResultVariant | None:
+        """The variant that is the same but for calibrating, if the recipe has it."""
+        if not variant.spec.calibrate:
+            return None
+        same = variant.spec.model_copy(update={"calibrate": False}).identity
+        return next((other for other in self.variants if other.spec.identity == same), None)
 
     def with_variant(self, variant: ResultVariant) -> Self:
         """This result with one variant replaced, and the exit code and time that follow."""
@@ -186,6 +195,7 @@ def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
                 "bits_per_weight": made.bits_per_weight,
                 "quantized_share": made.quantized_share,
             },
+            "calibration": made.calibration,
             "left": made.left,
             "notes": made.notes,
             "cached": ["quantize"] if made.cached else [],

@@ -230,3 +230,32 @@ def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype |
     plan = model._get_dtype_plan(dtype)
     kept = {re.compile(pattern.replace("*", ".*")): kind for pattern, kind in plan.items()}
     return lambda name: next((kind for pattern, kind in kept.items() if pattern.search(name)), None)
+
+
+def load_some(model: Any, state: dict[str, Any], device: torch.device) -> None:
+    """Load a part of a checkpoint into a model on the meta device, as `from_pretrained` loads all of it.
+
+    `state` has tensors, or slices of safetensors files, by the checkpoint's names: for every parameter either all that it is
+    made from or none.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model, None, None),
+    )
+    with torch.no_grad():
+        convert_and_load_state_dict_in_model(model, state, config)
+
+
+def make_buffers(model: Any, device: torch.device) -> None:
+    """Give a model on the meta device the buffers that no checkpoint holds, such as rotary frequencies."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device=device)
+    with torch.no_grad():
+        model.initialize_weights()

@@ -58,6 +58,38 @@ class Snapshot(_Value):
     cached: bool = False
 
 
+class CalibrationText(_Value):
+    """One of the texts that codes are chosen on, and how many sequences were taken from it."""
+
+    name: str
+    sha256: str
+    revision: str | None = None
+    """The Hub commit of a data set."""
+    characters: int
+    sequences: int
+
+
+class Calibration(_Value):
+    """Token sequences that codes are chosen on. `digest` covers all that decides them."""
+
+    path: str
+    """The folder of ids.safetensors: Int32 [sequences, tokens]."""
+    digest: str
+    texts: list[CalibrationText]
+    sequences: int
+    length: int
+    """Tokens in a sequence."""
+    notes: list[str] = []
+    """Sentences on texts that had fewer sequences than were asked for."""
+    cached: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What a user should know of it, with as much of a digest as names a text."""
+        texts = " and ".join(f"{text.sequences} of {text.name} (sha256 {text.sha256[:12]}…)" for text in self.texts)
+        return f"Its codes were chosen on {self.sequences} sequences of {self.length} tokens: {texts}."
+
+
 class Unquantized(_Value):
     """Modules that stay in 16 or 32 bits: a module's name, with `*` for layer numbers, and why."""
 
@@ -86,6 +118,8 @@ class Quantized(_Value):
     seconds: float
     """What it took, when it was made."""
     cached: bool
+    calibration: Calibration | None = None
+    """What its codes were chosen on, if they were."""
 
 
 class EvaluatedText(_Value):

@@ -1,9 +1,11 @@
-"""The text that perplexity and divergence are measured on: files, a data set of the Hub, or the prose inside CPython."""
+"""The texts that models are measured and calibrated on: files, a data set of the Hub, or what is inside CPython."""
 
+import ast
 import functools
 import hashlib
 import json
 import re
+import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,21 @@ from tasks.store import artifacts as store
 ROW_SEPARATOR = "\n\n"  # how the papers that report WikiText perplexity join its rows
 SLICE = re.compile(r"[\[(].*")
 """What may follow a split's name: test[:10%]."""
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "turtledemo",
+    "lib2to3",
+    "__phello__",
+}
+"""Folders of the standard library."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CHATS = "calibration.text"
+"""Where a data set's column may hold chats; they are read as a line of JSON each."""
 CHARACTERS_PER_TOKEN = 32  # far more than any tokenizer makes of prose
 
 
@@ -42,8 +58,10 @@ def load_text(spec: TextSource) -> LoadedText:
     """
     revision = None
     if spec.files is not None:
-        text = ROW_SEPARATOR.join(_read(Path(name).expanduser()) for name in spec.files)
+        text = ROW_SEPARATOR.join(_read(Path(name).expanduser(), spec.KEY) for name in spec.files)
         name = " + ".join(Path(name).name for name in spec.files[:3]) + (" + …" if len(spec.files) > 3 else "")
+    elif spec.builtin not in (None, "python-docs"):
+        text, name = python_library(), "python-library"
     elif spec.builtin is not None:
         from pydoc_data.topics import topics
 
@@ -52,7 +70,7 @@ def load_text(spec: TextSource) -> LoadedText:
         text, revision = _read_dataset(spec)
         name = " ".join([str(spec.dataset), *([spec.config] if spec.config else []), spec.split])
     if not text.strip():
-        raise BadInputError(f"evaluate.text {name}: there is no text in it; give one with words")
+        raise BadInputError(f"{spec.KEY} {name}: there is no text in it; give one with words")
     return LoadedText(text=text, name=name, digest=hashlib.sha256(text.encode()).hexdigest(), revision=revision)
 
 
@@ -125,24 +143,54 @@ def check_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise BadInputError(f"{folder}: there is no tokenizer in it; add the model's tokenizer files")
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, key: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise BadInputError(f"evaluate.text.files {path}: {error.strerror}; give a readable UTF-8 file") from None
+        raise BadInputError(f"{key}.files {path}: {error.strerror}; give a readable UTF-8 file") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = content[error.start]
         raise BadInputError(
-            f"evaluate.text.files {path}: byte {byte:#04x} at offset {error.start} is not UTF-8; convert the file to UTF-8"
+            f"{key}.files {path}: byte {byte:#04x} at offset {error.start} is not UTF-8; convert the file to UTF-8"
         ) from None
+
+
+def is_chat(row: Any) -> bool:
+    """Whether a row is a chat: a list of messages, each with the role and the content of one turn."""
+    turns = row if isinstance(row, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
+
+
+def python_library() -> str:
+    """What Python's standard library says of itself, and as much of its code: a module's docstrings, then its first lines.
+
+    Tests are left out, and the reference text that `python-docs` is.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts = []
+    for path in sorted(root.rglob("*.py")):
+        if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
+            source = path.read_bytes().decode(errors="replace")
+            try:
+                nodes = list(ast.walk(ast.parse(source)))
+            except (SyntaxError, ValueError):
+                continue
+            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            prose = ROW_SEPARATOR.join(
+                text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))
+            )
+            parts += [prose, source[: len(prose)]] if prose else []
+    return ROW_SEPARATOR.join(parts)
 
 
 def _read_dataset(spec: TextSource) -> tuple[str, str]:
     """The joined rows and the commit. Kept in the store, so that a run that is cached neither downloads nor reads rows."""
     commit = dataset_commit(str(spec.dataset), spec.revision)
     inputs = {**spec.model_dump(include={"dataset", "config", "split", "column"}), "commit": commit, "stage": 1}
+    if spec.KEY == CHATS:
+        inputs["chats"] = True
 
     def make(folder: Path) -> store.Made:
         (folder / "text.txt").write_bytes(_rows(spec, commit).encode())
@@ -156,7 +204,7 @@ def _rows(spec: TextSource, commit: str) -> str:
     import datasets
 
     datasets.disable_progress_bars()
-    where = f"evaluate.text.dataset {spec.dataset}"
+    where = f"{spec.KEY}.dataset {spec.dataset}"
     try:
         files = datasets.load_dataset_builder(spec.dataset, spec.config, revision=commit).config.data_files or {}
         # `datasets` fetches all splits for one. Without the files of the others, it cannot: train may have 300 GB.
@@ -179,6 +227,8 @@ def _rows(spec: TextSource, commit: str) -> str:
     if spec.column not in rows.column_names:
         raise BadInputError(f"{where}: no column {spec.column!r}; it has {', '.join(rows.column_names)}")
     texts = [text for text in rows[spec.column] if text is not None]
+    if spec.KEY == CHATS and texts and all(map(is_chat, texts)):
+        return "\n".join(json.dumps({"messages": chat}, ensure_ascii=False) for chat in texts)
     if other := next((text for text in texts if not isinstance(text, str)), None):
         raise BadInputError(
             f"{where}: column {spec.column!r} holds {type(other).__name__}, not text; name a text column"

@@ -61,6 +61,7 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
         "baseline": provenance.lasting(result.baseline.metrics) if result.baseline else None,
         "protocol": variant.protocol.model_dump(mode="json"),
         "gate": variant.gate.model_dump() if variant.gate else None,
+        "calibration": variant.calibration.model_dump(exclude={"path", "cached"}) if variant.calibration else None,
         "notes": variant.notes,
         "left": [entry.model_dump() for entry in variant.left],
         "recipe": provenance.without_paths(result.recipe),
@@ -106,6 +107,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
         "model's own results are its authors' to tell: see its card.",
         *([_plain(advice(result))] if len(result.variants) > 1 else []),
+        *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *_usage(repo, method),
         *_quality(result, variant),
         *_speed(result, variant),
@@ -147,6 +149,18 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
         "The difference in perplexity is its ratio to the base model's. Figures are rounded; `tame.json` has them in full.",
         f"Measured on {_protocol(variant)}.",
     ]
+    plain = result.plain_of(variant)
+    if plain and (beside := cost_rows(base, plain.metrics)):
+        lines += [
+            f"Calibrating is what differs from {plain.name}, which was measured in the same way:",
+            "\n".join(
+                [
+                    "| | Base model | Not calibrated | 95 % interval | Difference |",
+                    "| --- | ---: | ---: | ---: | ---: |",
+                    *beside,
+                ]
+            ),
+        ]
     if variant.gate and (limits := variant.gate.checked + variant.gate.reasons):
         lines.append(f"Limits, each at the pessimistic end of its interval: {'; '.join(limits)}.")
     return lines

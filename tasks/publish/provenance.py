@@ -84,12 +84,15 @@ def without_paths(given: Recipe) -> dict[str, Any]:
     evaluate, publish = recipe["evaluate"], recipe["publish"]
     if files := evaluate["text"].get("files"):
         evaluate["text"] = {**evaluate["text"], "files": [PurePath(file).name for file in files]}
+    calibration = recipe["calibration"]
+    if files := calibration["text"].get("files"):
+        calibration = {**calibration, "text": {**calibration["text"], "files": [PurePath(file).name for file in files]}}
     if evaluate.get("task_path"):
         evaluate["task_path"] = PurePath(evaluate["task_path"]).name
     if publish["to"] == "folder":
         publish["repo"] = PurePath(publish["repo"]).name
     source = {**recipe["source"], "model": base_name(recipe["source"]["model"])}
-    return {**recipe, "source": source, "evaluate": evaluate, "publish": publish}
+    return {**recipe, "source": source, "calibration": calibration, "evaluate": evaluate, "publish": publish}
 
 
 def is_path(model: str) -> bool:

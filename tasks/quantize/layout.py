@@ -39,6 +39,10 @@ class Job:
     """For a quantized weight: all outputs by what the format calls them, the codes first."""
     at: int = 0
     """For a piece of a tensor that is copied: where it begins in the output, in bytes."""
+    weight: str = ""
+    """For a quantized weight: what the model calls it."""
+    chosen: Path | None = None
+    """The file in which calibrating has put its codes and scales; None where the nearest codes are taken."""
 
     @property
     def outputs(self) -> list[str]:
@@ -247,7 +251,9 @@ def _jobs(
             )
         if source.dtype not in (QUANTIZABLE if quantized else DTYPES):
             raise TameError(f"{folder / source.file}: {source.name} is {source.dtype}; expected F16, BF16 or F32")
-        jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, parts.get(str(output.weight), {})))
+        belongs = parts.get(str(output.weight), {})
+        weight = str(output.weight) if quantized else ""
+        jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, belongs, weight=weight))
     return jobs
 
 

@@ -8,13 +8,13 @@ configs/method_names.py. Importing this file, or methods/, imports no torch: a r
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Variant
 from tasks.runtime.progress import Progress, silent
-from tasks.values import Quantized, Unquantized
+from tasks.values import Calibration, Quantized, Unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,8 @@ class Request:
     names: list[str] | None = None
     """The source's files that may be carried along; None allows all."""
     trust_remote_code: bool = False
+    calibration: Calibration | None = None
+    """What codes are chosen on, for a variant that is calibrated."""
 
 
 class Written(BaseModel):
@@ -208,4 +210,29 @@ class TensorFormat(Protocol):
         self, scales: "torch.Tensor", shape: tuple[int, int], dtype: "torch.dtype", variant: Variant
     ) -> "dict[str, torch.Tensor]":
         """What is stored besides the codes, by name below the module, from the scales of the whole weight."""
+        ...
+
+
+@runtime_checkable
+class CodedFormat(TensorFormat, Protocol):
+    """A format whose weights are codes of levels, times the scale of a block: codes and scales can be chosen, by calibrating."""
+
+    def levels(self, variant: Variant) -> "torch.Tensor":
+        """The values of the codes, F32 [codes], each at the place of its code."""
+        ...
+
+    def block_size(self, variant: Variant) -> int:
+        """How many weights, one after the other, share a scale."""
+        ...
+
+    def signed_scales(self, variant: Variant) -> bool:
+        """Whether a scale may be negative."""
+        ...
+
+    def scales_as_read(self, scales: "torch.Tensor", variant: Variant) -> "torch.Tensor":
+        """What the scales of a whole weight, F32 [blocks], are when they were stored and are read again."""
+        ...
+
+    def pack_codes(self, codes: "torch.Tensor") -> "torch.Tensor":
+        """Codes, U8 [rows, columns], as they are stored."""
         ...

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.download.checkpoint import Stored, carried_files, read_config, read_tensors
+from tasks.quantize.calibrated import FOLDER, calibrated
 from tasks.quantize.check import check_written
 from tasks.quantize.protocols import Method, Request, TensorFormat, Written
 from tasks.quantize.quiet import quieten
@@ -43,20 +44,26 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     from tasks.quantize.shards import shards
 
     files = shards(request.out, layout.outputs, request.max_shard_size, layout.growing, layout.weight_of)
-    journal = Journal(request.out, _identity(method, request, tensors, layout, files))
-    expected = {journal.path, *(shard.path for shard in files)}
+    identity = _identity(method, request, tensors, layout, files)
+    journal = Journal(request.out, identity)
+    expected = {journal.path, request.out / FOLDER, *(shard.path for shard in files)}
     for path in set(request.out.iterdir()) - expected:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    engine = Engine(request, tensor_format, layout.jobs, files, journal, progress)
+    jobs, notes = layout.jobs, layout.notes
+    if request.variant.calibrate:
+        jobs, said = calibrated(request, tensor_format, layout, identity, progress)
+        notes = [*notes, *said]
+    engine = Engine(request, tensor_format, jobs, files, journal, progress)
     digests = engine.run(functools.partial(_complete, request, config, tensor_format, layout, files))
     journal.remove()
+    shutil.rmtree(request.out / FOLDER, ignore_errors=True)
     return Written(
         digests=digests,
         parameters=layout.parameters,
         quantized=layout.quantized_parameters,
         weight_bytes=sum(shard.path.stat().st_size for shard in files),
         left=layout.left,
-        notes=layout.notes,
+        notes=notes,
     )
 
 
@@ -91,8 +98,9 @@ def _identity(
         versions_for(method),
         [(shard.path.name, shard.data, shard.at) for shard in files],
         [(job.source, str(job.dtype), job.outputs) for job in layout.jobs],
-        request.variant.model_dump(mode="json", exclude={"name"}),
+        request.variant.identity,
         request.device.partition(":")[0],
+        request.calibration.digest if request.calibration else None,
     ]
 
 

@@ -17,18 +17,24 @@ from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
-from tasks.values import Quantized, Snapshot
+from tasks.values import Calibration, Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
 
 VERSION = 5  # of this stage: raise it when the same inputs give other bytes
 
+CALIBRATE = 1  # of tasks/calibrate: raise it when the same sequences give other codes
 
-def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[str, Any]:
+
+def quantize_inputs(
+    snapshot: Snapshot, variant: Variant, device: str, calibration: Calibration | None = None
+) -> dict[str, Any]:
     """Everything that decides the quantized bytes, for the store's key. CPU and CUDA need not round alike."""
+    chosen = {"calibration": calibration.digest, "calibrate": CALIBRATE} if variant.calibrate and calibration else {}
     return {
+        **chosen,
         "snapshot": snapshot.digest,
-        "variant": variant.model_dump(mode="json", exclude={"name"}),
+        "variant": variant.identity,
         "trust_remote_code": snapshot.trust_remote_code,
         "device": device.partition(":")[0],
         "stage": VERSION,
@@ -39,6 +45,7 @@ def quantize_inputs(snapshot: Snapshot, variant: Variant, device: str) -> dict[s
 def quantize(
     snapshot: Snapshot,
     variant: Variant,
+    calibration: Calibration | None = None,
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -63,6 +70,7 @@ def quantize(
             workers=workers,
             names=list(snapshot.files),
             trust_remote_code=snapshot.trust_remote_code,
+            calibration=calibration if variant.calibrate else None,
         )
         with held():
             started = time.monotonic()
@@ -71,17 +79,18 @@ def quantize(
         meta = written.model_dump(mode="json", exclude={"digests"})
         return store.Made(meta={**meta, "seconds": seconds}, digests=written.digests)
 
-    inputs = quantize_inputs(snapshot, variant, chosen)
+    inputs = quantize_inputs(snapshot, variant, chosen, calibration)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)
     written, seconds = Written(digests={}, **artifact.meta), artifact.meta["seconds"]
     quantized = written.quantized_in(artifact.path, artifact.files, artifact.bytes, artifact.digest, seconds, cached)
+    quantized = quantized.model_copy(update={"calibration": calibration if variant.calibrate else None})
     for note in [] if cached else quantized.notes:
         log.warning("%s: %s", variant.label, note)
     return quantized
 
 
 @task(name="quantize", task_run_name="quantize {variant.label}")
-def quantize_task(snapshot: Snapshot, variant: Variant) -> State[Quantized]:
+def quantize_task(snapshot: Snapshot, variant: Variant, calibration: Calibration | None = None) -> State[Quantized]:
     """`quantize` in the flow."""
-    quantized = quantize(snapshot, variant)
+    quantized = quantize(snapshot, variant, calibration)
     return Completed(name="Cached" if quantized.cached else "Completed", data=quantized)

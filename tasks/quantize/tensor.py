@@ -10,9 +10,10 @@ from xxhash import xxh3_64
 
 from configs.errors import TameError
 from configs.schema import Variant
+from tasks.calibrate.finished import read_codes
 from tasks.quantize.journal import Done, Journal
 from tasks.quantize.layout import DTYPES, Job
-from tasks.quantize.protocols import TensorFormat
+from tasks.quantize.protocols import CodedFormat, TensorFormat
 from tasks.quantize.shards import Shard
 
 WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 23}  # quantized at once by a thread
@@ -104,6 +105,8 @@ class Worker:
 
     def _quantize(self, job: Job) -> int:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
+        if job.chosen is not None:
+            return self._write_chosen(job, job.chosen)
         scale = self._scales(self.tensor_format.scale_count((job.shape[0], job.shape[1])))
         checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
@@ -115,6 +118,21 @@ class Worker:
             self.shards[job.output].write(job.output, at, data)
             at += len(data)
         self._check(job, scale)
+        self._write_parts(job, scale, checksum)
+        return checksum.intdigest()
+
+    def _write_chosen(self, job: Job, file: Path) -> int:
+        """Write the codes and scales of a weight that was calibrated. Returns the checksum of what was written."""
+        assert isinstance(self.tensor_format, CodedFormat)
+        made = read_codes(file, job.weight)
+        data = _view(self.tensor_format.pack_codes(made.codes))
+        checksum = xxh3_64(data)
+        self.shards[job.output].write(job.output, 0, data)
+        self._write_parts(job, made.scales, checksum)
+        return checksum.intdigest()
+
+    def _write_parts(self, job: Job, scale: torch.Tensor, checksum: xxh3_64) -> None:
+        """Write what belongs to the codes of a weight, made from its scales."""
         packed = self.tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self.variant)
         for part, name in job.parts.items():
             if name == job.output:
@@ -123,7 +141,6 @@ class Worker:
             if name not in self.shards[name].late:
                 checksum.update(data)
             self.shards[name].write(name, 0, data)
-        return checksum.intdigest()
 
     def _blocks(self, job: Job) -> Iterator[tuple[int, torch.Tensor]]:
         """A weight's rows, a few at a time, on the device and in the job's dtype; with the number of the first."""

@@ -57,11 +57,16 @@ def render(result: Result) -> str:
         examples=_examples(result),
         left=_left(result),
         protocol=_protocol(measured),
-        notes=dict.fromkeys(note for row in measured for note in row.notes),
+        notes=dict.fromkeys(note for row in measured for note in [*_calibrated(row), *row.notes]),
         recipe=_yaml(result),
         seconds=f"{result.seconds / 60:.1f} minutes" if result.seconds >= 120 else f"{result.seconds:.0f} s",
         started=datetime.fromisoformat(result.started).strftime("%-d %B %Y, %H:%M UTC"),
     )
+
+
+def _calibrated(row: Measured) -> list[str]:
+    """What a variant's codes were chosen on."""
+    return [f"{row.name}: {row.calibration.sentence}"] if isinstance(row, ResultVariant) and row.calibration else []
 
 
 def _drawn(result: Result) -> tuple[list[Any], list[Any], list[Any]]:

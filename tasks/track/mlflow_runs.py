@@ -156,6 +156,8 @@ def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
         flat |= formatting.flat("protocol", measured.protocol.model_dump(mode="json"))
     if isinstance(measured, ResultVariant):
         flat |= formatting.flat("", measured.spec.model_dump(mode="json")) | {"bits": registry.bits(measured)}
+        if measured.calibration:
+            flat |= formatting.flat("calibration", measured.calibration.model_dump(exclude={"path", "notes", "cached"}))
     return flat
 
 

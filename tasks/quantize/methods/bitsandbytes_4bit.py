@@ -80,6 +80,46 @@ def quantize_rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, 
     return _bitsandbytes(block, variant.method)
 
 
+def levels(variant: Variant) -> torch.Tensor:
+    """The 16 values, F32 [16]."""
+    from bitsandbytes.functional import get_4bit_type
+
+    found: torch.Tensor = get_4bit_type(variant.method, device="cpu")
+    return found
+
+
+def block_size(variant: Variant) -> int:
+    """64."""
+    return BLOCK
+
+
+def signed_scales(variant: Variant) -> bool:
+    """Always: a scale is a number that a code's value is multiplied with, whatever its sign. Double quantization, which keeps
+    differences from the mean in 8 bits, rounds it a little more coarsely then, to 1 % or so.
+    """
+    return True
+
+
+def scales_as_read(scales: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """The scales themselves, or, with double quantization, what is left of them."""
+    if not variant.double_quant:
+        return scales
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    offset = scales.mean()
+    codes, state = quantize_blockwise(scales - offset, blocksize=256)
+    read: torch.Tensor = dequantize_blockwise(codes, state) + offset
+    return read
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """U8 [ceil(n / 2), 1]: two in a byte, the first in the high half."""
+    flat = codes.reshape(-1)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[::2] << 4 | flat[1::2]).view(-1, 1)
+
+
 def plausible(scales: torch.Tensor) -> bool:
     """Whether all scales are finite; NaN and infinite weights make theirs so."""
     return math.isfinite(float(scales.max()))

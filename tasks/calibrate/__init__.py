@@ -1,0 +1,1 @@
+"""A model walked through block by block on a text, and codes that are better than the nearest ones."""

@@ -1,0 +1,149 @@
+"""The codes of a layer's weights, chosen together, so that the layer puts out what the original does.
+
+A linear layer with weights W [rows, columns] is read from a text as a quadratic form: with X the inputs of the quantized
+model, one token a row, and H = X^T X, weights Q instead of a target T cost tr((T - Q) H (T - Q)^T).
+
+- `target`: Frantar et al. 2022 (GPTQ, arXiv 2210.17323) take T = W. Where the blocks before are quantized, X is not what the
+  original would see; with X' the original's inputs and C = X'^T X, the T that puts out W X' is W + W (C - H) H^-1
+  (Li et al. 2025, GPTAQ, arXiv 2504.02692), of which a part is taken.
+- `column_loop`: GPTQ's: column after column is rounded, and what was lost is put on the columns to come, by the rows of the
+  Cholesky factor of H^-1. Columns go by falling diagonal; scales are static.
+- `descend`: every column again, given all others: coordinate descent (Behdin et al. 2023, QuantEase, arXiv 2309.01885).
+- `refit`: the scales again, given the codes: least squares, block by block.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from tasks.calibrate.grid import Grid
+
+log = logging.getLogger("tame.calibrate")
+
+STEP = 128  # columns between two products with all that come after
+
+
+@dataclass
+class Form:
+    """A damped Hessian, F32 [columns, columns], and its factor in the order in which columns are rounded.
+
+    `factor` is the upper triangular U with H^-1 = U^T U, where H's rows and columns are taken by `order`.
+    """
+
+    order: torch.Tensor
+    hessian: torch.Tensor
+    factor: torch.Tensor
+    damping: float
+
+
+def form(hessian: torch.Tensor, damping: float, name: str) -> Form:
+    """Damp a Hessian, F32 [columns, columns], in place, and factor it.
+
+    `damping` is a part of the mean diagonal; it is raised until it is enough, and that is logged with `name`. With L the
+    Cholesky factor of H in reverse order, U is L^-1 in reverse order.
+    """
+    diagonal = hessian.diagonal().clone()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    reverse = order.flip(0)
+    mean = float(diagonal.mean())
+    while True:
+        hessian.diagonal().copy_(diagonal).add_(damping * mean if mean > 0 else 1.0)
+        lower, failed = torch.linalg.cholesky_ex(hessian[reverse][:, reverse])
+        if not failed:
+            break
+        damping *= 10
+        log.warning(
+            "the Hessian of %s cannot be inverted; its damping is raised to %g of the mean diagonal", name, damping
+        )
+    identity = torch.eye(len(hessian), device=hessian.device)
+    factor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    return Form(order, hessian, factor.flip(0, 1), damping)
+
+
+def target(weight: torch.Tensor, shift: torch.Tensor, made: Form, share: float) -> torch.Tensor:
+    """T = W + share * shift H^-1, F32 [rows, columns]; `shift` is W (C - H), [rows, columns]."""
+    moved = shift[:, made.order] @ made.factor.T @ made.factor
+    out = weight.clone()
+    out[:, made.order] += share * moved
+    return out
+
+
+def column_loop(goal: torch.Tensor, scales: torch.Tensor, made: Form, grid: Grid) -> torch.Tensor:
+    """Round `goal`, F32 [rows, columns], column by column. Returns ranks of levels, Int32 [rows, columns].
+
+    `scales` are each weight's, F32 [rows, columns].
+    """
+    rest, scale = goal.T[made.order], scales.T[made.order]  # a column is contiguous
+    ranks = torch.empty(rest.shape, dtype=torch.int32, device=rest.device)
+    factor = made.factor
+    for start in range(0, len(rest), STEP):
+        end = min(start + STEP, len(rest))
+        within = factor[start:end, start:end].T.contiguous()
+        errors = _round(rest[start:end], scale[start:end], ranks[start:end], within, None, grid)
+        rest[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    out = torch.empty_like(ranks)
+    out[made.order] = ranks
+    return out.T.contiguous()
+
+
+def descend(goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: Form, grid: Grid) -> torch.Tensor:
+    """One sweep of coordinate descent over all columns; arguments and result as `column_loop`'s."""
+    scale, out = scales.T.contiguous(), ranks.T.contiguous()
+    values = grid.sorted[out] * scale
+    error = values - goal.T
+    hessian = made.hessian
+    for start in range(0, len(error), STEP):
+        end = min(start + STEP, len(error))
+        slope = hessian[start:end] @ error
+        within = hessian[start:end, start:end].contiguous()
+        error[start:end] += _round(slope, scale[start:end], out[start:end], within, values[start:end], grid)
+    return out.T.contiguous()
+
+
+def _round(
+    rest: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: torch.Tensor,
+    matrix: torch.Tensor,
+    values: torch.Tensor | None,
+    grid: Grid,
+) -> torch.Tensor:
+    """The columns of one step, as `column_triton.round_columns`, which see. Returns what that calls `kept`."""
+    kept = torch.empty_like(rest)
+    if rest.is_cuda:
+        from tasks.calibrate.column_triton import round_columns
+
+        round_columns(rest, scale, ranks, kept, matrix, values, (grid.sorted, grid.bounds))
+        return kept
+    inverse = torch.where(scale != 0, 1 / scale, 0)
+    diagonal = matrix.diagonal().tolist()
+    for j in range(len(rest)):
+        taken = matrix[j, :j] @ kept[:j]
+        wanted = rest[j] - taken if values is None else values[j] - (rest[j] + taken) / diagonal[j]
+        torch.bucketize(wanted * inverse[j], grid.bounds, out_int32=True, out=ranks[j])
+        new = grid.sorted[ranks[j]] * scale[j]
+        kept[j] = (wanted - new) / diagonal[j] if values is None else new - values[j]
+    return kept
+
+
+def refit(goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: Form, grid: Grid) -> torch.Tensor:
+    """Scales [blocks] anew for given codes: one sweep over blocks, each at its least squares given the others.
+
+    Blocks must not cross rows.
+    """
+    rows, columns = goal.shape
+    hessian = made.hessian
+    levels = grid.sorted[ranks]
+    scale = scales.view(rows, columns // grid.block).clone()
+    error = levels * scale.repeat_interleave(grid.block, 1) - goal
+    for b in range(columns // grid.block):
+        part = slice(b * grid.block, (b + 1) * grid.block)
+        q = levels[:, part]
+        up = ((error @ hessian[:, part]) * q).sum(1)
+        down = ((q @ hessian[part, part]) * q).sum(1)
+        step = torch.where(down > 0, up / down, 0)
+        scale[:, b] -= step
+        error[:, part] -= step[:, None] * q
+    return scale.view(-1)

@@ -1,0 +1,63 @@
+"""A variant that is calibrated: which weights, in which format, on which sequences, is what quantizing tells tasks/calibrate."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import BadInputError, TameError
+from tasks.quantize.protocols import CodedFormat, Request, TensorFormat
+from tasks.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from tasks.quantize.layout import Job, Layout
+
+FOLDER = ".calibrated"
+"""Where finished blocks lie, in the folder that is being filled, until all is written."""
+
+
+def calibrated(
+    request: Request, tensor_format: TensorFormat, layout: "Layout", identity: Any, progress: Progress
+) -> "tuple[list[Job], list[str]]":
+    """The layout's jobs, those that quantize with the codes that were chosen for them; and what to say of it.
+
+    Raises:
+        BadInputError: a model or a format that cannot be calibrated.
+        TameError: as `choose`; no memory on the GPU.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from tasks.calibrate.grid import Grid
+    from tasks.calibrate.run import Asked, choose
+
+    variant, calibration = request.variant, request.calibration
+    if not isinstance(tensor_format, CodedFormat) or calibration is None:
+        raise BadInputError(
+            f"{variant.label}: it cannot be calibrated, or there is no text for it; leave calibrate out"
+        )
+    coded: CodedFormat = tensor_format
+    grid = Grid(
+        coded.levels(variant),
+        coded.block_size(variant),
+        as_stored=lambda scales: coded.scales_as_read(scales, variant),
+        signed=coded.signed_scales(variant),
+    )
+    asked = Asked(
+        source=request.source,
+        ids=load_file(Path(calibration.path) / "ids.safetensors")["ids"].long(),
+        weights=[job.weight for job in layout.jobs if job.quantized],
+        level="true" if isinstance(variant.calibrate, bool) else variant.calibrate,
+        device="cuda:0" if request.device == "cuda" else request.device,
+        work=request.out / FOLDER,
+        identity=identity,
+        trust_remote_code=request.trust_remote_code,
+    )
+    try:
+        chosen = choose(asked, grid, variant.label, progress)
+    except torch.OutOfMemoryError as error:
+        raise TameError(
+            f"{request.source}: {asked.device} is out of memory while calibrating; free some, use shorter sequences, or use "
+            "--device cpu"
+        ) from error
+    jobs = [replace(job, chosen=chosen.where.get(job.weight)) for job in layout.jobs]
+    return jobs, [*calibration.notes, *chosen.notes]
