@@ -77,6 +77,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
+    asked["group_size"] = options.group_size
     variant = _checked(Variant, explain, **asked)
     from tasks.download.look import look
     from tasks.quantize.command import parse_size, quantize_folder
@@ -275,6 +276,12 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         choices=dtypes,
         help="of 4-bit layers; float32 is what transformers writes",
+    )
+    command.add_argument(
+        "--group-size",
+        metavar="N",
+        type=int,
+        help="integers of w4a16 and w8a16 that share a scale: 128, 64, 32, or -1 for a whole row",
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -86,7 +86,11 @@ def _known_method(method: Any) -> str:
 
 
 Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": list(METHODS), "type": "string"})]
-NOT_GIVEN = {"double_quant": {"const": False}, "compute_dtype": EMPTY}
+NOT_GIVEN = {
+    "double_quant": {"const": False},
+    "compute_dtype": EMPTY,
+    "group_size": EMPTY,
+}
 
 
 class Variant(Spec):
@@ -101,12 +105,19 @@ class Variant(Spec):
         if OPTIONS.keys() - takes
     ]
     method: Method = Field(
-        description="Format of the quantized weights: int8, nf4 and fp4 have 8 and 4 bits a weight.", examples=["nf4"]
+        description="Format of the quantized weights. For transformers and fine-tuning: int8 (8 bits a weight), nf4, fp4 (4 bits). "
+        "For vLLM, experts included: w4a16, mxfp4 (4 bits), w8a16, w8a8, fp8 (8 bits).",
+        examples=["nf4"],
     )
     double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
     compute_dtype: DTYPES | None = Field(
         None,
         description="What 4-bit layers compute in. Empty: the model's own dtype. (transformers' default, float32, is slow.)",
+    )
+    group_size: Literal[-1, 32, 64, 128] | None = Field(
+        None,
+        description="Integers of w4a16 and w8a16 that share a scale; -1: a whole row. Empty: the largest of 128, 64 and 32 that "
+        "divides every row.",
     )
     skip_modules: list[Text] = Field(
         default=[],
@@ -118,8 +129,11 @@ class Variant(Spec):
 
     @property
     def label(self) -> str:
-        """The given name, or `int8`, `nf4`, `nf4-dq`, `fp4`, `fp4-dq`."""
-        return self.name or self.method + ("-dq" if self.double_quant else "")
+        """The given name, or the method's, with what was chosen: `nf4`, `nf4-dq`, `w4a16`, `w4a16-g64`, `w4a16-row`."""
+        chosen = ["dq"] if self.double_quant else []
+        if self.group_size is not None:
+            chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
+        return self.name or "-".join([self.method, *chosen])
 
     @model_validator(mode="after")
     def _fits_method(self) -> Self:
