@@ -87,6 +87,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
+    asked["group_size"] = options.group_size
     if options.calibrate is not None:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)
@@ -300,11 +301,17 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         help="choose 4-bit codes on these UTF-8 texts, mixed evenly; without a FILE, on Python's own library",
     )
     command.add_argument(
-        "--calibrate-sequences", metavar="N", type=_positive, help="sequences taken from each text; by default 128"
+        "--calibrate-sequences", metavar="N", type=positive, help="sequences taken from each text; by default 128"
     )
-    command.add_argument("--calibrate-length", metavar="N", type=_positive, help="tokens in each; by default 2048")
+    command.add_argument("--calibrate-length", metavar="N", type=positive, help="tokens in each; by default 2048")
     command.add_argument(
         "--calibrate-level", default="true", choices=("fast", "true", "best"), help="fast: the scales alone"
+    )
+    command.add_argument(
+        "--group-size",
+        metavar="N",
+        type=int,
+        help="integers of w4a16 and w8a16 that share a scale: 128, 64, 32, or -1 for a whole row",
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

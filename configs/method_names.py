@@ -5,12 +5,24 @@ What a method does is in tasks/quantize/methods/. A new one has a line here and 
 
 FOUR_BIT = "the 4-bit methods nf4 and fp4"
 
-OPTIONS = {"double_quant": FOUR_BIT, "compute_dtype": FOUR_BIT, "calibrate": FOUR_BIT}
+INTEGERS = "w4a16 and w8a16"
+
+OPTIONS = {
+    "double_quant": FOUR_BIT,
+    "compute_dtype": FOUR_BIT,
+    "calibrate": FOUR_BIT,
+    "group_size": INTEGERS,
+}
 """Options of a variant that only some methods take, and which these are, in words."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "nf4": ("double_quant", "compute_dtype", "calibrate"),
     "fp4": ("double_quant", "compute_dtype", "calibrate"),
+    "w4a16": ("group_size",),
+    "w8a16": ("group_size",),
+    "w8a8": (),
+    "fp8": (),
+    "mxfp4": (),
 }
 """Each method's name, and those of OPTIONS that it takes."""

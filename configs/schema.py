@@ -96,7 +96,12 @@ def _known_method(method: Any) -> str:
 
 
 Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": list(METHODS), "type": "string"})]
-NOT_GIVEN = {"double_quant": {"const": False}, "compute_dtype": EMPTY, "calibrate": {"const": False}}
+NOT_GIVEN = {
+    "double_quant": {"const": False},
+    "compute_dtype": EMPTY,
+    "calibrate": {"const": False},
+    "group_size": EMPTY,
+}
 
 
 class Variant(Spec):
@@ -111,7 +116,9 @@ class Variant(Spec):
         if OPTIONS.keys() - takes
     ]
     method: Method = Field(
-        description="Format of the quantized weights: int8, nf4 and fp4 have 8 and 4 bits a weight.", examples=["nf4"]
+        description="Format of the quantized weights. For transformers and fine-tuning: int8 (8 bits a weight), nf4, fp4 (4 bits). "
+        "For vLLM, experts included: w4a16, mxfp4 (4 bits), w8a16, w8a8, fp8 (8 bits).",
+        examples=["nf4"],
     )
     double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
     compute_dtype: DTYPES | None = Field(
@@ -123,6 +130,11 @@ class Variant(Spec):
         description="Choose the codes on a text (calibration:) instead of taking the nearest ones: same format and size, about a "
         "fifth of the damage. fast: the scales alone, half the gain in a tenth of the time. best: scales are tuned as well.",
     )
+    group_size: Literal[-1, 32, 64, 128] | None = Field(
+        None,
+        description="Integers of w4a16 and w8a16 that share a scale; -1: a whole row. Empty: the largest of 128, 64 and 32 that "
+        "divides every row.",
+    )
     skip_modules: list[Text] = Field(
         default=[],
         description="Modules to leave unquantized besides those that transformers leaves.",
@@ -133,15 +145,18 @@ class Variant(Spec):
 
     @property
     def label(self) -> str:
-        """The given name, or `int8`, `nf4`, `nf4-dq`, `fp4`, `fp4-dq`, `nf4-cal`, `nf4-dq-cal-fast`, …."""
-        level = f"-{self.calibrate}" if isinstance(self.calibrate, str) else ""
-        calibrated = f"-cal{level}" if self.calibrate else ""
-        return self.name or self.method + ("-dq" if self.double_quant else "") + calibrated
+        """The given name, or the method's, with what was chosen: `nf4`, `nf4-dq`, `nf4-cal`, `nf4-dq-cal-fast`, `w4a16-g64`, …."""
+        chosen = ["dq"] if self.double_quant else []
+        if self.group_size is not None:
+            chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
+        if self.calibrate:
+            chosen += ["cal", self.calibrate] if isinstance(self.calibrate, str) else ["cal"]
+        return self.name or "-".join([self.method, *chosen])
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
-        unused = {key for key in ("calibrate",) if not getattr(self, key)}
+        unused = {key for key in ("calibrate", "group_size") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
 
     @model_validator(mode="after")

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.errors import BadInputError
+from configs.schema import Variant
 from tasks.download.checkpoint import INDEX, Stored
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -33,6 +34,12 @@ class Selection:
     """Whether the weight of this name, as the model calls it, is quantized."""
     quantizer: Any = None
     """transformers' HfQuantizer, where it is what decides: it may rename tensors too."""
+    variant: Variant | None = None
+    """The variant with all decided that it had left open; None where it had left nothing."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a weight is not quantized, by its name, where that is the format's own reason."""
+    ignored: str = ""
+    """The key of `quantization_config` that lists modules which are not quantized; empty where there is none."""
 
 
 def select_as_transformers(config: Any, model: Any, dtype: torch.dtype, pre_quantized: bool = False) -> Selection:
@@ -43,12 +50,41 @@ def select_as_transformers(config: Any, model: Any, dtype: torch.dtype, pre_quan
     from transformers.quantizers import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
-    quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[])
+    prepare(quantizer, model, dtype)
     return Selection(
         quantization_config=quantizer.quantization_config.to_dict(),
         includes=lambda name: bool(quantizer.param_needs_quantization(model, name)),
         quantizer=quantizer,
     )
+
+
+def loading_quantizer(config: dict[str, Any]) -> Any:
+    """The HfQuantizer that loads a checkpoint whose config.json has this `quantization_config`."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    quantizer.validate_environment(device_map={"": "cpu"})
+    return quantizer
+
+
+def prepare(quantizer: Any, model: Any, dtype: torch.dtype) -> None:
+    """Replace the model's layers by what a checkpoint is loaded into, as `from_pretrained` does before it loads weights."""
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"}, checkpoint_files=[])
+
+
+def loaded_in_parts(model: Any, quantizer: Any) -> Callable[[str], bool]:
+    """A function from a parameter's name to whether transformers can make it from several quantized weights, as of experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    (names,) = quantizer.serialized_names.values()
+    endings = tuple(f".{name}" for name in names if name != "weight")
+    parts = [
+        conversion.reverse_transform()
+        for conversion in get_model_conversion_mapping(model, None, quantizer)
+        if any(pattern.endswith(endings) for pattern in getattr(conversion, "_original_source_patterns", []))
+        and getattr(conversion, "operations", [])
+    ]
+    return lambda name: any(conversion.rename_source_key(name)[1] is not None for conversion in parts)
 
 
 def read_model_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -190,6 +226,14 @@ def reverted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         return renamed
     # transformers would only sort them, and compile a pattern for each name: as long as all else here
     return {name: state[name] for name in natural_order(state)}
+
+
+def as_saved(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` under the names that checkpoints of such a model usually have, where no checkpoint was looked at."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    renamed: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    return renamed
 
 
 def tied(model: Any) -> dict[str, str]:

@@ -42,7 +42,7 @@ ROOMS = (
 )
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 350, 60, 7
 LONGER = {"configs.schema"}
-LIBRARY = re.compile(r"bitsandbytes|bnb", re.IGNORECASE)
+LIBRARY = re.compile(r"bitsandbytes|bnb|compressed.tensors", re.IGNORECASE)
 METHODS = "tasks.quantize.methods"
 NOT_YET = (
     "file: tasks.store.artifacts has",

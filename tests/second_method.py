@@ -90,10 +90,10 @@ class Format:
     def grows(self, name: str, variant: Variant) -> bool:
         return False
 
-    def row_multiple(self, columns: int) -> int:
+    def row_multiple(self, columns: int, variant: Variant) -> int:
         return 1
 
-    def scale_count(self, shape: tuple[int, int]) -> int:
+    def scale_count(self, shape: tuple[int, int], variant: Variant) -> int:
         return shape[0]
 
     def quantize_rows(self, block: "torch.Tensor", variant: Variant) -> "tuple[torch.Tensor, torch.Tensor]":

@@ -94,7 +94,11 @@ def _compare(
                 errors.append(error)
                 progress("layers", len(errors), len(jobs))
     return [
-        {"module": job.output.removesuffix(".weight"), "error": error, "parameters": math.prod(job.shape)}
+        {
+            "module": job.output.removesuffix(f".{next(iter(job.parts))}"),
+            "error": error,
+            "parameters": math.prod(job.shape),
+        }
         for job, error in zip(jobs, errors, strict=True)
     ]
 

@@ -83,6 +83,8 @@ class Layout:
     """Every tensor that is written, as a meta tensor, in the order in which `save_pretrained` goes through them."""
     config: dict[str, Any]
     """What config.json needs besides the source's own keys."""
+    variant: Variant
+    """With all decided that the recipe's had left open."""
     generation_config: dict[str, Any] | None
     parameters: int
     quantized: set[str]
@@ -115,6 +117,7 @@ def lay_out(
     model = whole.model
     if tensors is None:
         tensors = _complete(model)
+    variant = whole.selection.variant or variant
     sources, fused = transformers_adapter.match(model, whole.selection.quantizer, tensors)
     saved = _saved(model, sources, fused, folder)
     wanted = {name for name in saved if whole.selection.includes(name)}
@@ -137,8 +140,9 @@ def lay_out(
         config={
             "architectures": [type(model).__name__],
             "dtype": str(whole.dtype).removeprefix("torch."),
-            "quantization_config": whole.selection.quantization_config,
+            "quantization_config": _with_stored_names(whole),
         },
+        variant=variant,
         generation_config=generation,
         parameters=sum(tensor.numel() for tensor in saved.values()),
         quantized=wanted,
@@ -146,7 +150,7 @@ def lay_out(
         left=left,
         notes=notes,
         growing={name for name, output in written.items() if output.part and tensor_format.grows(output.part, variant)},
-        weight_of={name: output.weight for name, output in written.items() if output.part and output.weight},
+        weight_of={name: output.weight or output.split for name, output in written.items() if output.part},
     )
 
 
@@ -183,6 +187,10 @@ class _Output:
     """What the weight is cast to before anything else."""
     part: str = ""
     """What the format calls it, below the module; empty where the weight is not quantized."""
+    split: str = ""
+    """For a part of what transformers splits off on saving: the name that this has where it is not quantized."""
+    shape: tuple[int, ...] = ()
+    """For a part: the shape of its weight."""
     codes: bool = True
     """Whether it is the weight itself, or its codes."""
 
@@ -194,20 +202,42 @@ def _written(
     kept = transformers_adapter.kept_dtypes(whole.model, whole.dtype)
     state: dict[str, torch.Tensor] = {}
     outputs: dict[int, _Output] = {}
+    split: set[str] = set()
     for name, tensor in saved.items():
-        if name not in wanted:
+        if name not in wanted or tensor.ndim > 2:
             state[name] = torch.empty(tensor.shape, dtype=kept(name) or tensor.dtype, device="meta")
             outputs[id(state[name])] = _Output(state[name], name, state[name].dtype)
+            if name in wanted:
+                split |= transformers_adapter.reverted(whole.model, {name: state[name]}).keys()
             continue
         module, dtype = name.rpartition(".")[0], kept(name) or whole.dtype
         parts = tensor_format.outputs((tensor.shape[0], tensor.shape[1]), dtype, variant)
         for number, (part, stored) in enumerate(parts.items()):
             state[f"{module}.{part}"] = stored
-            outputs[id(stored)] = _Output(stored, name, dtype, part, codes=number == 0)
-    return {
-        name: outputs.get(id(tensor), _Output(tensor, None, tensor.dtype))
-        for name, tensor in transformers_adapter.reverted(whole.model, state).items()
-    }
+            outputs[id(stored)] = _Output(stored, name, dtype, part, shape=tensor.shape, codes=number == 0)
+    written: dict[str, _Output] = {}
+    for name, tensor in transformers_adapter.reverted(whole.model, state).items():
+        if name not in split:
+            written[name] = outputs.get(id(tensor), _Output(tensor, None, tensor.dtype))
+            continue
+        parts = tensor_format.outputs((tensor.shape[0], tensor.shape[1]), tensor.dtype, variant)
+        for number, (part, stored) in enumerate(parts.items()):
+            written[f"{name.rpartition('.')[0]}.{part}"] = _Output(
+                stored, None, tensor.dtype, part, split=name, shape=tensor.shape, codes=number == 0
+            )
+    return written
+
+
+def _with_stored_names(whole: Skeleton) -> dict[str, Any]:
+    """The quantization_config; its list of modules that are not quantized has their names in the model and in the checkpoint."""
+    config, key = whole.selection.quantization_config, whole.selection.ignored
+    if not key:
+        return config
+    state = whole.model.state_dict()
+    names = [f"{module}.weight" for module in config[key] if f"{module}.weight" in state]
+    stored = transformers_adapter.reverted(whole.model, {name: state[name] for name in names})
+    both = dict.fromkeys([*config[key], *(name.removesuffix(".weight") for name in stored)])
+    return {**config, key: list(both)}
 
 
 def _jobs(
@@ -222,8 +252,8 @@ def _jobs(
     model_name = type(whole.model).__name__
     parts: dict[str, dict[str, str]] = {}
     for name, output in sorted(written.items(), key=lambda item: not item[1].codes):
-        if output.weight and output.part:
-            parts.setdefault(output.weight, {})[output.part] = name
+        if output.part:
+            parts.setdefault(output.weight or output.split, {})[output.part] = name
     jobs = []
     for name, output in written.items():
         if not output.codes:
@@ -233,15 +263,17 @@ def _jobs(
                 several = ", ".join(tensor.name for tensor in sources[output.weight])
                 raise TameError(f"{folder}: {several} all become {output.weight}; remove all but one")
             source = sources[output.weight][0]
-        elif name in tensors and tensors[name].shape == tuple(output.tensor.shape):
-            source = tensors[name]  # fused on loading and split on saving: the same tensor again
+        elif (plain := output.split or name) in tensors and tensors[plain].shape == tuple(
+            output.shape or output.tensor.shape
+        ):
+            source = tensors[plain]  # fused on loading and split on saving: the same tensor again
         else:
             raise BadInputError(
                 f"{folder}: transformers rewrites {name} of {model_name} on loading in a way that cannot be "
                 "streamed; tame does not quantize this architecture"
             )
         quantized = bool(output.part)
-        shape = tuple((saved[str(output.weight)] if quantized else output.tensor).shape)
+        shape = tuple(output.shape if quantized else output.tensor.shape)
         transposed = quantized and str(output.weight).rpartition(".")[0] in whole.transposed
         stored = shape[::-1] if transposed else shape
         if source.shape != stored:
@@ -251,8 +283,8 @@ def _jobs(
             )
         if source.dtype not in (QUANTIZABLE if quantized else DTYPES):
             raise TameError(f"{folder / source.file}: {source.name} is {source.dtype}; expected F16, BF16 or F32")
-        belongs = parts.get(str(output.weight), {})
-        weight = str(output.weight) if quantized else ""
+        belongs = parts.get(str(output.weight or output.split), {})
+        weight = str(output.weight or output.split) if quantized else ""
         jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, belongs, weight=weight))
     return jobs
 
@@ -271,12 +303,12 @@ def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, St
 
 
 def _complete(model: Any) -> dict[str, Stored]:
-    """Tensors for a model whose weights are not there: its own, tied ones once, under its own names."""
+    """Tensors for a model whose weights are not there: its own, tied ones once, under the names that checkpoints have."""
     tied = transformers_adapter.tied(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {
         name: Stored(name, NAMES.get(tensor.dtype, "F32"), tuple(tensor.shape), "", 0, tensor.nbytes)
-        for name, tensor in model.state_dict().items()
-        if name not in tied
+        for name, tensor in transformers_adapter.as_saved(model, state).items()
     }
 
 

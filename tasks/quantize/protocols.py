@@ -119,7 +119,7 @@ class Method(Protocol):
 
     @property
     def family(self) -> str:
-        """What the field calls the checkpoint's format, such as `compressed-tensors`."""
+        """What the field calls the checkpoint's format."""
         ...
 
     @property
@@ -186,11 +186,11 @@ class TensorFormat(Protocol):
         """Whether the length of the output `name` depends on the values of the weights; it is then 1-D."""
         ...
 
-    def row_multiple(self, columns: int) -> int:
+    def row_multiple(self, columns: int, variant: Variant) -> int:
         """Rows that are quantized together: calls of `quantize_rows` get a multiple of these, but for a weight's last rows."""
         ...
 
-    def scale_count(self, shape: tuple[int, int]) -> int:
+    def scale_count(self, shape: tuple[int, int], variant: Variant) -> int:
         """How many scales a weight, or some of its rows, has."""
         ...
 

@@ -1,5 +1,6 @@
 """One folder in, one folder out: everything that happens in the process that quantizes."""
 
+import dataclasses
 import functools
 import gc
 import json
@@ -39,6 +40,7 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
         config.pop("auto_map", None)
     tensors = read_tensors(request.source)
     tensor_format, layout = _lay_out(method, request, tensors)
+    request = dataclasses.replace(request, variant=layout.variant)
     from tasks.quantize.engine import Engine
     from tasks.quantize.journal import Journal
     from tasks.quantize.shards import shards

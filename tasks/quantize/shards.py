@@ -14,7 +14,8 @@ from tasks.download.checkpoint import INDEX, WEIGHTS
 
 NAMES = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
 ORDER = list(NAMES)  # safetensors' enum of dtypes, backwards
 SLACK = 32  # bytes of header for a tensor whose length is not known yet

@@ -89,7 +89,8 @@ def left_out(
             continue
         module = whole.model.get_submodule(name.rpartition(".")[0])
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        groups.setdefault((pattern, reason_of(module, name, tensor)), []).append(tensor.numel())
+        reason = whole.selection.reasons.get(name) or reason_of(module, name, tensor)
+        groups.setdefault((pattern, reason), []).append(tensor.numel())
     left = [
         Unquantized(module=pattern, tensors=len(sizes), parameters=sum(sizes), reason=reason)
         for (pattern, reason), sizes in groups.items()
@@ -98,7 +99,10 @@ def left_out(
     total = sum(tensor.numel() for tensor in saved.values())
     notes = []
     for entry in left:
-        if entry.reason in (reason_of.fused, OWN_CLASS) and entry.parameters > 0.01 * total:
+        if (
+            entry.reason in {reason_of.fused, OWN_CLASS, *whole.selection.reasons.values()}
+            and entry.parameters > 0.01 * total
+        ):
             share = entry.parameters / total
             notes.append(f"{entry.module} ({share:.0%} of the parameters) stays unquantized: {entry.reason}.")
     return left, notes

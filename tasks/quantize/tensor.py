@@ -107,7 +107,7 @@ class Worker:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
         if job.chosen is not None:
             return self._write_chosen(job, job.chosen)
-        scale = self._scales(self.tensor_format.scale_count((job.shape[0], job.shape[1])))
+        scale = self._scales(self.tensor_format.scale_count((job.shape[0], job.shape[1]), self.variant))
         checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
             codes, some = self.tensor_format.quantize_rows(block, self.variant)
@@ -151,7 +151,7 @@ class Worker:
         """The same on the host, in the dtype that they have in the source; valid until the next one."""
         source, (height, width) = job.source, job.shape
         stored = DTYPES[source.dtype]
-        step = self.tensor_format.row_multiple(width)
+        step = self.tensor_format.row_multiple(width, self.variant)
         several = max(step, WEIGHTS[self.device.type] // width // step * step)
         if job.transposed:
             whole = self._read(source.file, source.start, source.end - source.start).view(stored).view(width, height).T
@@ -176,7 +176,7 @@ class Worker:
             if len(bad):
                 first, column = (int(index) for index in bad[0])
                 raise TameError(f"{self._where(job)} {_lost(stored[first, column], [row + first, column], job.dtype)}")
-            count = self.tensor_format.scale_count((block.shape[0], block.shape[1]))
+            count = self.tensor_format.scale_count((block.shape[0], block.shape[1]), self.variant)
             if lost := self.tensor_format.fault(block, scales[known : known + count]):
                 lost_row, why = lost
                 raise TameError(f"{self._where(job)}: row {row + lost_row} {why}")

@@ -9,9 +9,16 @@ from pydantic import ValidationError
 
 from configs.schema import Variant
 from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
+from tasks.quantize.methods.compressed_tensors import CompressedTensors
+from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
 from tasks.quantize.protocols import Method
 
-METHODS: dict[str, Method] = {"int8": EightBit(), "nf4": FourBit("nf4"), "fp4": FourBit("fp4")}
+METHODS: dict[str, Method] = {
+    "int8": EightBit(),
+    "nf4": FourBit("nf4"),
+    "fp4": FourBit("fp4"),
+    **{name: CompressedTensors(name) for name in SCHEMES},
+}
 """By the names of configs/method_names.py."""
 
 

@@ -54,7 +54,7 @@ def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dic
     """
     with torch.device("meta"):
         codes = torch.empty((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8)
-        state = _state(torch.empty(scale_count(shape)), shape, dtype, variant)
+        state = _state(torch.empty(scale_count(shape, variant)), shape, dtype, variant)
     return {"weight": codes, **state}
 
 
@@ -63,12 +63,12 @@ def grows(name: str, variant: Variant) -> bool:
     return variant.double_quant and name.startswith("weight.quant_state.")
 
 
-def row_multiple(columns: int) -> int:
+def row_multiple(columns: int, variant: Variant) -> int:
     """So many rows that no block of weights that share a scale crosses from one call of `quantize_rows` to the next."""
     return BLOCK // math.gcd(BLOCK, columns)
 
 
-def scale_count(shape: tuple[int, int]) -> int:
+def scale_count(shape: tuple[int, int], variant: Variant) -> int:
     """One for each block, the last of which may be shorter."""
     return -(-shape[0] * shape[1] // BLOCK)
 

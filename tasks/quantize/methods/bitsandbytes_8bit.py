@@ -45,12 +45,12 @@ def grows(name: str, variant: Variant) -> bool:
     return False
 
 
-def row_multiple(columns: int) -> int:
+def row_multiple(columns: int, variant: Variant) -> int:
     """Rows are independent of each other."""
     return 1
 
 
-def scale_count(shape: tuple[int, int]) -> int:
+def scale_count(shape: tuple[int, int], variant: Variant) -> int:
     """One for each row."""
     return shape[0]
 
