@@ -15,7 +15,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Source, Variant
 from tasks.download.look import look
 from tasks.download.task import download
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tests.hub import Hub
 from tests.models import quantize
 
@@ -215,7 +215,7 @@ def test_from_the_hub_pinned_complete_and_again_without_a_hub(model: Path, tmp_p
     offline = in_process(hub, tmp_path)
     assert offline["commit"] == moved["commit"]
     assert offline["digest"] == moved["digest"]
-    assert store.digest_of(moved["files"]) == moved["digest"]
+    assert on_disk.digest_of(moved["files"]) == moved["digest"]
 
 
 def test_one_of_the_machines_that_share_a_store_downloads(model: Path, tmp_path: Path) -> None:

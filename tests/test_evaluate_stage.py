@@ -18,6 +18,7 @@ from tasks.download.text import load_text
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.gate import judge
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_files
 from tasks.values import Checkpoint, Snapshot
 from tests.models import VOCABULARY, tiny
@@ -35,7 +36,7 @@ ALONE = SPEC.model_copy(update={"speed": None, "samples": None})
 
 def snapshot_of(folder: Path) -> Snapshot:
     files = sha256_files(folder, sorted(path.name for path in folder.iterdir()))
-    digest = store.digest_of(files)
+    digest = on_disk.digest_of(files)
     where = str(folder)
     return Snapshot(path=where, model=where, name=folder.name, revision=None, commit=None, files=files, digest=digest)
 

@@ -217,13 +217,13 @@ def test_the_key_covers_definition_data_and_limits(own_tasks: Path, tmp_path: Pa
     (folder / "choice.yaml").write_text((folder / "choice.yaml").read_text().replace(str(own_tasks), str(folder)))
 
     def key(**options) -> str:
-        from tasks.store.artifacts import key_of
+        from tasks.store.on_disk import key_of
 
         spec = spec_of(folder, **options)
         return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path)))
 
     def of_the_other(**options) -> str:
-        from tasks.store.artifacts import key_of
+        from tasks.store.on_disk import key_of
 
         spec = spec_of(folder, **options)
         return key_of(inputs_of(spec, find_tasks(spec.tasks, spec.task_path))["own_written"])

@@ -23,6 +23,7 @@ from tasks.publish.preflight import preflight
 from tasks.publish.task import check, publish, publish_folder
 from tasks.runtime.progress import silent
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_files
 from tasks.values import Found, Published
 from tests.hub import Hub
@@ -73,7 +74,7 @@ def files(folder: Path) -> dict[str, str]:
 def documents(folder: Path, card: str = "# A card\n", run: str = "first", limit: float = 0.1) -> dict[str, bytes]:
     text = f"---\nlicense: mit\n---\n{card}".encode()
     told = {
-        "artifact": {"digest": store.digest_of(files(folder)), "files": files(folder)},
+        "artifact": {"digest": on_disk.digest_of(files(folder)), "files": files(folder)},
         "source": {"model": "org/another", "commit": "c" * 40, "digest": "d" * 64},
         "variant": {"name": "nf4"},
         "versions": {"tame": "0.1.0"},

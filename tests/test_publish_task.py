@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from configs.schema import Publish
 from tasks.runtime.progress import silent
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_files
 from tests.hub import Hub
 
@@ -61,7 +61,7 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(os.urandom(100_000))
     told = {
-        "artifact": {"digest": store.digest_of(files(folder)), "files": files(folder)},
+        "artifact": {"digest": on_disk.digest_of(files(folder)), "files": files(folder)},
         "source": {"model": "org/base", "commit": "c" * 40, "digest": ""},
         "documents": {},
     }

@@ -9,16 +9,17 @@ import pytest
 
 from configs.errors import TameError
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_file
 
 
 def writes(text: str, calls: list[str] | None = None):
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         if calls is not None:
             calls.append(text)
         (folder / "sub").mkdir(exist_ok=True)
         (folder / "sub" / "a.txt").write_text(text)
-        return store.Made(meta={"text": text})
+        return on_disk.Made(meta={"text": text})
 
     return make
 
@@ -69,7 +70,7 @@ def test_a_damaged_artifact_is_made_again(tame_home: Path, damage: str) -> None:
 
 
 def test_a_failed_build_leaves_nothing(tame_home: Path) -> None:
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "half").write_text("half")
         raise ValueError("boom")
 
@@ -102,7 +103,7 @@ def test_prune_keeps_what_was_used_lately(tame_home: Path) -> None:
 
 
 def _build_slowly(log: str) -> None:
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         with Path(log).open("a") as file:
             file.write("built\n")
         time.sleep(0.3)
@@ -112,7 +113,7 @@ def _build_slowly(log: str) -> None:
 
 
 def _die_while_building(log: str) -> None:
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "half").write_text("half")
         Path(log).touch()
         time.sleep(60)
@@ -147,14 +148,14 @@ def test_what_a_killed_builder_leaves_is_swept_and_never_taken_for_complete(tame
 
 
 def test_the_partial_of_a_killed_build_is_handed_on_where_that_is_asked_for(tame_home: Path) -> None:
-    place = tame_home / "artifacts" / f".partial-kind-{store.key_of({'kind': 'kind'})}" / "files"
+    place = tame_home / "artifacts" / f".partial-kind-{on_disk.key_of({'kind': 'kind'})}" / "files"
     place.mkdir(parents=True)
     (place / "shard").write_text("done")
     seen = []
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         seen.extend(p.name for p in folder.iterdir())
-        return store.Made()
+        return on_disk.Made()
 
     store.build("kind", {}, make, keep_partial=True)
     assert seen == ["shard"]
@@ -186,7 +187,7 @@ def test_a_store_that_cannot_be_written_says_so(tame_home: Path) -> None:
 
 def test_no_space_is_said_before_work_begins(tmp_path: Path) -> None:
     with pytest.raises(TameError, match="GB free, but to make it takes"):
-        store.need_space(tmp_path / "not" / "there", 10**18, "make it")
+        on_disk.need_space(tmp_path / "not" / "there", 10**18, "make it")
 
 
 def test_many_are_made_by_one_call_and_what_was_complete_is_kept(tame_home: Path) -> None:

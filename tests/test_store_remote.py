@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from configs.errors import AwayError, BadInputError, TameError
-from tasks.store import admin, lease, remote_store
+from tasks.store import admin, lease, on_disk, remote_store
 from tasks.store import artifacts as store
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -70,17 +70,17 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return be
 
 
-def writes(text: str, log: Path, files: int = 2, seconds: float = 0) -> Callable[[Path], store.Made]:
+def writes(text: str, log: Path, files: int = 2, seconds: float = 0) -> Callable[[Path], on_disk.Made]:
     """A stage that says in `log` that it ran."""
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         with log.open("a") as file:
             file.write(f"{text}\n")
         time.sleep(seconds)
         (folder / "sub").mkdir(exist_ok=True)
         for number in range(files):
             (folder / "sub" / f"{number}.txt").write_text(f"{text} {number}")
-        return store.Made(meta={"by": text})
+        return on_disk.Made(meta={"by": text})
 
     return make
 
@@ -298,7 +298,7 @@ def test_storage_may_be_away_for_some_seconds(
         s3.stop()
     threads = []
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         s3.stop()
         threads.append(threading.Timer(2, s3.start))
         threads[0].start()
@@ -327,7 +327,7 @@ def test_storage_away_for_long_fails_in_one_line_and_what_was_made_is_uploaded_b
     log = tmp_path / "log"
     monkeypatch.setenv("TAME_STORE_PATIENCE", "1")
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         s3.stop()
         return writes("one", log)(folder)
 
@@ -516,7 +516,7 @@ def test_a_shared_store_that_is_full_says_so_and_what_was_made_is_kept(
     monkeypatch.setenv("TAME_STORE", str(small_disk))
     log = tmp_path / "log"
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "large").write_bytes(bytes(300_000))
         return writes("one", log)(folder)
 

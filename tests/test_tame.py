@@ -67,10 +67,11 @@ def test_wrong_arguments_are_refused_in_one_line_with_exit_code_2(
 def test_the_cache_is_listed_verified_and_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAME_HOME", str(tmp_path))
     from tasks.store import artifacts as store
+    from tasks.store import on_disk
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "a.txt").write_text("content")
-        return store.Made()
+        return on_disk.Made()
 
     artifact, _ = store.build("kind", {}, make)
     assert tame("cache", "list")[1].split()[:2] == ["kind", artifact.key[:12]]

@@ -11,6 +11,7 @@ from tasks.calibrate.sequences import check_length, load_texts, make_sequences
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import versions
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.values import Calibration, CalibrationText, Snapshot
 
 VERSION = 1  # of this stage: raise it when the same inputs give other sequences
@@ -48,9 +49,9 @@ def calibrate(snapshot: Snapshot, spec: Calibrate) -> Calibration:
     check_length(spec, folder)
     texts = load_texts(spec)
 
-    def make(out: Path) -> store.Made:
+    def make(out: Path) -> on_disk.Made:
         counts = isolated("calibrate", make_sequences, texts, spec, folder, snapshot.trust_remote_code, out)
-        return store.Made(meta={"counts": counts})
+        return on_disk.Made(meta={"counts": counts})
 
     artifact, cached = store.build(
         "calibration", calibration_inputs(snapshot, spec, [text.digest for text in texts]), make, shared=False

@@ -12,6 +12,7 @@ from tasks.runtime.child_process import isolated
 from tasks.runtime.device import versions
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_file
 from tasks.values import Found, Snapshot
 
@@ -42,12 +43,12 @@ def dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:
         BadInputError, TameError: as `tasks.download.gguf_convert.dequantize`; no space.
     """
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         parts = part_paths(gguf)
         copies = 5 if len(parts) == 1 else 6  # four bits become 16; and parts are joined
-        store.need_space(folder, copies * sum(part.stat().st_size for part in parts), f"dequantize {gguf.name}")
+        on_disk.need_space(folder, copies * sum(part.stat().st_size for part in parts), f"dequantize {gguf.name}")
         notes = isolated(f"dequantize {gguf.name}", dequantize, gguf, folder, progress=progress)
-        return store.Made(meta={"gguf": gguf.name, "notes": notes})
+        return on_disk.Made(meta={"gguf": gguf.name, "notes": notes})
 
     artifact, cached = store.build("dequantized", _inputs(gguf), make)
     for note in artifact.meta.get("notes", []):

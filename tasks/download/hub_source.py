@@ -11,7 +11,7 @@ from tasks.download.checkpoint import INDEX, WEIGHTS, refuse_quantized, refuse_w
 from tasks.download.folder import SMALL, check_weights, read_json, select
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
-from tasks.store import remote_store
+from tasks.store import on_disk, remote_store
 from tasks.store.digests import sha256_files
 from tasks.values import Found
 
@@ -72,7 +72,7 @@ def fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool]
     """
     if found.path is not None:
         return Path(found.path), True
-    store.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
+    on_disk.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
     commit, names = str(found.commit), sorted(found.files)
 
     def from_hub() -> Path:
@@ -81,7 +81,7 @@ def fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool]
     if remote_store.connect() is None:
         return from_hub(), False
 
-    def make(folder: Path) -> store.Made:  # one machine downloads, the others fetch it from the shared store
+    def make(folder: Path) -> on_disk.Made:  # one machine downloads, the others fetch it from the shared store
         downloaded = from_hub()
         files = sha256_files(downloaded, names)
         compare(source.model, downloaded, files, found.sha256)
@@ -91,7 +91,7 @@ def fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool]
                 (folder / name).hardlink_to((downloaded / name).resolve())
             except OSError:  # another disk
                 shutil.copyfile(downloaded / name, folder / name)
-        return store.Made(digests=files)
+        return on_disk.Made(digests=files)
 
     inputs = {"model": source.model, "commit": commit, "files": names}
     artifact, cached = store.build("source", inputs, make)

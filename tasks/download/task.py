@@ -17,7 +17,7 @@ from tasks.download.gguf_source import dequantized
 from tasks.download.hub_source import compare, fetch
 from tasks.download.look import look
 from tasks.runtime.progress import Progress, show
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_files
 from tasks.values import Found, Snapshot
 
@@ -60,7 +60,7 @@ def download(
         revision=source.revision if found.kind == "hub" else None,
         commit=found.commit,
         files=files,
-        digest=store.digest_of(files),
+        digest=on_disk.digest_of(files),
         trust_remote_code=source.trust_remote_code,
         cached=cached,
     )

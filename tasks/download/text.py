@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line
 from configs.schema import TextSource
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 
 ROW_SEPARATOR = "\n\n"  # how the papers that report WikiText perplexity join its rows
 SLICE = re.compile(r"[\[(].*")
@@ -192,9 +193,9 @@ def _read_dataset(spec: TextSource) -> tuple[str, str]:
     if spec.KEY == CHATS:
         inputs["chats"] = True
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "text.txt").write_bytes(_rows(spec, commit).encode())
-        return store.Made()
+        return on_disk.Made()
 
     artifact, _ = store.build("text", {**inputs, "datasets": version("datasets")}, make)
     return (Path(artifact.path) / "text.txt").read_bytes().decode(), commit

@@ -18,6 +18,7 @@ from tasks.download.text import dataset_commit
 from tasks.evaluate.lm_eval_adapter import read_index
 from tasks.runtime.child_process import isolated
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_file, sha256_files
 
 STAGE = 2
@@ -113,7 +114,7 @@ def _data(name: str, definition: Definition, commits: dict[tuple[str, str], str]
     """What identifies the data of the task `name`: digests of its files, the commit of its data set."""
     try:
         # without their paths, which differ between machines
-        found = [store.digest_of(_digests(f)) if f.is_dir() else sha256_file(f) for f in map(Path, definition.files)]
+        found = [on_disk.digest_of(_digests(f)) if f.is_dir() else sha256_file(f) for f in map(Path, definition.files)]
         if definition.dataset:
             asked = (definition.dataset, definition.revision or "main")
             commits[asked] = commits.get(asked) or dataset_commit(*asked)
@@ -154,12 +155,12 @@ def _digests(folder: Path) -> dict[str, str]:
 def _index(folder: Path | None, inputs: dict[str, Any]) -> dict[str, Definition]:
     where = {} if folder is None else {"folder": str(folder)}
 
-    def make(target: Path) -> store.Made:
+    def make(target: Path) -> on_disk.Made:
         what = "task definitions"
         (target / "index.json").write_text(
             json.dumps(isolated(what, read_index, None if folder is None else str(folder)))
         )
-        return store.Made()
+        return on_disk.Made()
 
     artifact, _ = store.build("tasks-index", {**inputs, **where, "stage": STAGE}, make, shared=False)
     content = json.loads((Path(artifact.path) / "index.json").read_bytes())

@@ -17,6 +17,7 @@ from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.values import Checkpoint, EvaluatedPart, Evaluation, Snapshot
 
 STAGE = 5  # raise it when what a part measures, or how, changes
@@ -177,14 +178,14 @@ def _assembled(
         "stage": comparison.STAGE,
     }
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         ours, theirs = (
             None if some is None else {name: Path(part.path) for name, part in some.items()}
             for some in (parts.made, baseline)
         )
         assert ours is not None
         comparison.assemble(ours, theirs, parts.failed, work.spec, known, folder)
-        return store.Made()
+        return on_disk.Made()
 
     artifact, there = store.build(kinds[work.role], inputs, make)
     content = json.loads((Path(artifact.path) / comparison.RESULT).read_bytes())

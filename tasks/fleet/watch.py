@@ -16,7 +16,7 @@ from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks.download import hub
 from tasks.download.look import local_path, look
 from tasks.fleet import flow_runs
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_file, sha256_files
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _see_path(path: Path, spec: Watch, now: datetime) -> Seen:
     if now - changed < timedelta(seconds=spec.settle_seconds):
         return Seen(model=str(path), changed=changed)
     digests = sha256_files(path, sorted(found.files)) if path.is_dir() else {path.name: sha256_file(path)}
-    return Seen(model=str(path), commit=store.digest_of(digests), changed=changed)
+    return Seen(model=str(path), commit=on_disk.digest_of(digests), changed=changed)
 
 
 def _match_repos(pattern: str, recipe: Template) -> list[Seen]:

@@ -15,7 +15,7 @@ from tasks.publish.client import connect
 from tasks.publish.repo import SIGNATURE, Repo, look
 from tasks.publish.transfer import content, fetch
 from tasks.runtime.progress import Progress
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_now
 
 
@@ -67,7 +67,7 @@ def problems_in_folder(folder: Path, source: str | None = None, names: Iterable[
     except (ValueError, KeyError, TypeError) as error:
         return [f"{provenance.NAME} cannot be read ({type(error).__name__}): it was changed"]
     wrong = []
-    if store.digest_of(told["artifact"]["files"]) != digest:
+    if on_disk.digest_of(told["artifact"]["files"]) != digest:
         wrong.append(f"{provenance.NAME}: the digests of the files do not make the digest of the whole: it was changed")
     there = (
         {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} if names is None else set(names)

@@ -20,7 +20,7 @@ from typing import Any
 
 from configs.schema import Recipe
 from tasks.metrics import measured
-from tasks.store.artifacts import digest_of
+from tasks.store.on_disk import digest_of
 
 NAME = "tame.json"
 

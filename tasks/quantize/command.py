@@ -18,7 +18,7 @@ from tasks.quantize.protocols import Request, Written
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import pick_all
 from tasks.runtime.progress import Progress, show
-from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.store.digests import sha256_files
 from tasks.values import Quantized
 
@@ -55,7 +55,7 @@ def quantize_folder(request: Request, *, check: bool = False, progress: Progress
         raise TameError(_os_error(error, out)) from error
     size = sum((out / name).stat().st_size for name in files)
     seconds = time.monotonic() - started
-    return written.quantized_in(str(out), files, size, store.digest_of(files), seconds, cached=False)
+    return written.quantized_in(str(out), files, size, on_disk.digest_of(files), seconds, cached=False)
 
 
 def _build(request: Request, out: Path, check: bool, progress: Progress) -> tuple[Written, dict[str, str]]:
@@ -67,10 +67,10 @@ def _build(request: Request, out: Path, check: bool, progress: Progress) -> tupl
             _run_once(request)
         names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
         for name in [*names, "."]:
-            store.fsync(partial / name)
+            on_disk.fsync(partial / name)
         files = sha256_files(partial, [name for name in names if name not in written.digests]) | written.digests
         partial.rename(out)
-        store.fsync(out.parent)
+        on_disk.fsync(out.parent)
         return written, files
     except KilledError:  # what is finished is taken up by the next run
         raise

@@ -17,6 +17,7 @@ from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.values import Calibration, Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
@@ -59,7 +60,7 @@ def quantize(
     """
     chosen = pick_all(device)
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         source = Path(snapshot.path)
         check_source(source)
         request = Request(
@@ -77,7 +78,7 @@ def quantize(
             written = isolated(f"quantize {variant.label}", method_of(variant).quantize, request, progress=progress)
             seconds = time.monotonic() - started
         meta = written.model_dump(mode="json", exclude={"digests"})
-        return store.Made(meta={**meta, "seconds": seconds}, digests=written.digests)
+        return on_disk.Made(meta={**meta, "seconds": seconds}, digests=written.digests)
 
     inputs = quantize_inputs(snapshot, variant, chosen, calibration)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)

@@ -17,6 +17,7 @@ from tasks.evaluate import evidence
 from tasks.report import plots
 from tasks.result import Measured, Result, ResultVariant
 from tasks.store import artifacts as store
+from tasks.store import on_disk
 from tasks.track.mlflow_runs import COLUMNS
 from tasks.values import Unquantized
 
@@ -83,9 +84,9 @@ def _drawn(result: Result) -> tuple[list[Any], list[Any], list[Any]]:
         cost = [plots.bars(result, name) for name in COST]
         return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
 
-    def make(folder: Path) -> store.Made:
+    def make(folder: Path) -> on_disk.Made:
         (folder / "plots.json").write_text(json.dumps(draw()))
-        return store.Made()
+        return on_disk.Made()
 
     shown = [
         (row.name, formatting.verdict(row), sorted(row.metrics.items()), row.evidence)

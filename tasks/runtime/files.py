@@ -1,7 +1,9 @@
 """Files of tame's own: written whole or not at all, in folders that can be written."""
 
+import errno
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,30 @@ def write_text(path: Path, text: str) -> Path:
         beside.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file that is complete or absent, and never over another: a hard link is made whole, or not at all.
+
+    Raises:
+        FileExistsError: it is there.
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:  # no hard links: SMB, FUSE; a reader may meet half a manifest, and comes again
+            file.write(content)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def existing_parent(path: Path) -> Path:

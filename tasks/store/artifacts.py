@@ -8,12 +8,9 @@ TAME_HOME/artifacts/.locks/KIND-KEY            held by the builder; the kernel l
 """
 
 import contextlib
-import errno
 import hashlib
-import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,50 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from configs.errors import AwayError, CorruptedError, KilledError, TameError
 from configs.settings import home, shared_store
-from tasks.runtime.files import existing_parent
-from tasks.store import remote_store
-from tasks.store.digests import sha256_file, sha256_files
+from tasks.store import on_disk, remote_store
+from tasks.store.digests import sha256_file
 from tasks.store.lease import lease
-from tasks.store.remote_store import Manifest, Remote, Shared
+from tasks.store.remote_store import Remote, Shared
 
 log = logging.getLogger("tame.store")
 
-KEY_LENGTH = 24  # hex digits of sha256: 96 bits
 
-
-class Artifact(Manifest):
-    """A complete artifact on this machine. `path` is its files/ folder."""
-
-    path: str
-    stamps: dict[str, int]
-    """Modification time of each file, ns: with the size, what a cache hit is checked by."""
-
-
-class Made(BaseModel):
-    """What a stage returns from building: things to remember, and the sha256 of files it hashed while writing them."""
-
-    meta: dict[str, Any] = {}
-    digests: dict[str, str] = {}
-
-
-def key_of(inputs: dict[str, Any]) -> str:
-    """The key of everything that decides an artifact's bytes: sha256 over canonical JSON."""
-    canonical = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]
-
-
-def digest_of(files: dict[str, str]) -> str:
-    """One sha256 for a set of files, from their names and sha256s."""
-    return hashlib.sha256("".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()).hexdigest()
-
-
-def find(kind: str, inputs: dict[str, Any]) -> Artifact | None:
+def find(kind: str, inputs: dict[str, Any]) -> on_disk.Artifact | None:
     """The artifact made from `inputs`, if it is here, complete, and its files have the size and time they had."""
-    return _read(_place(kind, inputs))
+    return on_disk.read(on_disk.place_of(kind, inputs))
 
 
 def where(kind: str, inputs: dict[str, Any]) -> str | None:
@@ -74,8 +41,8 @@ def where(kind: str, inputs: dict[str, Any]) -> str | None:
     Raises:
         TameError: the shared store does not answer.
     """
-    place = _place(kind, inputs)
-    if _read(place):
+    place = on_disk.place_of(kind, inputs)
+    if on_disk.read(place):
         return "the cache"
     remote = remote_store.connect()
     try:
@@ -91,7 +58,7 @@ def check() -> None:
         BadInputError: it cannot. AwayError: it does not answer.
     """
     url = shared_store()
-    seen = home() / "stores" / hashlib.sha256(url.encode()).hexdigest()[:KEY_LENGTH]
+    seen = home() / "stores" / hashlib.sha256(url.encode()).hexdigest()[: on_disk.KEY_LENGTH]
     with contextlib.suppress(OSError):
         if 0 <= time.time() - seen.stat().st_mtime < 3600:
             return
@@ -103,8 +70,12 @@ def check() -> None:
 
 
 def build(
-    kind: str, inputs: dict[str, Any], make: Callable[[Path], Made], keep_partial: bool = False, shared: bool = True
-) -> tuple[Artifact, bool]:
+    kind: str,
+    inputs: dict[str, Any],
+    make: Callable[[Path], on_disk.Made],
+    keep_partial: bool = False,
+    shared: bool = True,
+) -> tuple[on_disk.Artifact, bool]:
     """The artifact made from `inputs`, built by `make(folder)` unless it is there, and whether it was there.
 
     `make` fills a folder that is empty, or, with `keep_partial`, holds what a killed run of the same inputs left. When
@@ -120,7 +91,7 @@ def build(
     with _room(kind, inputs, keep_partial, shared) as room:
         if room.artifact is not None:
             return room.artifact, True
-        return room.take(Made() if room.ready else make(room.files)), False
+        return room.take(on_disk.Made() if room.ready else make(room.files)), False
 
 
 class Wanted(NamedTuple):
@@ -132,7 +103,7 @@ class Wanted(NamedTuple):
 
 def build_many(
     wanted: dict[str, Wanted], run: Callable[[dict[str, Path]], None], last: str
-) -> tuple[dict[str, Artifact], bool]:
+) -> tuple[dict[str, on_disk.Artifact], bool]:
     """Several artifacts, those that are missing made by one call of `run`; and whether all of them were there.
 
     `run` gets the folders to fill, by the names that they have in `wanted`. In each it writes the file `last` when it has
@@ -141,12 +112,12 @@ def build_many(
     Raises:
         TameError: as `build`. Whatever `run` raises, after what it had completed was kept.
     """
-    found: dict[str, Artifact] = {}
+    found: dict[str, on_disk.Artifact] = {}
     rooms: dict[str, _Room] = {}
     failure: Exception | None = None
     with ExitStack() as open_rooms:
         # In one order everywhere, so that two processes do not wait for each other.
-        for name, (kind, inputs) in sorted(wanted.items(), key=lambda item: _place(*item[1])):
+        for name, (kind, inputs) in sorted(wanted.items(), key=lambda item: on_disk.place_of(*item[1])):
             room = open_rooms.enter_context(_room(kind, inputs))
             if room.artifact is not None:
                 found[name] = room.artifact
@@ -161,7 +132,7 @@ def build_many(
         for name, room in rooms.items():
             if room.ready or (room.files / last).is_file():
                 try:
-                    found[name] = room.take(Made())
+                    found[name] = room.take(on_disk.Made())
                 except Exception as error:  # the store is full or away: what else is complete is kept
                     failure = failure or error
         if failure is not None:
@@ -176,11 +147,11 @@ class _Room:
     kind: str
     inputs: dict[str, Any]
     place: Path
-    artifact: Artifact | None = None
+    artifact: on_disk.Artifact | None = None
     """What was there."""
     remote: Remote | None = None
     """The shared store, if what is made belongs there."""
-    ready: Artifact | None = None
+    ready: on_disk.Artifact | None = None
     """What an earlier run has made, but could not upload."""
 
     @property
@@ -193,45 +164,47 @@ class _Room:
         """The folder to fill."""
         return self.partial / "files"
 
-    def take(self, made: Made) -> Artifact:
+    def take(self, made: on_disk.Made) -> on_disk.Artifact:
         """Seal what was made, and bring it into its place, and into the shared store."""
-        artifact = self.ready or _seal(self.kind, self.inputs, self.partial, made)
+        artifact = self.ready or on_disk.seal(self.kind, self.inputs, self.partial, made)
         if self.remote is None:
-            return _take(self.partial, self.place)
+            return on_disk.take(self.partial, self.place)
         return _published(self.remote, artifact, self.partial, self.place)
 
 
 @contextmanager
 def _room(kind: str, inputs: dict[str, Any], keep_partial: bool = False, shared: bool = True) -> Iterator[_Room]:
     """The artifact made from `inputs` if it is there, else room to make it; what is not taken at the end is removed."""
-    room = _Room(kind, inputs, _place(kind, inputs))
+    room = _Room(kind, inputs, on_disk.place_of(kind, inputs))
     place, partial = room.place, room.partial
-    room.artifact = _read(place)
+    room.artifact = on_disk.read(place)
     if room.artifact is not None:
         os.utime(place / "manifest.json")  # when it was last used, for prune
         yield room
         return
     with (
-        _lock(place, f"another process is making {kind} {place.name[-KEY_LENGTH:][:8]}; waiting for it"),
+        on_disk.locked(
+            place, f"another process is making {kind} {place.name[-on_disk.KEY_LENGTH :][:8]}; waiting for it"
+        ),
         ExitStack() as held,
     ):
         try:
-            room.artifact = _read(place)
+            room.artifact = on_disk.read(place)
             if room.artifact is None:
                 _prepare(room, keep_partial, shared, held)
             yield room
         except OSError as error:
-            _clear(partial)
-            raise TameError(_os_error(error, place.parent)) from error
+            on_disk.clear(partial)
+            raise TameError(on_disk.os_error(error, place.parent)) from error
         except (KilledError, AwayError, KeyboardInterrupt):  # what is finished is taken up by the next run
             if not keep_partial:
-                _clear(partial)
+                on_disk.clear(partial)
             raise
         except BaseException:
-            _clear(partial)
+            on_disk.clear(partial)
             raise
         if room.ready is None and room.artifact is None:
-            _clear(partial)  # nothing was taken
+            on_disk.clear(partial)  # nothing was taken
 
 
 def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> None:
@@ -239,7 +212,7 @@ def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> 
     place = room.place
     if place.exists():
         log.warning("%s does not verify; it is made again", place)
-        _remove(place)
+        on_disk.remove_folder(place)
     room.remote = remote_store.connect() if shared else None
     if room.remote is not None:
         with contextlib.suppress(CorruptedError):
@@ -254,20 +227,20 @@ def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> 
             remote_store.discard(room.remote, place.name)
         if room.artifact is not None:
             return
-    room.ready = _read(room.partial)
+    room.ready = on_disk.read(room.partial)
     if room.ready is None:
         if not keep_partial:
-            _remove(room.partial)
+            on_disk.remove_folder(room.partial)
         room.files.mkdir(parents=True, exist_ok=True)
 
 
-def artifacts() -> Iterator[Artifact]:
+def artifacts() -> Iterator[on_disk.Artifact]:
     """Every complete artifact, oldest first."""
-    found = [a for place in _folder().glob("[!.]*") if (a := _manifest(place))]
+    found = [a for place in on_disk.store_folder().glob("[!.]*") if (a := on_disk.read_manifest(place))]
     yield from sorted(found, key=lambda artifact: (artifact.created, artifact.key))
 
 
-def verify(artifact: Artifact) -> list[str]:
+def verify(artifact: on_disk.Artifact) -> list[str]:
     """Read every file of `artifact` and compare digests: what is wrong, a line each, naming the file."""
     wrong = []
     for name, expected in artifact.files.items():
@@ -278,26 +251,26 @@ def verify(artifact: Artifact) -> list[str]:
             wrong.append(
                 f"{path} has sha256 {actual[:12]}…, but {expected[:12]}… was written; remove it with cache prune"
             )
-    extra = {p.relative_to(artifact.path).as_posix() for p in _walk(Path(artifact.path))} - set(artifact.files)
+    extra = {p.relative_to(artifact.path).as_posix() for p in on_disk.walk(Path(artifact.path))} - set(artifact.files)
     return wrong + [f"{Path(artifact.path) / name} was not made by tame" for name in sorted(extra)]
 
 
-def remove(artifact: Artifact) -> bool:
+def remove(artifact: on_disk.Artifact) -> bool:
     """Remove an artifact unless a process is building it, and say whether it was removed."""
     place = Path(artifact.path).parent
     try:
-        with FileLock(_lock_path(place), timeout=0):
-            _remove(place)
+        with FileLock(on_disk.lock_path(place), timeout=0):
+            on_disk.remove_folder(place)
             return True
     except Timeout:
         return False
 
 
-def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]]:
+def prune(older_than_days: float | None) -> tuple[list[on_disk.Artifact], list[on_disk.Artifact]]:
     """Remove what killed runs left, what is damaged, and what was not used for so many days: (removed, kept)."""
     sweep()
-    removed: list[Artifact] = []
-    kept: list[Artifact] = []
+    removed: list[on_disk.Artifact] = []
+    kept: list[on_disk.Artifact] = []
     for artifact in list(artifacts()):
         idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
         old = older_than_days is not None and idle >= older_than_days * 86_400
@@ -309,15 +282,17 @@ def prune(older_than_days: float | None) -> tuple[list[Artifact], list[Artifact]
 def sweep() -> int:
     """Remove what killed runs left: partial folders and removals that nobody holds. How many there were."""
     swept = 0
-    for rubbish in [path for kind in ("partial", "fetched", "removed") for path in _folder().glob(f".{kind}-*")]:
+    for rubbish in [
+        path for kind in ("partial", "fetched", "removed") for path in on_disk.store_folder().glob(f".{kind}-*")
+    ]:
         try:
-            with FileLock(_lock_path(rubbish.parent / rubbish.name.split("-", 1)[1]), timeout=0):
-                _remove(rubbish)
+            with FileLock(on_disk.lock_path(rubbish.parent / rubbish.name.split("-", 1)[1]), timeout=0):
+                on_disk.remove_folder(rubbish)
                 swept += 1
         except Timeout:
             continue
-    for lock in _folder().glob(".locks/*"):
-        if not (_folder() / lock.name).exists():
+    for lock in on_disk.store_folder().glob(".locks/*"):
+        if not (on_disk.store_folder() / lock.name).exists():
             try:
                 with FileLock(lock, timeout=0):
                     lock.unlink(missing_ok=True)
@@ -326,183 +301,35 @@ def sweep() -> int:
     return swept
 
 
-def _folder() -> Path:
-    return home() / "artifacts"
-
-
-def _place(kind: str, inputs: dict[str, Any]) -> Path:
-    return _folder() / f"{kind}-{key_of({'kind': kind, **inputs})}"
-
-
-def _lock_path(place: Path) -> Path:
-    return place.parent / ".locks" / place.name
-
-
-@contextmanager
-def _lock(place: Path, waiting: str) -> Iterator[None]:
-    path = _lock_path(place)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s", waiting)
-            lock.acquire()
-    except OSError as error:
-        raise TameError(_os_error(error, place.parent)) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _read(place: Path) -> Artifact | None:
-    """The artifact at `place`, if its manifest is there and every file has the size and time that it says."""
-    artifact = _manifest(place)
-    if artifact is None:
-        return None
-    for name, size in artifact.sizes.items():
-        try:
-            stat = (Path(artifact.path) / name).stat()
-        except OSError:
-            return None
-        if (stat.st_size, stat.st_mtime_ns) != (size, artifact.stamps[name]):
-            return None
-    return artifact
-
-
-def _manifest(place: Path) -> Artifact | None:
-    try:
-        content = json.loads((place / "manifest.json").read_bytes())
-        return Artifact.model_validate({**content, "path": str(place / "files")})
-    except (OSError, ValueError):
-        return None
-
-
-def _clear(partial: Path) -> None:
-    """Remove what was being built, unless it is complete and waits for the shared store."""
-    if _read(partial) is None:
-        _remove(partial)
-
-
-def _seal(kind: str, inputs: dict[str, Any], partial: Path, made: Made) -> Artifact:
-    files = partial / "files"
-    names = sorted(path.relative_to(files).as_posix() for path in _walk(files))
-    unhashed = [name for name in names if name not in made.digests]
-    digests = {**sha256_files(files, unhashed), **{name: made.digests[name] for name in names if name in made.digests}}
-    stats = {name: (files / name).stat() for name in names}
-    artifact = Artifact(
-        kind=kind,
-        key=key_of({"kind": kind, **inputs}),
-        path=str(files),
-        digest=digest_of(digests),
-        bytes=sum(stat.st_size for stat in stats.values()),
-        files=digests,
-        sizes={name: stat.st_size for name, stat in stats.items()},
-        stamps={name: stat.st_mtime_ns for name, stat in stats.items()},
-        inputs=inputs,
-        meta=made.meta,
-        created=time.time(),
-    )
-    _write(partial, artifact)
-    return artifact
-
-
-def _write(folder: Path, artifact: Artifact) -> None:
-    """See that the files in `folder` are on the disk, and then their manifest."""
-    files, manifest = folder / "files", folder / "manifest.json"
-    for name in artifact.files:
-        fsync(files / name)
-    manifest.write_text(artifact.model_dump_json(indent=1, exclude={"path"}), encoding="utf-8")
-    for path in (manifest, *(p for p in files.rglob("*") if p.is_dir()), files, folder):
-        fsync(path)
-
-
-def _take(folder: Path, place: Path) -> Artifact:
-    """Rename a complete artifact into its place."""
-    folder.rename(place)
-    fsync(place.parent)
-    artifact = _manifest(place)
-    assert artifact is not None
-    return artifact
-
-
-def _fetched(remote: Remote, place: Path) -> Artifact | None:
+def _fetched(remote: Remote, place: Path) -> on_disk.Artifact | None:
     """The artifact at `place`, brought from the shared store, if it has one."""
     there = remote_store.manifest(remote, place.name)
     if there is None:
         return None
-    if digest_of(there.files) != there.digest:
+    if on_disk.digest_of(there.files) != there.digest:
         raise CorruptedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
     started, folder = time.monotonic(), place.parent / f".fetched-{place.name}"
     files = folder / "files"
     files.mkdir(parents=True, exist_ok=True)
-    need_space(folder, there.bytes, f"fetch {there.kind} from {remote.url}")
+    on_disk.need_space(folder, there.bytes, f"fetch {there.kind} from {remote.url}")
     remote_store.fetch(remote, there, files)
-    for path in [path for path in _walk(files) if path.relative_to(files).as_posix() not in there.files]:
+    for path in [path for path in on_disk.walk(files) if path.relative_to(files).as_posix() not in there.files]:
         path.unlink()  # of an earlier upload
     stamps = {name: (files / name).stat().st_mtime_ns for name in there.files}
-    _write(folder, Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
+    on_disk.write(folder, on_disk.Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
     seconds = time.monotonic() - started
     level = logging.INFO if there.bytes > 1e6 else logging.DEBUG
     log.log(level, "fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
-    return _take(folder, place)
+    return on_disk.take(folder, place)
 
 
-def _published(remote: Remote, made: Artifact, partial: Path, place: Path) -> Artifact:
+def _published(remote: Remote, made: on_disk.Artifact, partial: Path, place: Path) -> on_disk.Artifact:
     """Upload what was made, and take into `place` what then stands in the shared store: another machine may have won."""
     ours = Shared.model_validate(made.model_dump(include=set(Shared.model_fields)))
     if remote_store.publish(remote, ours, Path(made.path)).digest == made.digest:
-        return _take(partial, place)
+        return on_disk.take(partial, place)
     log.warning("%s %s: another machine was done first; its files are taken", made.kind, made.key[:8])
-    _remove(partial)
+    on_disk.remove_folder(partial)
     artifact = _fetched(remote, place)
     assert artifact is not None
     return artifact
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if not path.is_dir())
-
-
-def fsync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(place: Path) -> None:
-    """Out of sight in one step, then gone: a kill in between leaves rubbish that says so by its name."""
-    if not place.exists():
-        return
-    if not place.name.startswith("."):
-        removed = place.parent / f".removed-{place.name}"
-        shutil.rmtree(removed, ignore_errors=True)
-        place.rename(removed)
-        place = removed
-    shutil.rmtree(place, ignore_errors=True)
-
-
-def _os_error(error: OSError, folder: Path) -> str:
-    where = error.filename or folder
-    if error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(folder if folder.exists() else home().parent).free
-        return f"{where}: no space left ({free / 1e9:.1f} GB free); make room, or set TAME_HOME to a larger disk"
-    return f"{where}: {error.strerror or error}; make it writable, or set TAME_HOME to a folder that is"
-
-
-def need_space(folder: Path, size: int, what: str) -> None:
-    """Refuse work that the disk cannot hold. `size` in bytes.
-
-    Raises:
-        TameError: fewer bytes are free where `folder` is, or will be.
-    """
-    folder = existing_parent(folder)
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise TameError(
-            f"{folder}: {free / 1e9:.1f} GB free, but to {what} takes {size / 1e9:.1f} GB; make room or use a larger disk"
-        )

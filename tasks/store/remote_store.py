@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from configs.errors import AwayError, BadInputError, CorruptedError, TameError, bare_address, named_line
 from configs.settings import shared_store, store_patience
+from tasks.runtime.files import write_once
 from tasks.runtime.retry import doubling, retry
 from tasks.store.digests import sha256_now
 
@@ -178,7 +179,7 @@ def create(remote: Remote, path: str, content: bytes) -> bool:
     def once() -> bool:
         try:
             if remote.local:
-                _link(Path(path), content)
+                write_once(Path(path), content)
             else:
                 remote.fs.pipe_file(path, content, mode="create")
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -319,25 +320,6 @@ def each(one: Callable[[str], T], files: dict[str, str]) -> list[T]:
         return list(pool.map(one, files))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _link(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent, and never over another: a hard link is made whole, or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(beside, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        with path.open("xb") as file:  # no hard links: SMB, FUSE; a reader may meet half a manifest, and comes again
-            file.write(content)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _exists(error: BaseException) -> bool:
