@@ -233,3 +233,13 @@ def test_what_a_mixture_of_experts_will_weigh(tmp_path: Path) -> None:
     sizes = [round(one["weight_bytes"] / 1e9, 1) for one in found]
     assert found[0]["parameters"] * 2 / 1e9 == pytest.approx(61, abs=0.2)
     assert sizes == pytest.approx([16.7, 31.2, 59.8], abs=0.1)
+
+
+def test_a_forward_before_layers_are_made_plain_asks_for_the_model_again(sources: Any, tmp_path: Path) -> None:
+    """compressed-tensors dequantizes in the first forward, and wraps the layers while it is at it."""
+    variant = Variant(method="w8a8")
+    quantize(sources("qwen3"), tmp_path / "made", variant)
+    model = loaded(tmp_path / "made")
+    assert not method_of(variant).altered(model)
+    logits(model)
+    assert method_of(variant).altered(model)

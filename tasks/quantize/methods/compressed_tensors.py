@@ -102,8 +102,8 @@ class CompressedTensors:
         return Dense(weights, "")
 
     def altered(self, model: Any) -> bool:
-        """Never for the worse: the first forward dequantizes the weights, and all others use what it made."""
-        return False
+        """Whether a forward has dequantized the weights, as compressed-tensors does it: with layers that it has wrapped."""
+        return not hasattr(model, "ct_decompress_hook")
 
 
 def _format() -> Any:
