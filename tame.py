@@ -109,7 +109,7 @@ def quantize(options: argparse.Namespace) -> int:
         snapshot = download(source, found)
         folder = snapshot.path
         if variant.calibrate:
-            from tasks.calibrate.task import calibrate
+            from tasks.calibrate.prepare import calibrate
 
             calibration = calibrate(snapshot, spec)
     request = Request(

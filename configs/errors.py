@@ -8,7 +8,8 @@ TameError              something failed; exit code 1
 ├── CorruptedError     a file is not what its digest or its manifest says
 ├── ChangedError       somebody else, or an attempt whose answer was lost, changed it first
 ├── MissingError       the Hub has no such page
-└── KilledError        the process of a stage ended without a result
+├── KilledError        the process of a stage ended without a result
+└── ReachedError       no fault: a forward pass ends early, as what it was run for is known
 
 Whoever can do something about one of them catches it by its name; everybody else lets it pass to the flow or to the command line.
 """
@@ -67,6 +68,10 @@ class MissingError(TameError):
 
 class KilledError(TameError):
     """The process of a stage ended without a result: it was killed, or it crashed."""
+
+
+class ReachedError(TameError):
+    """No fault: a forward pass ends early, as what it was run for is known. Whoever runs the pass catches it."""
 
 
 def line(error: BaseException | str, limit: int | None = 300) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Source
 from configs.settings import home
-from tasks.calibrate.task import calibrate
+from tasks.calibrate.prepare import calibrate
 from tasks.download.architectures import check_language_model
 from tasks.download.folder import check_tokenizer
 from tasks.download.look import local_path, look, tokenizer_folder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from configs.errors import BadInputError, TameError, line
+from configs.errors import BadInputError, ReachedError, TameError, line
 from tasks.download.checkpoint import Stored, read_tensors
 from tasks.transformers_adapter import (
     building,
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides the hidden states."""
-
-
-class _Stop(Exception):  # noqa: N818  it is no error: the rest of the model need not run
-    """The last block was reached."""
 
 
 class BlockModel:
@@ -106,7 +102,7 @@ class BlockModel:
             def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 seen.append((hidden, (args, kwargs)))
                 if index == len(originals) - 1:
-                    raise _Stop
+                    raise ReachedError("the last block was reached")
                 return (hidden,) if self.tuples else hidden
 
             return forward
@@ -116,7 +112,7 @@ class BlockModel:
         try:
             with torch.no_grad():
                 self.model(input_ids=ids.to(self.device), use_cache=False)
-        except _Stop:
+        except ReachedError:
             pass
         except Exception as error:  # whatever the code of hundreds of models can throw
             if not self.tuples and len(seen) >= 1:  # the model takes the first of what a block returns

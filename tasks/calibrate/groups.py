@@ -10,6 +10,7 @@ from torch import nn
 Run = Callable[[torch.Tensor], torch.Tensor]
 Look = Callable[[str, torch.Tensor, Run], torch.Tensor]
 """Called in place of a layer, with its name in the block, its input, and what runs it. It returns the output."""
+from configs.errors import ReachedError
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,6 @@ class Group:
     """Layers, by their names in the block, that are given the same input; they share a Hessian."""
 
     layers: tuple[str, ...]
-
-
-class Reached(Exception):  # noqa: N818  it is no error: the rest of the block need not run
-    """The layer whose input was wanted is reached."""
 
 
 @contextmanager
@@ -78,10 +75,10 @@ def input_of(
     def look(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
         if name in group.layers:
             found.append(given)
-            raise Reached
+            raise ReachedError("the layer whose input was wanted is reached")
         return run_once(name, given, run, known)
 
-    with looking(block, layers, look), suppress(Reached):
+    with looking(block, layers, look), suppress(ReachedError):
         run()
     return found[0].reshape(-1, found[0].shape[-1]) if found else None
 
