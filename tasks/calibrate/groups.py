@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from configs.errors import ReachedError
+
 Run = Callable[[torch.Tensor], torch.Tensor]
 Look = Callable[[str, torch.Tensor, Run], torch.Tensor]
 """Called in place of a layer, with its name in the block, its input, and what runs it. It returns the output."""
-from configs.errors import ReachedError
 
 
 @dataclass(frozen=True)
