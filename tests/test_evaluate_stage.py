@@ -178,7 +178,7 @@ def test_a_part_that_fails_leaves_the_other_numbers_and_is_tried_again(tmp_path:
     assert result.metrics["perplexity_ratio"] > 0
     assert "task/good/acc_difference" in result.metrics
     verdict = judge(result.metrics, Gate(max_task_drop=1))
-    assert verdict.reasons == ["task/broken drop was not measured (limit 1)"]
+    assert verdict.reasons == ["broken drop was not measured (limit 1)"]
     before = len(list(store.artifacts()))
     text = (tmp_path / "tasks" / "broken.yaml").read_text().replace("{{ no.such.column }}", "Say")
     good = spec.model_copy(update={"task_path": str(shutil.copytree(tmp_path / "tasks", tmp_path / "mended"))})
