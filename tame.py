@@ -22,9 +22,7 @@ log = logging.getLogger("tame")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all well, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected."""
-    options = parser_of(
-        (run, plan, quantize, evaluate, publish, up, worker, provision, cache, report, track)
-    ).parse_args(arguments)
+    options = _parser().parse_args(arguments)
     set_up(options.debug, "INFO" if options.command in (up, worker) else "CRITICAL")
     stop_at_second_interrupt()
     command: Callable[[argparse.Namespace], int] = options.command
@@ -237,6 +235,10 @@ def track(options: argparse.Namespace) -> int:
 
     print(f"{replay()} spooled logs caught up")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    return parser_of((run, plan, quantize, evaluate, publish, up, worker, provision, cache, report, track))
 
 
 def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
