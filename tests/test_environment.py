@@ -151,7 +151,8 @@ def test_a_closed_stream_is_no_reason_to_fail(tmp_path: Path, closed: str) -> No
 
 def test_the_second_interrupt_ends_at_once_in_one_line() -> None:
     program = (
-        "import time\nfrom tasks.runtime.environment import stop_at_second_interrupt\nstop_at_second_interrupt()\n"
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it\n"
+        "from tasks.runtime.environment import stop_at_second_interrupt\nstop_at_second_interrupt()\n"
         "try:\n    print('ready', flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('tidying', flush=True); time.sleep(60)\n"
     )
