@@ -1,9 +1,9 @@
 """The recipe: everything that can be asked of tame. The form in the Prefect UI is made from these classes.
 
 Values are taken strictly (`"2048"` is not a number, `1` is not `true`), unknown keys are refused, and every number has
-its bounds here, so that nothing further down needs to check them again. Defaults are values, not factories: the form shows
-only those, and would send empty fields for the others. What no single field can say stands in a validator, and, as far as
-JSON schema can say it, in `RULES`: by them the form and Prefect's server refuse a recipe before a worker sees it.
+its bounds here, so that no later code has to check them again. Defaults are values and not factories, because the form shows
+only values and would send an empty field for a factory. A rule about several fields is written twice: as a validator, and, as far
+as JSON schema can express it, in `RULES`. With `RULES`, the form and Prefect's server refuse a recipe before a worker gets it.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "pattern")
 
 
 def _for_the_form(schema: dict[str, Any], model: "type[Spec]") -> None:
-    """Put bounds and rules where Prefect's form looks: it drops all of a field's bounds but those inside `allOf`."""
+    """Copy each field's bounds into `allOf`, and add the model's rules. Prefect's form ignores bounds anywhere else."""
     for field in schema.get("properties", {}).values():
         if bounds := {key: field[key] for key in BOUNDS if key in field}:
             field["allOf"] = [bounds]
@@ -53,7 +53,7 @@ def _for_the_form(schema: dict[str, Any], model: "type[Spec]") -> None:
 
 
 class Spec(BaseModel):
-    """Strict, frozen, and closed to keys it does not know."""
+    """The base of every class here. Values are strict and frozen, and an unknown key is an error."""
 
     RULES: ClassVar[list[dict[str, Any]]] = []
     model_config = ConfigDict(
@@ -62,7 +62,7 @@ class Spec(BaseModel):
 
 
 def _given(**values: Any) -> dict[str, Any]:
-    """JSON schema: a field is there, and is something else than what is usual."""
+    """A JSON schema that holds where a field is given and its value does not fit the schema in `values`."""
     return {"not": {"properties": values}}
 
 
@@ -73,20 +73,24 @@ class Source(Spec):
     """The model to start from."""
 
     model: Text = Field(
-        description="A Hub repo, a local folder of safetensors, a .gguf file, or package:NAME/FILE for a .gguf inside an "
-        "installed Python package.",
+        description="Enter the model to start from: a repo on the Hub (owner/name), a local folder with safetensors "
+        "files, a .gguf file, or package:NAME/FILE for a .gguf file inside an installed Python package.",
         examples=["Qwen/Qwen3-1.7B", "./my-fine-tune", "./model.Q4_1.gguf"],
     )
     revision: Text = Field(
-        "main", description="Branch, tag or commit of a Hub repo. Pinned to a commit before anything is cached."
+        "main",
+        description="Enter the branch, tag or commit of a Hub repo. It is resolved to a commit once, and the whole "
+        "run uses that commit.",
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that the model's repo contains. Leave off unless you have read that code."
+        False,
+        description="Switch this on to run Python code from the model's repo. Leave it off unless you have read that "
+        "code.",
     )
 
 
 def _known_method(method: Any) -> str:
-    """`method`, if there is one of that name; the error is what a Literal of the names would give."""
+    """Return `method` if tame has a method of that name. The error reads like Pydantic's for a Literal of all names."""
     if isinstance(method, str) and method in METHODS:
         return method
     *others, last = map(repr, METHODS)
@@ -105,7 +109,7 @@ NOT_GIVEN = {
 
 
 class Variant(Spec):
-    """One way of quantizing."""
+    """One way of quantizing the model. Every variant becomes one checkpoint."""
 
     RULES = [
         {
@@ -116,32 +120,44 @@ class Variant(Spec):
         if OPTIONS.keys() - takes
     ]
     method: Method = Field(
-        description="Format of the quantized weights. For transformers and fine-tuning: int8 (8 bits a weight), nf4, fp4 (4 bits). "
-        "For vLLM, experts included: w4a16, mxfp4 (4 bits), w8a16, w8a8, fp8 (8 bits).",
+        description="Choose the format of the quantized weights. int8 (8 bits per weight), nf4 and fp4 (4 bits) are "
+        "for transformers and for fine-tuning. w4a16 and mxfp4 (4 bits), w8a16, w8a8 and fp8 (8 bits) are for vLLM, "
+        "and also quantize the experts of a mixture of experts.",
         examples=["nf4"],
     )
-    double_quant: bool = Field(False, description="Quantize the 4-bit scales too: about 0.4 bits a weight less.")
+    double_quant: bool = Field(
+        False,
+        description="Switch this on to quantize the scales of nf4 and fp4 as well. It saves about 0.4 bits per weight.",
+    )
     compute_dtype: DTYPES | None = Field(
         None,
-        description="What 4-bit layers compute in. Empty: the model's own dtype. (transformers' default, float32, is slow.)",
+        description="Choose the dtype that nf4 and fp4 layers compute in. If it is empty, they compute in the model's "
+        "own dtype. (The default of transformers, float32, is slow.)",
     )
     calibrate: bool | Literal["fast", "best"] = Field(
         False,
-        description="Choose the codes on a text (calibration:) instead of taking the nearest ones: same format and size, about a "
-        "fifth of the damage. fast: the scales alone, half the gain in a tenth of the time. best: scales are tuned as well.",
+        description="Switch this on to choose the quantized weights by means of a text (see calibration), instead of "
+        "rounding each weight to the nearest value. Format and size stay the same, and about a fifth of the damage "
+        "remains. fast chooses the scales alone: half the gain in a tenth of the time. best also tunes the scales "
+        "afterwards.",
     )
     group_size: Literal[-1, 32, 64, 128] | None = Field(
         None,
-        description="Integers of w4a16 and w8a16 that share a scale; -1: a whole row. Empty: the largest of 128, 64 and 32 that "
-        "divides every row.",
+        description="Choose how many weights of w4a16 and w8a16 share one scale; -1 gives each row one scale. If it "
+        "is empty, tame takes the largest of 128, 64 and 32 that divides every row.",
     )
     skip_modules: list[Text] = Field(
         default=[],
-        description="Modules to leave unquantized besides those that transformers leaves.",
+        description="List modules that must stay unquantized, by their names in the model. transformers leaves others "
+        "unquantized by itself, such as lm_head.",
         examples=[["model.layers.0"]],
         max_length=1000,
     )
-    name: Name | None = Field(None, description="Needed only where two variants would share the derived name.")
+    name: Name | None = Field(
+        None,
+        description="Enter a name for this variant. If it is empty, the name is made from the method and the options. "
+        "You need one only where two variants would get the same name.",
+    )
 
     @property
     def label(self) -> str:
@@ -168,7 +184,7 @@ class Variant(Spec):
 
 
 class TextSource(Spec):
-    """The text that perplexity and divergence are measured on: a data set, files, or a built-in. Exactly one of them."""
+    """The text that perplexity and divergence are measured on: exactly one of a data set, files, or a built-in text."""
 
     RULES = [
         {"if": _given(files=EMPTY), "then": {"properties": {"dataset": EMPTY, "builtin": EMPTY}}},
@@ -179,21 +195,30 @@ class TextSource(Spec):
         },
     ]
     KEY: ClassVar[str] = "evaluate.text"
-    """Where it stands in a recipe, for errors."""
-    dataset: Text | None = Field(None, description="A data set on the Hub.", examples=["Salesforce/wikitext"])
-    config: Text | None = Field(None, description="The data set's configuration.", examples=["wikitext-2-raw-v1"])
-    split: Text = Field("test", description="The data set's split.")
-    revision: Text = Field("main", description="The data set's branch, tag or commit; pinned to a commit.")
-    column: Text = Field("text", description="The data set's column that holds the text.")
+    """The key of this text in a recipe, for error messages."""
+    dataset: Text | None = Field(
+        None, description="Enter a data set on the Hub (owner/name).", examples=["Salesforce/wikitext"]
+    )
+    config: Text | None = Field(
+        None, description="Enter the data set's configuration, if it has several.", examples=["wikitext-2-raw-v1"]
+    )
+    split: Text = Field("test", description="Enter the data set's split that is read.")
+    revision: Text = Field(
+        "main",
+        description="Enter the data set's branch, tag or commit. It is resolved to a commit, which the result records.",
+    )
+    column: Text = Field("text", description="Enter the name of the data set's column that holds the text.")
     files: list[Text] | None = Field(
         None,
         min_length=1,
         max_length=10_000,
-        description="UTF-8 text files, read in this order.",
+        description="List UTF-8 text files. They are read in this order and joined by blank lines.",
         examples=[["corpus.txt"]],
     )
     builtin: Literal["python-docs"] | None = Field(
-        None, description="python-docs: the English reference text inside every CPython. Needs no network."
+        None,
+        description="Choose python-docs to measure on the English reference text that every CPython contains. It "
+        "needs no network.",
     )
 
     @model_validator(mode="after")
@@ -205,81 +230,125 @@ class TextSource(Spec):
 
 
 class CalibrationSource(TextSource):
-    """The text that codes are chosen on: a data set, files, or a built-in. Exactly one of them; several files are mixed evenly."""
+    """The calibration text: exactly one of a data set, files, or a built-in text. Several files are mixed evenly."""
 
     KEY: ClassVar[str] = "calibration.text"
-    split: Text = Field("train", description="The data set's split.")
-    column: Text = Field("text", description="The data set's column that holds the text, or chats (messages).")
+    split: Text = Field("train", description="Enter the data set's split that is read.")
+    column: Text = Field(
+        "text", description="Enter the name of the data set's column that holds the text, or chats (lists of messages)."
+    )
     builtin: Literal["python-library"] | None = Field(  # type: ignore[assignment]
         None,
-        description="python-library: prose and code of the installed Python's standard library. Needs no network.",
+        description="Choose python-library to calibrate on prose and code of the installed Python's standard library. "
+        "It needs no network.",
     )
 
 
 class Calibrate(Spec):
-    """What the codes of calibrated variants are chosen on. It must not be the text that is evaluated."""
+    """The text that variants with `calibrate` are calibrated on. It must not be the text that is evaluated."""
 
     text: CalibrationSource = Field(
         default=CalibrationSource(builtin="python-library"),
-        description="The text; best like what the model is used for.",
+        description="Choose the calibration text. A text that is like what the model will be used for gives the best "
+        "result.",
     )
-    sequences: int = Field(128, ge=1, le=65_536, description="Sequences taken from each text, evenly from all over it.")
-    length: int = Field(2048, ge=16, le=131_072, description="Tokens in a sequence.")
+    sequences: int = Field(
+        128,
+        ge=1,
+        le=65_536,
+        description="Enter how many sequences are taken from each text. They are spread evenly over it.",
+    )
+    length: int = Field(2048, ge=16, le=131_072, description="Enter the number of tokens in each sequence.")
 
 
 class Speed(Spec):
-    """How speed is measured, in a fresh process, batch size 1."""
+    """How speed is measured. Each measurement runs in a new process with batch size 1."""
 
-    prompt_tokens: int = Field(512, ge=1, le=131_072, description="Length of the prompt that is prefilled, in tokens.")
-    new_tokens: int = Field(64, ge=2, le=8192, description="Tokens decoded after it.")
+    prompt_tokens: int = Field(512, ge=1, le=131_072, description="Enter the length of the prompt in tokens.")
+    new_tokens: int = Field(64, ge=2, le=8192, description="Enter how many tokens are generated after the prompt.")
     repeats: int = Field(
-        5, ge=1, le=100, description="Timed repeats after one warm-up; the median is reported, and their range."
+        5,
+        ge=1,
+        le=100,
+        description="Enter how often it is timed, after one warm-up. The median and the range of the times are "
+        "reported.",
     )
 
 
 class Samples(Spec):
-    """Prompts answered greedily by the baseline and by each variant, shown side by side."""
+    """Prompts that the baseline and each variant answer by greedy decoding. The report shows the answers side by side."""
 
     prompts: list[Text] = Field(
         default=["The capital of France is", "Explain in two sentences why the sky is blue.", "def fibonacci(n):"],
         max_length=50,
-        description="Prompts, as they are: no chat template is added.",
+        description="List the prompts. They are given to the model as they are, without a chat template.",
     )
-    new_tokens: int = Field(48, ge=1, le=2048, description="Tokens generated for each.")
+    new_tokens: int = Field(48, ge=1, le=2048, description="Enter how many tokens each answer has at most.")
 
 
 class Evaluate(Spec):
-    """What is measured, on the baseline and on every variant."""
+    """What is measured of the baseline and of every variant."""
 
     RULES = [{"properties": {"tasks": {"uniqueItems": True}}}]
     text: TextSource = Field(
         default=TextSource(dataset="Salesforce/wikitext", config="wikitext-2-raw-v1"),
-        description="The text for perplexity and divergence.",
+        description="Choose the text that perplexity and the divergence from the baseline are measured on.",
     )
-    window: int = Field(2048, ge=2, le=1_048_576, description="Tokens in a window; windows do not overlap.")
+    window: int = Field(
+        2048,
+        ge=2,
+        le=1_048_576,
+        description="Enter the number of tokens in a window. The text is cut into windows that do not overlap.",
+    )
     max_tokens: int | None = Field(
-        300_000, ge=2, description="Stop after this many tokens of the text; null takes all of it. At least one window."
+        300_000,
+        ge=2,
+        description="Enter how many tokens of the text are measured, at least one window. If it is empty (null), all "
+        "of it is measured.",
     )
     batch_size: int = Field(
         8,
         ge=1,
         le=1024,
-        description="Windows in a batch, fewer where memory does not allow; recorded, as int8 depends on it.",
+        description="Enter how many windows are computed at a time. If they do not fit in memory, tame halves the "
+        "number until they do. The result records the number, because the results of int8 depend on it.",
     )
     tasks: list[Text] = Field(
         default=[],
         max_length=200,
-        description="Task names of lm-evaluation-harness.",
+        description="List tasks of lm-evaluation-harness to run, by name. If it is empty, no task is run.",
         examples=[["piqa", "arc_easy"]],
     )
-    task_path: Text | None = Field(None, description="A folder of your own lm-evaluation-harness task YAML files.")
-    task_limit: int | None = Field(None, ge=1, description="Only the first so many items of each task.")
-    task_fewshot: int | None = Field(
-        None, ge=0, le=100, description="Examples in the prompt; empty: the task's own default."
+    task_path: Text | None = Field(
+        None,
+        description="Enter a folder with your own task files (YAML) for lm-evaluation-harness.",
     )
-    speed: Speed | None = Field(default=Speed(), description="How speed is measured; null leaves it out.")
-    samples: Samples | None = Field(default=Samples(), description="Answers shown side by side; null leaves them out.")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the bootstrap and of everything else that draws.")
+    task_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Enter how many items of each task are run, from its beginning. If it is empty, all are.",
+    )
+    task_fewshot: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Enter how many solved examples a task puts before each question. If it is empty, each task's own "
+        "default holds.",
+    )
+    speed: Speed | None = Field(
+        default=Speed(), description="How speed is measured. If it is null, speed is not measured."
+    )
+    samples: Samples | None = Field(
+        default=Samples(),
+        description="The prompts that are answered for the report. If it is null, none are.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="Enter the seed of all random numbers, such as those of the bootstrap. Equal seeds give equal "
+        "results.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -295,27 +364,38 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Gate(Spec):
-    """Limits that a variant must keep to be published, judged on the pessimistic end of each confidence interval."""
+    """Limits that a variant must keep to be published. The worse end of each confidence interval is compared with the limit."""
 
     max_perplexity_increase: Limit | None = Field(
-        None, description="As a fraction of the baseline's perplexity: 0.05 allows 5 % more.", examples=[0.05]
+        None,
+        description="Enter the largest increase of perplexity, as a fraction of the baseline's: 0.05 allows 5 % more. "
+        "If it is empty, there is no limit.",
+        examples=[0.05],
     )
     max_mean_kl: Limit | None = Field(
-        None, title="Max Mean KL", description="KL divergence from the baseline, nats a token.", examples=[0.1]
+        None,
+        title="Max Mean KL",
+        description="Enter the largest mean KL divergence from the baseline, in nats per token. If it is empty, there "
+        "is no limit.",
+        examples=[0.1],
     )
     min_top1_agreement: Fraction | None = Field(
         None,
         title="Min Top-1 Agreement",
-        description="Share of positions where the most likely token is the baseline's.",
+        description="Enter the smallest share of positions at which the variant's most likely token is the baseline's "
+        "too: 0.9 is 90 %. If it is empty, there is no limit.",
         examples=[0.9],
     )
     max_task_drop: Fraction | None = Field(
-        None, description="Accuracy lost on any task, absolute: 0.02 allows two points.", examples=[0.02]
+        None,
+        description="Enter the largest loss of accuracy on any task, as a difference: 0.02 allows two percentage "
+        "points. If it is empty, there is no limit.",
+        examples=[0.02],
     )
 
 
 class Publish(Spec):
-    """Where variants that pass go."""
+    """Where the variants that pass the gate are published."""
 
     RULES = [
         {
@@ -327,17 +407,30 @@ class Publish(Spec):
             },
         }
     ]
-    to: Literal["hub", "folder", "nowhere"] = Field("nowhere", description="The Hub, a local folder, or nowhere.")
+    to: Literal["hub", "folder", "nowhere"] = Field(
+        "nowhere",
+        description="Choose where variants that pass are published: on the Hub, in a local folder, or nowhere.",
+    )
     repo: Text = Field(
         "{model}-{variant}",
-        description="Hub repo id, or a folder (relative ones lie under DIR/published). {model}, {variant} and {name} are filled "
-        "in.",
+        description="Enter the Hub repo (owner/name), or the folder; a relative folder lies in the run's folder, "
+        "under published. {model}, {variant} and {name} are replaced by the model's, the variant's and the recipe's "
+        "name.",
         examples=["me/{model}-{variant}"],
     )
-    private: bool = Field(True, description="Visibility on the Hub once everything is verified.")
-    review: bool = Field(False, description="Leave the pull request to an existing repo open instead of merging it.")
+    private: bool = Field(
+        True,
+        description="Switch this off to make the repo public, which happens when everything in it has been verified. "
+        "A public repo that exists already is refused while this is on.",
+    )
+    review: bool = Field(
+        False,
+        description="Switch this on to leave the pull request to an existing repo open, for a person to merge.",
+    )
     licence_check: Literal["warn", "refuse"] = Field(
-        "warn", description="What to do where the base model's licence or gating may forbid redistribution."
+        "warn",
+        description="Choose what happens where the base model's licence or gating may forbid redistribution: warn "
+        "publishes and says so, refuse stops before any work.",
     )
 
     @model_validator(mode="after")
@@ -357,7 +450,9 @@ class Publish(Spec):
 class Track(Spec):
     """Where the numbers are logged."""
 
-    experiment: Text | None = Field(None, description="MLflow experiment; empty: the recipe's name.")
+    experiment: Text | None = Field(
+        None, description="Enter the MLflow experiment. If it is empty, the recipe's name is used."
+    )
 
 
 TOGETHER: list[dict[str, Any]] = [
@@ -380,17 +475,20 @@ TOGETHER: list[dict[str, Any]] = [
 
 
 class Recipe(Spec):
-    """One model, its variants, how they are measured, judged and published."""
+    """A release: one model, its variants, and how they are measured, judged and published."""
 
     RULES = TOGETHER
-    name: Name = Field(description="Names the run in Prefect and MLflow.", examples=["qwen3-1.7b"])
+    name: Name = Field(description="Enter a name for the runs in Prefect and MLflow.", examples=["qwen3-1.7b"])
     source: Source
-    variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of it.")
-    calibration: Calibrate = Field(default=Calibrate(), description="What calibrated variants are calibrated on.")
-    evaluate: Evaluate = Field(default=Evaluate(), description="What to measure.")
-    gate: Gate = Field(default=Gate(), description="What a variant must keep to be published.")
-    publish: Publish = Field(default=Publish(), description="Where it goes.")
-    track: Track = Field(default=Track(), description="Where the numbers are logged.")
+    variants: list[Variant] = Field(min_length=1, max_length=100, description="List the variants to make of the model.")
+    calibration: Calibrate = Field(
+        default=Calibrate(),
+        description="The text that variants with calibrate are calibrated on.",
+    )
+    evaluate: Evaluate = Field(default=Evaluate(), description="What is measured, and on which text.")
+    gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
+    publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
+    track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 
     @model_validator(mode="after")
     def _variants_differ(self) -> Self:
@@ -417,28 +515,35 @@ class Recipe(Spec):
 Models = Annotated[list[Text], Field(min_length=1, max_length=10_000)]
 Device = Literal["auto", "gpu", "cpu"]
 DEVICE = (
-    "Where releases run: gpu sends each to the smallest GPU that it fits on, cpu to workers without one, auto to GPUs if the "
-    "work pool has any."
+    "Choose where releases run. gpu sends each one to the smallest GPU that it fits on. cpu sends them to workers "
+    "without a GPU. auto sends them to GPUs if the work pool has any, and else to workers without."
 )
 
 
 class Template(Spec):
-    """A recipe without its model: what watch and sweep do with each of theirs."""
+    """A recipe without a model. `watch` and `sweep` make a recipe of it for each of their models."""
 
     RULES = TOGETHER
-    revision: Text = Field("main", description="Branch or tag of a Hub repo.")
+    revision: Text = Field("main", description="Enter the branch or tag of the Hub repos.")
     trust_remote_code: bool = Field(
-        False, description="Run Python code that the models' repos contain. Leave off unless you have read that code."
+        False,
+        description="Switch this on to run Python code from the models' repos. Leave it off unless you have read that "
+        "code.",
     )
-    variants: list[Variant] = Field(min_length=1, max_length=100, description="What to make of each model.")
-    calibration: Calibrate = Field(default=Calibrate(), description="What calibrated variants are calibrated on.")
-    evaluate: Evaluate = Field(default=Evaluate(), description="What to measure.")
-    gate: Gate = Field(default=Gate(), description="What a variant must keep to be published.")
-    publish: Publish = Field(default=Publish(), description="Where it goes.")
-    track: Track = Field(default=Track(), description="Where the numbers are logged.")
+    variants: list[Variant] = Field(
+        min_length=1, max_length=100, description="List the variants to make of each model."
+    )
+    calibration: Calibrate = Field(
+        default=Calibrate(),
+        description="The text that variants with calibrate are calibrated on.",
+    )
+    evaluate: Evaluate = Field(default=Evaluate(), description="What is measured, and on which text.")
+    gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
+    publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
+    track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 
     def recipe(self, model: str, revision: str | None = None, variant: Variant | None = None) -> Recipe:
-        """The recipe for `model`, pinned to `revision` if one is given, of all variants or of one alone."""
+        """Make the recipe for `model`, at `revision` if one is given, with all variants or with `variant` alone."""
         variants = [variant] if variant else self.variants
         label = f"-{variant.label}" if variant else ""
         source = Source(model=model, revision=revision or self.revision, trust_remote_code=self.trust_remote_code)
@@ -452,20 +557,27 @@ class Template(Spec):
 
 
 class Watch(Spec):
-    """Models that are released again whenever they have moved."""
+    """Models that are released again whenever they have changed."""
 
     models: Models = Field(
-        description="Hub repos, local folders, or patterns of either: every repo of a namespace that matches is watched.",
+        description="List the models to watch: Hub repos, local folders, or patterns of either with * ? [ ]. A "
+        "pattern stands for every repo of its owner, or every folder, that matches it.",
         examples=[["Qwen/Qwen3-1.7B", "me/my-fine-tune-*", "/data/fine-tunes/*"]],
     )
-    recipe: Template = Field(description="What to do with a model that has moved.")
+    recipe: Template = Field(description="What is done with a model that has changed.")
     settle_seconds: int = Field(
         120,
         ge=0,
         le=86_400,
-        description="A change younger than this is left to the next look, so that several in a row give one release.",
+        description="Enter how many seconds must have passed since a change before it is released. Several changes in "
+        "a row then give one release.",
     )
-    attempts: int = Field(3, ge=1, le=20, description="How often a release that fails is started for the same change.")
+    attempts: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="Enter how often a release is started for one change, if it fails each time.",
+    )
     device: Device = Field("auto", description=DEVICE)
 
     @model_validator(mode="after")
@@ -475,18 +587,25 @@ class Watch(Spec):
 
 
 class Sweep(Spec):
-    """Models times variants, each released by a run of its own, and compared at the end."""
+    """Several models in several variants. Each pair is released by a run of its own, and all are compared at the end."""
 
-    name: Name = Field(description="Names the leaderboard, and the MLflow experiment.", examples=["small-models"])
-    models: Models = Field(
-        description="Hub repos and local folders.", examples=[["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"]]
+    name: Name = Field(
+        description="Enter a name for the leaderboard and the MLflow experiment.", examples=["small-models"]
     )
-    recipe: Template = Field(description="What to do with each model; every variant becomes a run.")
-    limit: int | None = Field(None, ge=1, description="Runs that wait or work at a time; empty: all at once.")
+    models: Models = Field(
+        description="List the models: Hub repos and local folders.", examples=[["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"]]
+    )
+    recipe: Template = Field(description="What is done with each model. Every variant becomes a run of its own.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Enter how many runs may wait or work at the same time. If it is empty, all are started at once.",
+    )
     device: Device = Field("auto", description=DEVICE)
     prefetch: bool = Field(
         False,
-        description="Workers without a GPU download the models, into a store that all share, while GPUs are at work.",
+        description="Switch this on to let workers without a GPU download the models while the GPUs work. All workers "
+        "must share one store (TAME_STORE).",
     )
 
     @model_validator(mode="after")
@@ -498,7 +617,7 @@ class Sweep(Spec):
 
 
 def is_pattern(model: str) -> bool:
-    """Whether `model` stands for all that match it."""
+    """Whether `model` is a pattern, which stands for all models that match it."""
     return any(character in model for character in "*?[")
 
 
@@ -512,6 +631,6 @@ def _check_repo(models: list[str], template: Template) -> None:
 
 
 def _name(text: str) -> str:
-    """`text` as a `Name`: me/my-model is me--my-model; what is too long ends in a digest."""
+    """Make a `Name` of `text`: me/my-model becomes me--my-model. A text that is too long is cut and gets a digest at its end."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.strip("/").replace("/", "--")).strip("-._") or "model"
     return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
