@@ -87,7 +87,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
-    asked["group_size"] = options.group_size
+    asked |= {"group_size": options.group_size, "scale": options.scale}
     if options.calibrate is not None:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)

@@ -83,6 +83,9 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         type=int,
         help="integers of w4a16 and w8a16 that share a scale: 128, 64, 32, or -1 for a whole row",
     )
+    command.add_argument(
+        "--scale", choices=("search",), help="of methods for vLLM: the scales with the least squared error"
+    )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--workers", type=positive, help="tensors in flight; by default what the machine is good for")

@@ -7,11 +7,14 @@ FOUR_BIT = "the 4-bit methods nf4 and fp4"
 
 INTEGERS = "w4a16 and w8a16"
 
+FOR_VLLM = "the methods for vLLM: w4a16, w8a16, w8a8, fp8, fp8-block, mxfp4 and nvfp4"
+
 OPTIONS = {
     "double_quant": FOUR_BIT,
     "compute_dtype": FOUR_BIT,
     "calibrate": FOUR_BIT,
     "group_size": INTEGERS,
+    "scale": FOR_VLLM,
 }
 """Options of a variant that only some methods take, and which these are, in words."""
 
@@ -19,10 +22,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "nf4": ("double_quant", "compute_dtype", "calibrate"),
     "fp4": ("double_quant", "compute_dtype", "calibrate"),
-    "w4a16": ("group_size",),
-    "w8a16": ("group_size",),
-    "w8a8": (),
-    "fp8": (),
-    "mxfp4": (),
+    "w4a16": ("group_size", "scale"),
+    "w8a16": ("group_size", "scale"),
+    "w8a8": ("scale",),
+    "fp8": ("scale",),
+    "fp8-block": ("scale",),
+    "mxfp4": ("scale",),
+    "nvfp4": ("scale",),
 }
 """Each method's name, and those of OPTIONS that it takes."""

@@ -105,6 +105,7 @@ NOT_GIVEN = {
     "compute_dtype": EMPTY,
     "calibrate": {"const": False},
     "group_size": EMPTY,
+    "scale": EMPTY,
 }
 
 
@@ -121,8 +122,8 @@ class Variant(Spec):
     ]
     method: Method = Field(
         description="Choose the format of the quantized weights. int8 (8 bits per weight), nf4 and fp4 (4 bits) are "
-        "for transformers and for fine-tuning. w4a16 and mxfp4 (4 bits), w8a16, w8a8 and fp8 (8 bits) are for vLLM, "
-        "and also quantize the experts of a mixture of experts.",
+        "for transformers and for fine-tuning. w4a16, mxfp4 and nvfp4 (4 bits), w8a16, w8a8, fp8 and fp8-block (8 "
+        "bits) are for vLLM. All of these but nvfp4 and w8a8 also quantize the experts of a mixture of experts.",
         examples=["nf4"],
     )
     double_quant: bool = Field(
@@ -146,6 +147,11 @@ class Variant(Spec):
         description="Choose how many weights of w4a16 and w8a16 share one scale; -1 gives each row one scale. If it "
         "is empty, tame takes the largest of 128, 64 and 32 that divides every row.",
     )
+    scale: Literal["search"] | None = Field(
+        None,
+        description="Choose search to try 16 scales for each group of weights, for the methods for vLLM, and to keep the "
+        "one with the least squared error. If it is empty, the largest weight of the group decides.",
+    )
     skip_modules: list[Text] = Field(
         default=[],
         description="List modules that must stay unquantized, by their names in the model. transformers leaves others "
@@ -165,6 +171,8 @@ class Variant(Spec):
         chosen = ["dq"] if self.double_quant else []
         if self.group_size is not None:
             chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
+        if self.scale:
+            chosen.append(self.scale)
         if self.calibrate:
             chosen += ["cal", self.calibrate] if isinstance(self.calibrate, str) else ["cal"]
         return self.name or "-".join([self.method, *chosen])
@@ -172,7 +180,7 @@ class Variant(Spec):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
-        unused = {key for key in ("calibrate", "group_size") if not getattr(self, key)}
+        unused = {key for key in ("calibrate", "group_size", "scale") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
 
     @model_validator(mode="after")

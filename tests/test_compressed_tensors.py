@@ -12,11 +12,12 @@ import torch
 from configs.errors import BadInputError
 from configs.schema import Variant
 from tasks.quantize.methods import described_by, method_of, quantization_of
+from tasks.quantize.protocols import WholeFormat
 from tests.models import quantize, tiny, zoo
 
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"method": "w4a16"}, {"method": "w4a16", "group_size": 32}, {"method": "w4a16", "group_size": -1}, {"method": "w8a16"},
-    {"method": "w8a16", "group_size": -1}, {"method": "w8a8"}, {"method": "fp8"}, {"method": "mxfp4"},
+    {"method": "w8a16", "group_size": -1}, {"method": "w8a8"}, {"method": "fp8"}, {"method": "mxfp4"}, {"method": "nvfp4"},
 )  # fmt: skip
 ARCHITECTURES = (
     "qwen3",
@@ -47,16 +48,30 @@ def scheme_of(folder: Path) -> Any:
     return QuantizationConfig.model_validate(quantization_of(folder)).config_groups["group_0"]
 
 
-def by_the_package(weight: torch.Tensor, scheme: Any) -> dict[str, torch.Tensor]:
-    """What compressed-tensors' own functions make of a whole weight."""
+def by_the_package(weight: torch.Tensor, scheme: Any, together: list[torch.Tensor] | None = None) -> dict[str, Any]:
+    """What compressed-tensors' own functions make of a whole weight, which is fused with those in `together`."""
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     grouped = weight.view(len(weight), -1, scheme.weights.group_size or weight.shape[1])
-    scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights)
+    state, whole = {"weight": weight}, None
+    if scheme.weights.strategy == "tensor_group":
+        every = torch.cat([one.view(-1) for one in together or [weight]])
+        state["weight_global_scale"] = whole = generate_gparam(every.amin(), every.amax())
+    scale, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), scheme.weights, whole)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    made: dict[str, torch.Tensor] = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    made: dict[str, Any] = compressor.compress({**state, "weight_scale": scale}, scheme)
     return made
+
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+
+
+def fused(tensor: str, whole: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The weights of a checkpoint that a kernel multiplies together with the one of this name."""
+    before, own, _ = tensor.rsplit(".", 2)
+    names = next((names for names in FUSED if own in names), (own,))
+    return [whole[f"{before}.{name}.weight"] for name in names if f"{before}.{name}.weight" in whole]
 
 
 def dequantized(source: Path, made: Path) -> Any:
@@ -116,7 +131,7 @@ def test_the_bytes_are_the_packages_own_and_transformers_loads_them(
     name: str, options: dict[str, Any], sources: Any, tmp_path: Path
 ) -> None:
     source, variant = sources(name), Variant(**options)
-    if variant.method == "w8a8" and name in SPLIT:
+    if variant.method in ("w8a8", "nvfp4") and name in SPLIT:
         with pytest.raises(BadInputError, match=r"no mixture of experts in this format.*use fp8"):
             quantize(source, tmp_path / "refused", variant)
         return
@@ -129,7 +144,7 @@ def test_the_bytes_are_the_packages_own_and_transformers_loads_them(
             assert stored.pop(tensor).equal(weight)
             continue
         counted += weight.numel()
-        for part, expected in by_the_package(weight, scheme).items():
+        for part, expected in by_the_package(weight, scheme, fused(tensor, whole)).items():
             found = stored.pop(f"{module}{part}")
             assert found.dtype == expected.dtype
             assert found.view(torch.uint8).equal(expected.contiguous().view(torch.uint8)), (tensor, part)
@@ -168,9 +183,13 @@ def test_weights_of_every_dtype_and_magnitude(options: dict[str, Any], dtype: st
     weight[1, :64] = -0.0
     weight[2, 3::7] = 0
     scheme = QuantizationConfig.model_validate(tensor_format._config(variant, [])).config_groups["group_0"]
-    codes, scales = tensor_format.quantize_rows(weight, variant)
-    packed = tensor_format.pack(scales, (300, 256), weight.dtype, variant)
-    first, *others = tensor_format.outputs((300, 256), weight.dtype, variant)
+    rows = method_of(variant).tensor_format()
+    assert rows is not None
+    if isinstance(rows, WholeFormat):
+        rows = rows.knowing(weight.abs().max())
+    codes, scales = rows.quantize_rows(weight, variant)
+    packed = rows.pack(scales, (300, 256), weight.dtype, variant)
+    first, *others = rows.outputs((300, 256), weight.dtype, variant)
     expected = by_the_package(weight, scheme)
     assert codes.view(torch.uint8).equal(expected[first].view(torch.uint8))
     for part in others:
@@ -243,3 +262,60 @@ def test_a_forward_before_layers_are_made_plain_asks_for_the_model_again(sources
     assert not method_of(variant).altered(model)
     logits(model)
     assert method_of(variant).altered(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: Variant(**options).label)
+def test_a_searched_scale_is_the_best_of_those_that_were_tried(options: dict[str, Any], dtype: str) -> None:
+    """Against all of them, each group's weights quantized and dequantized by the package."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    variant = Variant(**{"group_size": 64, **options} if options["method"] in ("w4a16", "w8a16") else options)
+    variant = variant.model_copy(update={"scale": "search"})
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype)) ** 3
+    rows = method_of(variant).tensor_format()
+    assert rows is not None
+    whole = None
+    if isinstance(rows, WholeFormat):
+        rows, whole = rows.knowing(weight.abs().max()), generate_gparam(weight.amin(), weight.amax())
+    from tasks.quantize.methods.compressed_tensors_codes import FACTORS, scheme_for
+
+    scheme = scheme_for(variant)
+    scales = rows.quantize_rows(weight, variant)[1]
+    grouped = weight.view(96, -1, scheme.weights.group_size or 256)
+    errors, tried = [], []
+    for factor in FACTORS:
+        scale = calculate_qparams(grouped.amin(-1) * factor, grouped.amax(-1) * factor, scheme.weights, whole)[0]
+        read = fake_quantize(
+            weight.float(), scale.float(), torch.zeros_like(scale.float()), scheme.weights, global_scale=whole
+        )
+        errors.append((read.view(grouped.shape).float() - grouped.float()).square().sum(-1))
+        tried.append(scale.float())
+    found = torch.stack([scales.view(grouped.shape[:2]).eq(scale) for scale in tried])
+    least = torch.stack(errors)
+    assert found.any(0).all()
+    taken = torch.where(found, least, torch.inf).amin(0)
+    assert (taken <= least.amin(0) * 1.02 + 1e-12).all()  # the codes of 16-bit weights are those of rounded quotients
+    assert taken.sum() <= least[0].sum()
+    if options["method"] not in ("w8a8", "fp8", "w8a16", "mxfp4"):
+        assert taken.sum() < 0.95 * least[0].sum()
+
+
+def test_a_plain_scale_is_not_searched_and_the_variants_have_names_of_their_own(sources: Any, tmp_path: Path) -> None:
+    plain, searched = Variant(method="w4a16"), Variant(method="w4a16", scale="search")
+    assert (plain.label, searched.label) == ("w4a16", "w4a16-search")
+    assert "scale" not in plain.identity
+    for variant in (plain, searched):
+        quantize(sources("qwen3"), tmp_path / variant.label, variant)
+    first, second = (tensors(tmp_path / variant.label) for variant in (plain, searched))
+    assert first.keys() == second.keys()
+    assert not all(first[name].equal(second[name]) for name in first)
+    loaded(tmp_path / "w4a16-search")
+
+
+def test_no_progress_bar_is_drawn(sources: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quantize(sources("qwen3"), tmp_path / "made", Variant(method="w8a8"))
+    loaded(tmp_path / "made")
+    said = capfd.readouterr()
+    assert not re.search("quantization config|Compressing", said.out + said.err)

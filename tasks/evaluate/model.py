@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tasks.download.text import check_tokenizer
 from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
-from tasks.quantize.methods import described_by, libraries
+from tasks.quantize.methods import described_by, libraries, quantization_of
 from tasks.quantize.protocols import Method
 
 log = logging.getLogger("tame.evaluate")
@@ -171,8 +170,7 @@ def _import_modelling(config: Any) -> None:
     if type(config) in AutoModelForCausalLM._model_mapping:
         AutoModelForCausalLM._model_mapping[type(config)]
     if described := described_by(getattr(config, "quantization_config", None)):
-        for name in described[0].libraries:
-            import_module(name)
+        described[0].tensor_format()  # imports the method's libraries, and quietens them
 
 
 def _spread(path: Path, device: str) -> Any:
@@ -221,8 +219,7 @@ def repacked(loaded: Loaded) -> bool:
 
 def _method_of(model: Any) -> Method | None:
     """The method that a loaded model was quantized by."""
-    config: Any = getattr(model.config, "quantization_config", None)
-    described = described_by(config.to_dict() if hasattr(config, "to_dict") else config)
+    described = described_by(quantization_of(Path(model.name_or_path)))  # the model forgets it when it is dequantized
     return described[0] if described else None
 
 

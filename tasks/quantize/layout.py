@@ -10,7 +10,7 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Variant
 from tasks import transformers_adapter
 from tasks.download.checkpoint import Stored
-from tasks.quantize.protocols import Method, TensorFormat
+from tasks.quantize.protocols import Method, TensorFormat, WholeFormat
 from tasks.quantize.shards import NAMES
 from tasks.quantize.skeleton import Skeleton, left_out, skeleton
 from tasks.values import Unquantized
@@ -41,6 +41,8 @@ class Job:
     """For a piece of a tensor that is copied: where it begins in the output, in bytes."""
     weight: str = ""
     """For a quantized weight: what the model calls it."""
+    known_with: tuple[Stored, ...] = ()
+    """The weights of the source, itself included, whose largest magnitude has to be known first; for a `WholeFormat`."""
     chosen: Path | None = None
     """The file in which calibrating has put its codes and scales; None where the nearest codes are taken."""
 
@@ -131,6 +133,8 @@ def lay_out(
     notes += _dropped(model, sources, tensors)
     written = _written(whole, tensor_format, variant, saved, wanted)
     jobs = _jobs(whole, written, saved, sources, tensors, folder)
+    if isinstance(tensor_format, WholeFormat):
+        jobs = _known_together(jobs, tensor_format)
     generation = None
     if model.can_generate() and not (folder / "generation_config.json").exists():
         generation = model.generation_config.to_diff_dict()
@@ -287,6 +291,15 @@ def _jobs(
         weight = str(output.weight or output.split) if quantized else ""
         jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, belongs, weight=weight))
     return jobs
+
+
+def _known_together(jobs: list[Job], tensor_format: WholeFormat) -> list[Job]:
+    """The jobs, each quantized weight with those that have to be known together with it."""
+    by_name = {job.weight: job for job in jobs if job.quantized}
+    sets = {
+        name: tuple(by_name[one].source for one in names) for names in tensor_format.fused(by_name) for name in names
+    }
+    return [replace(job, known_with=sets.get(job.weight, ())) for job in jobs]
 
 
 def _dropped(model: Any, sources: dict[str, list[Stored]], tensors: dict[str, Stored]) -> list[str]:

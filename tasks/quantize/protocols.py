@@ -5,7 +5,7 @@ tensor by tensor. A new format is one file in methods/ that answers both, its te
 configs/method_names.py. Importing this file, or methods/, imports no torch: a run that finds everything in the cache needs none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -210,6 +210,19 @@ class TensorFormat(Protocol):
         self, scales: "torch.Tensor", shape: tuple[int, int], dtype: "torch.dtype", variant: Variant
     ) -> "dict[str, torch.Tensor]":
         """What is stored besides the codes, by name below the module, from the scales of the whole weight."""
+        ...
+
+
+@runtime_checkable
+class WholeFormat(TensorFormat, Protocol):
+    """A format that has to know the largest magnitude in a weight, and in others that kernels fuse with it, before its rows."""
+
+    def fused(self, weights: Iterable[str]) -> list[list[str]]:
+        """Which of a model's weights, by their names, have to be known together; one that needs no other is alone."""
+        ...
+
+    def knowing(self, largest: "torch.Tensor") -> TensorFormat:
+        """What quantizes weights of which this is the largest magnitude, a scalar in the weights' dtype on the host."""
         ...
 
 

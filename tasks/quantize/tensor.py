@@ -13,7 +13,7 @@ from configs.schema import Variant
 from tasks.calibrate.finished import read_codes
 from tasks.quantize.journal import Done, Journal
 from tasks.quantize.layout import DTYPES, Job
-from tasks.quantize.protocols import CodedFormat, TensorFormat
+from tasks.quantize.protocols import CodedFormat, TensorFormat, WholeFormat
 from tasks.quantize.shards import Shard
 
 WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 23}  # quantized at once by a thread
@@ -107,10 +107,13 @@ class Worker:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
         if job.chosen is not None:
             return self._write_chosen(job, job.chosen)
-        scale = self._scales(self.tensor_format.scale_count((job.shape[0], job.shape[1]), self.variant))
+        tensor_format = self.tensor_format
+        if isinstance(tensor_format, WholeFormat):
+            tensor_format = tensor_format.knowing(self._largest(job))
+        scale = self._scales(tensor_format.scale_count((job.shape[0], job.shape[1]), self.variant))
         checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
-            codes, some = self.tensor_format.quantize_rows(block, self.variant)
+            codes, some = tensor_format.quantize_rows(block, self.variant)
             scale[known : known + len(some)] = some
             known += len(some)
             data = self._host(codes)
@@ -118,7 +121,7 @@ class Worker:
             self.shards[job.output].write(job.output, at, data)
             at += len(data)
         self._check(job, scale)
-        self._write_parts(job, scale, checksum)
+        self._write_parts(job, scale, checksum, tensor_format)
         return checksum.intdigest()
 
     def _write_chosen(self, job: Job, file: Path) -> int:
@@ -128,12 +131,22 @@ class Worker:
         data = _view(self.tensor_format.pack_codes(made.codes))
         checksum = xxh3_64(data)
         self.shards[job.output].write(job.output, 0, data)
-        self._write_parts(job, made.scales, checksum)
+        self._write_parts(job, made.scales, checksum, self.tensor_format)
         return checksum.intdigest()
 
-    def _write_parts(self, job: Job, scale: torch.Tensor, checksum: xxh3_64) -> None:
+    def _largest(self, job: Job) -> torch.Tensor:
+        """The largest magnitude in a weight, and in those that share a scale with it, in the dtype that is quantized."""
+        found = torch.zeros((), dtype=job.dtype)
+        for source in job.known_with:
+            several = BYTES[self.device.type]
+            for start in range(source.start, source.end, several):
+                piece = self._read(source.file, start, min(several, source.end - start)).view(DTYPES[source.dtype])
+                found = torch.maximum(found, piece.abs().max().to(job.dtype))
+        return found
+
+    def _write_parts(self, job: Job, scale: torch.Tensor, checksum: xxh3_64, tensor_format: TensorFormat) -> None:
         """Write what belongs to the codes of a weight, made from its scales."""
-        packed = self.tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self.variant)
+        packed = tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self.variant)
         for part, name in job.parts.items():
             if name == job.output:
                 continue

@@ -11,6 +11,7 @@ from configs.schema import Variant
 from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
 from tasks.quantize.methods.compressed_tensors import CompressedTensors
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
+from tasks.quantize.methods.finegrained_fp8 import BlockFloat
 from tasks.quantize.protocols import Method
 
 METHODS: dict[str, Method] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
     "nf4": FourBit("nf4"),
     "fp4": FourBit("fp4"),
     **{name: CompressedTensors(name) for name in SCHEMES},
+    "fp8-block": BlockFloat(),
 }
 """By the names of configs/method_names.py."""
 

@@ -86,6 +86,10 @@ class CompressedTensors:
     def tensor_format(self) -> TensorFormat:
         """What is stored for a weight."""
         chosen: TensorFormat = _format()
+        if self.name == "nvfp4":
+            from tasks.quantize.methods.compressed_tensors_nvfp4 import Nvfp4
+
+            return Nvfp4()
         return chosen
 
     def restore(self, parts: "dict[str, torch.Tensor]", shape: tuple[int, int], device: str) -> Restored:
@@ -113,4 +117,5 @@ def _format() -> Any:
     os.environ["COMPRESSED_TENSORS_LOG_DISABLED"] = "true"
     from tasks.quantize.methods import compressed_tensors_format
 
+    compressed_tensors_format.hide_bars()
     return compressed_tensors_format

@@ -1,31 +1,34 @@
 """What compressed-tensors stores for a weight [out, in], made a few rows at a time.
 
-A scale belongs to `group_size` weights of a row, or to a whole row. Scales are the package's own; so are codes, through tables: a
-16-bit weight divided by its scale has 16 bits again, and the package says of each of the 65,536 quotients what its code is.
+A scale belongs to `group_size` weights of a row, or to a whole row. How scales and codes are found is in the file beside this.
 
 The package is imported here, and so before any model is made without weights: the tables that it makes would have none either.
 """
 
-import functools
 import math
+from importlib import import_module
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, decompress_module
 from compressed_tensors.compressors.mx_utils import compress_mx_scale
-from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationStatus,
-    preset_name_to_scheme,
-)
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
-from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from compressed_tensors.version import __version__
+from tqdm import tqdm
 
 from configs.errors import BadInputError
 from configs.schema import Variant
+from tasks.quantize.methods.compressed_tensors_codes import (
+    INTEGERS,
+    ROW,
+    groups_in,
+    in_pieces,
+    quantize_some,
+    scheme_for,
+    scheme_of,
+)
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
 from tasks.quantize.methods.compressed_tensors_selection import (
     Chosen,
@@ -37,26 +40,25 @@ from tasks.quantize.methods.compressed_tensors_selection import (
 from tasks.quantize.protocols import Restored
 from tasks.transformers_adapter import Selection, loading_quantizer, prepare
 
-PIECE = 1 << 17  # weights worked on at once on the CPU, so that they stay in its cache
+WITHOUT_EXPERTS = ("int-quantized", "nvfp4-pack-quantized")
+"""Formats of which transformers' loader cannot make fused experts."""
 GROUPS = (128, 64, 32)  # weights to a scale that kernels are made for, the smallest checkpoint first
-ROW = -1  # group size: a scale for a whole row
-INTEGERS = "pack-quantized"
 
 
 def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dtype) -> Selection:
     """The linear layers of the language model, and its experts, where transformers can load them in this scheme.
 
     Raises:
-        BadInputError: `group_size` does not divide the rows of a layer; a mixture of experts as w8a8.
+        BadInputError: `group_size` does not divide the rows of a layer; a mixture of experts as w8a8 or nvfp4.
     """
     chosen = choose(model, skip, dtype, loading_quantizer(_config(variant, [])))
-    if SCHEMES[variant.method].stored == "int-quantized" and chosen.experts:
+    if SCHEMES[variant.method].stored in WITHOUT_EXPERTS and chosen.experts:
         raise BadInputError(
             f"{variant.method}: transformers loads no mixture of experts in this format, whether {min(chosen.experts)} is "
             "quantized or not; use fp8, w8a16 or w4a16"
         )
     variant = _decided(variant, chosen)
-    width = _scheme(variant).weights.group_size
+    width = scheme_for(variant).weights.group_size
     for name in [name for name, columns in chosen.columns.items() if width and columns % width]:
         chosen.leave(name, f"rows of {chosen.columns[name]}, no multiple of the {width} weights that share a scale")
     return as_selection(chosen, _config(variant, ignored(model, chosen)), variant=variant)
@@ -89,7 +91,7 @@ def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Select
 def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
     """What config.json says of a checkpoint, as the package writes it."""
     config = QuantizationConfig(
-        config_groups={"group_0": _scheme(variant)},
+        config_groups={"group_0": scheme_for(variant)},
         format=SCHEMES[variant.method].stored,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
@@ -97,27 +99,10 @@ def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
     return {**config.model_dump(mode="json"), "version": __version__}
 
 
-def _scheme(variant: Variant) -> Any:
-    """The package's QuantizationScheme for a variant."""
-    return _scheme_of(variant.method, variant.group_size)
-
-
-@functools.cache
-def _scheme_of(method: str, group_size: int | None) -> Any:
-    scheme = preset_name_to_scheme(SCHEMES[method].preset, ["Linear"])
-    if SCHEMES[method].stored == INTEGERS:
-        chosen = (
-            {"strategy": "channel"} if group_size == ROW else {"strategy": "group", "group_size": group_size or 128}
-        )
-        scheme.weights = QuantizationArgs(num_bits=scheme.weights.num_bits, type="int", dynamic=False, **chosen)
-    scheme.format = SCHEMES[method].stored
-    return scheme
-
-
 def outputs(shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
     """What is stored for a weight of `shape` [out, in], by name below its module, as meta tensors."""
     rows, columns = shape
-    bits, groups = SCHEMES[variant.method].bits, _groups(columns, variant)
+    bits, groups = SCHEMES[variant.method].bits, groups_in(columns, variant)
     with torch.device("meta"):
         scale = torch.empty(rows, groups, dtype=dtype)
         if variant.method == "mxfp4":
@@ -142,77 +127,12 @@ def row_multiple(columns: int, variant: Variant) -> int:
 
 def scale_count(shape: tuple[int, int], variant: Variant) -> int:
     """One for each group."""
-    return shape[0] * _groups(shape[1], variant)
-
-
-def _groups(columns: int, variant: Variant) -> int:
-    """Scales in a row."""
-    size = _scheme(variant).weights.group_size
-    return columns // size if size else 1
+    return shape[0] * groups_in(shape[1], variant)
 
 
 def quantize_rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize whole rows: their codes as they are stored, and their scales, F32 [rows × groups]; on the block's device."""
-    if block.device.type != "cpu":
-        return _quantize(block, variant)
-    several = max(1, PIECE // block.shape[1])
-    done = [_quantize(rows, variant) for rows in torch.split(block, several)]
-    return torch.cat([codes for codes, _ in done]), torch.cat([scales for _, scales in done])
-
-
-def _quantize(rows: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
-    scheme = _scheme(variant)
-    grouped = rows.view(rows.shape[0], _groups(rows.shape[1], variant), -1)
-    scale = _scales(grouped, scheme.weights)
-    if rows.device.type == "cpu" and rows.dtype.itemsize == 2:
-        quotient = grouped / scale.unsqueeze(-1)
-        index = quotient.view(torch.int16).to(torch.int32).add_(1 << 15)
-        codes = torch.index_select(_table(variant.method, rows.dtype), 0, index.view(-1)).view(rows.shape)
-    else:
-        codes = _codes(rows, scale, variant)
-    return _packed(codes, variant), scale.float().view(-1)
-
-
-def _scales(grouped: torch.Tensor, weights: Any) -> torch.Tensor:
-    """The package's scales [rows, groups] of weights [rows, groups, group], from each group's least and largest."""
-    least, most = torch.aminmax(grouped, dim=-1)
-    scale: torch.Tensor = calculate_qparams(least, most, weights)[0]
-    return scale
-
-
-def _codes(rows: torch.Tensor, scale: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """The package's code of each weight, U8 of the rows' shape: integers from 0, or the bits of what is stored."""
-    known, weights = SCHEMES[variant.method], _scheme(variant).weights
-    if variant.method == "mxfp4":
-        pairs = quantize_and_pack_fp4(rows, scale, group_size=rows.shape[1] // scale.shape[1])
-        return torch.stack([pairs & 15, pairs >> 4], -1).view(rows.shape)
-    kind = torch.float8_e4m3fn if variant.method == "fp8" else torch.int8
-    codes: torch.Tensor = quantize(rows, scale, None, weights, dtype=kind)
-    if known.stored == INTEGERS:
-        return (codes.to(torch.int16) + (1 << known.bits - 1)).to(torch.uint8)
-    return codes.view(torch.uint8)
-
-
-@functools.cache
-def _table(method: str, dtype: torch.dtype) -> torch.Tensor:
-    """The code of every number of a 16-bit dtype, U8 [65536], by its bits, of which the highest is inverted."""
-    variant = Variant(method=method, group_size=-1 if SCHEMES[method].stored == INTEGERS else None)
-    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1)
-    ones = torch.ones(1, _groups(numbers.shape[1], variant), dtype=dtype)
-    return _codes(numbers, ones, variant).view(-1)
-
-
-def _packed(codes: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """Codes, U8 [rows, columns], as they are stored: several in a number, the first in its lowest bits."""
-    known = SCHEMES[variant.method]
-    if known.stored == INTEGERS and (short := -codes.shape[1] % (32 // known.bits)):
-        codes = torch.nn.functional.pad(codes, (0, short))
-    if known.bits == 4:
-        pairs = codes.view(torch.int16)  # little-endian: the first code in the low byte
-        codes = torch.bitwise_or(pairs, pairs >> 4).to(torch.uint8)
-    if known.stored == INTEGERS:
-        return codes.view(torch.int32)
-    return codes if known.bits == 4 else codes.view(torch.float8_e4m3fn if variant.method == "fp8" else torch.int8)
+    return in_pieces(block, lambda rows: quantize_some(rows, variant))
 
 
 def plausible(scales: torch.Tensor) -> bool:
@@ -227,7 +147,7 @@ def fault(block: torch.Tensor, scales: torch.Tensor) -> tuple[int, str] | None:
 
 def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
     """What is stored besides the codes: `weight_scale` [out, groups], and `weight_shape`, which packed integers need."""
-    scale = scales.view(shape[0], _groups(shape[1], variant)).to(dtype)
+    scale = scales.view(shape[0], groups_in(shape[1], variant)).to(dtype)
     if variant.method == "mxfp4":
         scale = compress_mx_scale(scale, torch.uint8)
     return {"weight_scale": scale, "weight_shape": torch.tensor(shape)}
@@ -237,19 +157,32 @@ def restored(parts: dict[str, torch.Tensor], shape: tuple[int, int], device: str
     """The weights that stored parts stand for, as the package decompresses them: in the dtype of the scales."""
     width, scale, known = shape[1], parts["weight_scale"], SCHEMES[method]
     grouped = scale.shape[1] > 1 and known.stored == INTEGERS
-    scheme = _scheme_of(method, width // scale.shape[1] if grouped else ROW)
+    scheme = scheme_of(method, width // scale.shape[1] if grouped else ROW)
     compressor = BaseCompressor.get_value_from_registry(known.stored)
     codes = next(name for name in ("weight_packed", "weight") if name in parts)
 
     def piece(start: int, count: int) -> torch.Tensor:
         first, last = start // width, (start + count) // width
         state = {codes: parts[codes][first:last].to(device), "weight_scale": scale[first:last].to(device)}
+        if (whole := parts.get("weight_global_scale")) is not None:
+            state["weight_global_scale"] = whole.to(device)
         if known.stored == INTEGERS:
             state["weight_shape"] = torch.tensor([last - first, width])
         weights: torch.Tensor = compressor.decompress(state, scheme)["weight"]
         return weights.reshape(-1).float()
 
     return Restored(piece, multiple=width)
+
+
+def hide_bars() -> None:
+    """Let the package draw no progress bars: it draws several for every model that is loaded."""
+    for name in ("compressors.model_compressors.model_compressor", "quantization.lifecycle.apply"):
+        module: Any = import_module(f"compressed_tensors.{name}")
+        module.tqdm = _no_bar
+
+
+def _no_bar(*given: Any, **options: Any) -> Any:
+    return tqdm(*given, **{**options, "disable": True})
 
 
 def decompress(model: Any) -> None:

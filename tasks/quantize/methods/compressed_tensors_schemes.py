@@ -24,6 +24,7 @@ SCHEMES = {
     "w8a16": Scheme("W8A16", "pack-quantized", 8, "8-bit integers", ("8-bit", "int8", "w8a16")),
     "w8a8": Scheme("W8A8", "int-quantized", 8, "8-bit integers", ("8-bit", "int8", "w8a8"), "8-bit integers"),
     "fp8": Scheme("FP8_DYNAMIC", "float-quantized", 8, "8-bit floats (E4M3)", ("8-bit", "fp8"), "8-bit floats"),
+    "nvfp4": Scheme("NVFP4A16", "nvfp4-pack-quantized", 4, "4-bit floats (NVFP4)", ("4-bit", "fp4", "nvfp4")),
     "mxfp4": Scheme("MXFP4A16", "mxfp4-pack-quantized", 4, "4-bit floats (MXFP4)", ("4-bit", "fp4", "mxfp4")),
 }
 """By tame's names."""

@@ -64,15 +64,18 @@ def choose(model: Any, skip: list[str] | None, dtype: torch.dtype, quantizer: An
     return chosen
 
 
-def ignored(model: Any, chosen: Chosen) -> list[str]:
-    """The modules that `ignore` has to name: all that have a matrix of weights that is not quantized, but embeddings."""
+def ignored(model: Any, chosen: Chosen, by_module: bool = False) -> list[str]:
+    """The modules that `ignore` has to name: all that have a matrix of weights that is not quantized, but embeddings.
+
+    Experts are one pattern for all of compressed-tensors, or, where the list has to be `by_module`, a name in each layer.
+    """
     names = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module = name.rpartition(".")[0]
         if name in chosen.columns or isinstance(model.get_submodule(module), torch.nn.Embedding):
             continue
         if parameter.ndim == 3 and "expert" in name:
-            names.add(EXPERTS)
+            names.add(module if by_module else EXPERTS)
         elif parameter.ndim == 2 and name.endswith(".weight"):
             names.add(module)
     head = model.get_output_embeddings()
@@ -109,6 +112,6 @@ def _is_router(model: Any, name: str, module: Any) -> bool:
     return any("expert" in other for other, _ in model.get_submodule(parent).named_children() if other != own)
 
 
-def as_selection(chosen: Chosen, config: dict[str, Any], **rest: Any) -> Selection:
-    """The choice as tame's engine takes it."""
-    return Selection(config, chosen.columns.__contains__, reasons=chosen.reasons, ignored="ignore", **rest)
+def as_selection(chosen: Chosen, config: dict[str, Any], key: str = "ignore", **rest: Any) -> Selection:
+    """The choice as tame's engine takes it; `key` is that of the list of modules in the config that are not quantized."""
+    return Selection(config, chosen.columns.__contains__, reasons=chosen.reasons, ignored=key, **rest)
