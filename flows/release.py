@@ -50,7 +50,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         plan = plan_task(recipe, folder)
         snapshot = download_task(recipe.source, plan.found).result()
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
-        baseline = baseline_task(snapshot, recipe.evaluate).result()
+        baseline = baseline_task(snapshot, recipe.evaluate, plan.text).result()
         result = result.with_baseline(baseline, snapshot)
     except Exception as error:
         return _finish(result.ended_by(error), folder, run, attempt)

@@ -4,19 +4,18 @@ What cannot is refused before anything slow is imported: not Prefect, which take
 Prefect shell (that is in flows/release.py), and of the stages it imports at the top only what has none either.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError
+from configs.errors import BadInputError
 from configs.schema import Recipe, Source
 from configs.settings import home
 from tasks.calibrate.prepare import calibrate
 from tasks.download.architectures import check_language_model
-from tasks.download.folder import check_tokenizer
+from tasks.download.folder import check_tokenizer_files
 from tasks.download.look import local_path, look, tokenizer_folder
 from tasks.download.text import LoadedText
 from tasks.fleet.work_queues import check_fits, memory_needed, smallest
@@ -28,6 +27,7 @@ from tasks.publish.targets import targets
 from tasks.quantize.preview import preview
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import gpus, hardware, name_of, pick
+from tasks.runtime.files import check_writable, existing_parent
 from tasks.store import artifacts as store
 from tasks.values import Found
 
@@ -40,6 +40,8 @@ class Plan(BaseModel):
     found: Found
     targets: dict[str, str]
     """Hub repo id or absolute folder of each variant, by its label; empty when nothing is published."""
+    text: LoadedText
+    """The evaluation text, so that the flow need not read it again."""
     tokens: int | None
     """Tokens in the evaluation text, where they had to be counted to know that it fills a window."""
     benchmarks: dict[str, Benchmark]
@@ -65,8 +67,8 @@ def preflight(recipe: Recipe, out: Path) -> Plan:
 
 def _preflight(recipe: Recipe, out: Path) -> Plan:
     path = local_path(recipe.source.model)
-    for place in (out, home()):
-        writable(place)
+    check_writable(out)
+    check_writable(home())
     store.check()
     from tasks.download.text import check_text, load_text
     from tasks.evaluate.lm_eval_index import check_tasks
@@ -93,7 +95,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
     pick()
     warnings = [*warnings, *benchmarks.notes]
-    return Plan(found=found, targets=where, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
+    return Plan(found=found, targets=where, text=text, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
 
 
 def look_at(source: Source) -> Found:
@@ -106,7 +108,7 @@ def look_at(source: Source) -> Found:
     found, where = look(source), f"source.model {source.model}"
     if found.kind != "gguf":  # whose header tells
         check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
-        check_tokenizer(found, where)
+        check_tokenizer_files(found, where)
     return found
 
 
@@ -124,21 +126,6 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> N
     check_apart(load_texts(recipe.calibration), evaluated)
     if folder := tokenizer_folder(recipe.source, found):
         check_length(recipe.calibration, folder)
-
-
-def writable(folder: Path) -> None:
-    """See that `folder` can be made, or written if it is there.
-
-    Raises:
-        TameError: it cannot.
-    """
-    at = folder.absolute()
-    while not at.exists():
-        at = at.parent
-    if not at.is_dir():
-        raise TameError(f"{folder}: {at} is a file, so no folder can be made there; give another")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise TameError(f"{folder}: {at} cannot be written; make it writable or give another")
 
 
 def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
@@ -193,7 +180,7 @@ def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
     memory = memory_needed(found, recipe.evaluate)
     room = smallest(memory) or "none is large enough"
     lines.append(("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {room}"))
-    free = shutil.disk_usage(_existing(home())).free
+    free = shutil.disk_usage(existing_parent(home())).free
     lines.append(("disk", f"{size(free)} free, {size(needed)} will be written"))
     return lines + [("note", warning) for warning in plan.warnings]
 
@@ -208,9 +195,3 @@ def _memory() -> int:
     if device == "cpu":
         return int(hardware()["memory_bytes"])
     return gpus()[int(device.partition(":")[2])].memory_bytes
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

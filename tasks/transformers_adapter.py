@@ -121,6 +121,14 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     )
 
 
+def import_modelling(config: Any) -> None:
+    """Import the code of the model that has this configuration, as `from_pretrained` of a causal language model does."""
+    from transformers import AutoModelForCausalLM
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        AutoModelForCausalLM._model_mapping[type(config)]
+
+
 def dtype_of(config: Any, folder: Path, tensors: dict[str, Stored]) -> torch.dtype:
     """The dtype in which `from_pretrained` loads the model, as its `_get_dtype` and `get_state_dict_dtype` find it.
 

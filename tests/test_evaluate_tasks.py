@@ -159,15 +159,15 @@ def test_answers_that_changed_are_kept_in_words(ran, own_tasks: Path, tmp_path: 
     (root / "evidence" / "tasks").symlink_to(root / "0")
     (changed, *_) = evidence.flips(str(root / "evidence"), str(tmp_path))
     shown = evidence.examples(str(tmp_path))["own_choice"]
-    assert [item["doc_id"] for item in shown] == [*changed.lost[:EXAMPLES], *changed.won[:EXAMPLES]]
+    assert [item.doc_id for item in shown] == [*changed.lost[:EXAMPLES], *changed.won[:EXAMPLES]]
     for item in shown:
-        document = asked[item["doc_id"]]
+        document = asked[item.doc_id]
         choices = [document["first"], document["second"]]
-        assert item["question"] == document["question"]
-        assert item["right"] == choices[document["label"]]
-        assert (item["baseline"] == item["right"]) == item["lost"] == (item["doc_id"] in changed.lost)
-        assert (item["variant"] == item["right"]) == (item["doc_id"] in changed.won)
-        assert {item["baseline"], item["variant"]} <= set(choices)
+        assert item.question == document["question"]
+        assert item.right == choices[document["label"]]
+        assert (item.baseline == item.right) == item.lost == (item.doc_id in changed.lost)
+        assert (item.variant == item.right) == (item.doc_id in changed.won)
+        assert {item.baseline, item.variant} <= set(choices)
     rows = [json.loads(line) for line in (root / "1" / "own_written.jsonl").read_text().splitlines()]
     assert all(isinstance(row["answer"], str) and len(row["answer"]) <= 160 for row in rows)
     assert not (root / "1" / "own_choice.questions.jsonl").exists()  # they are the baseline's

@@ -1,6 +1,6 @@
 """What quantizing takes from inside transformers, and bitsandbytes, is there, with the signature that is relied on.
 
-No promise of these libraries covers it. When a new version fails here, look at tasks/quantize/transformers_adapter.py, or at the
+No promise of these libraries covers it. When a new version fails here, look at tasks/transformers_adapter.py, or at the
 method's file; `test_quantize.py` says whether the bytes are still the same.
 """
 

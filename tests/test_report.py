@@ -200,9 +200,9 @@ def test_answers_that_changed_are_named(result: Result) -> None:
     assert "jar number 5" not in text
     assert "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in cells
     assert evidence.flips(None, result.variants[1].evidence) == []
-    shown = [*({"lost": True, "doc_id": i} for i in range(10)), *({"lost": False, "doc_id": 10 + i} for i in range(10))]
-    assert [item["doc_id"] for item in report._some(shown)] == [0, 1, 2, 10, 11]
-    assert [item["doc_id"] for item in report._some(shown[9:])] == [9, 10, 11, 12, 13]
+    shown = [evidence.Example(number, number < 10, "", None, None, None) for number in range(20)]
+    assert [item.doc_id for item in report._some(shown)] == [0, 1, 2, 10, 11]
+    assert [item.doc_id for item in report._some(shown[9:])] == [9, 10, 11, 12, 13]
 
 
 def test_the_recipe_to_make_it_again_is_pinned(html: str) -> None:

@@ -401,7 +401,7 @@ def test_a_lease_that_has_passed_to_another_is_not_taken_back(shared: remote_sto
     with lease.lease(shared, "kind-1"):
         assert len(lease.leases(shared, "kind-1")) == 1
         shared.fs.pipe_file(path, b"another's")
-        time.sleep(2 * TTL / lease.BEATS)
+        time.sleep(2 * TTL / lease.HEARTBEATS)
         assert shared.fs.cat_file(path) == b"another's"
     assert shared.fs.cat_file(path) == b"another's"
 

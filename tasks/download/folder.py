@@ -90,8 +90,8 @@ def select(source: Source, names: list[str], small: dict[str, dict[str, Any]]) -
     return sorted({*weights, *others})
 
 
-def check_tokenizer(found: Found, where: str) -> None:
-    """See that a source has a tokenizer: transformers would make an empty one without a word.
+def check_tokenizer_files(found: Found, where: str) -> None:
+    """Check that a source has the files of a tokenizer. Without them, transformers makes an empty one and says nothing.
 
     Raises:
         BadInputError: it has none.

@@ -130,12 +130,12 @@ def _count(text: str, folder: Path, trust_remote_code: bool) -> int:
         count = len(tokenizer(text)["input_ids"])
     except Exception as error:
         raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
-    check_tokenizer(tokenizer, folder)
+    check_loaded_tokenizer(tokenizer, folder)
     return count
 
 
-def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """See that a tokenizer was read, and not made up: for a folder without one, transformers makes one without words.
+def check_loaded_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Check that a loaded tokenizer has words. For a folder without one, transformers makes an empty one and says nothing.
 
     Raises:
         BadInputError: it has no tokens but special ones.

@@ -1,4 +1,7 @@
-"""What the evaluation kept besides its numbers, as curves for plots and MLflow. Absent evidence is an empty answer."""
+"""Reads what an evaluation kept besides its numbers: values per window, layer and task item, for plots, MLflow and the report.
+
+Every function returns something empty where the evaluation kept nothing.
+"""
 
 import json
 from pathlib import Path
@@ -30,6 +33,18 @@ class Layer(NamedTuple):
     parameters: int
 
 
+class Example(NamedTuple):
+    """An answer to a task's item that changed between right and wrong, in words."""
+
+    doc_id: int
+    lost: bool
+    """Whether the baseline was right; if not, the variant is."""
+    question: str
+    right: str | None
+    baseline: str | None
+    variant: str | None
+
+
 def windows(folder: str | None) -> dict[str, list[float]]:
     """The mean loss and, for a variant, KL divergence of each window of the text, nats a token: {"loss": […], "kl": […]}."""
     path = Path(folder) / "windows.json" if folder else None
@@ -56,14 +71,11 @@ def flips(baseline: str | None, variant: str | None) -> list[Flips]:
     return changed
 
 
-def examples(folder: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Some answers that changed between right and wrong, by task.
-
-    {doc_id, lost, question, right, baseline, variant} each; `lost` says that the baseline was right, else the variant is.
-    """
+def examples(folder: str | None) -> dict[str, list[Example]]:
+    """Some answers that changed between right and wrong, by task."""
     path = Path(folder) / "flips.json" if folder else None
-    found: dict[str, list[dict[str, Any]]] = json.loads(path.read_bytes()) if path and path.is_file() else {}
-    return found
+    written = json.loads(path.read_bytes()) if path and path.is_file() else {}
+    return {task: [Example(**item) for item in items] for task, items in written.items()}
 
 
 def layers(folder: str | None) -> list[Layer]:

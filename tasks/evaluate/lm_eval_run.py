@@ -8,7 +8,7 @@ from typing import Any
 from configs.schema import Evaluate
 from tasks.evaluate.lm_eval_adapter import evaluate_tasks, load_tasks
 from tasks.evaluate.lm_eval_index import TaskWork
-from tasks.evaluate.model import Loaded, quiet
+from tasks.evaluate.model import Loaded, quieten_measuring
 from tasks.evaluate.scoring import backing_off
 from tasks.runtime.progress import Progress, silent
 
@@ -33,7 +33,7 @@ def run_tasks(
         BadInputError: a task that asks to run code, or needs more than text.
         TameError: a task whose data cannot be reached, or whose definition fails.
     """
-    quiet()
+    quieten_measuring()
     import datasets
 
     datasets.disable_progress_bars()

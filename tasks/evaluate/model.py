@@ -12,14 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from configs.errors import BadInputError, TameError, line
-from tasks.download.text import check_tokenizer
+from tasks.download.text import check_loaded_tokenizer
 from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
 from tasks.quantize.methods import described_by, libraries, quantization_of
 from tasks.quantize.protocols import Method
+from tasks.runtime.quiet import quieten
 
 log = logging.getLogger("tame.evaluate")
+
+MEASURING = ("accelerate", "datasets", "lm_eval", "lm-eval", "huggingface_hub", "filelock", "kernels")
+"""Loggers of libraries that an evaluation uses."""
 
 
 @dataclass
@@ -60,26 +64,9 @@ class Loaded:
             )
 
 
-def quiet() -> None:
-    """Let libraries say nothing that a user can do nothing about."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    for name in (
-        *libraries(),
-        "accelerate",
-        "datasets",
-        "lm_eval",
-        "lm-eval",
-        "huggingface_hub",
-        "filelock",
-        "kernels",
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def quieten_measuring() -> None:
+    """Silence the libraries that take part in an evaluation."""
+    quieten([*libraries(), *MEASURING])
 
 
 def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
@@ -91,7 +78,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         BadInputError: not a causal language model, or without a tokenizer.
         TameError: the checkpoint does not load, or there is no memory for it.
     """
-    quiet()
+    quieten_measuring()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -105,7 +92,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         raise BadInputError(
             f"{path}: no tokenizer that loads ({line(error)}); add the model's tokenizer files"
         ) from None
-    check_tokenizer(tokenizer, path)
+    check_loaded_tokenizer(tokenizer, path)
     quantized = getattr(config, "quantization_config", None) is not None
     _import_modelling(config)
     spread = _spread(path, device)
@@ -165,10 +152,9 @@ def _check_kind(config: Any, path: Path) -> list[str]:
 
 def _import_modelling(config: Any) -> None:
     """Import before the clock starts: loading is timed, Python's imports are not."""
-    from transformers import AutoModelForCausalLM
+    from tasks.transformers_adapter import import_modelling
 
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        AutoModelForCausalLM._model_mapping[type(config)]
+    import_modelling(config)
     if described := described_by(getattr(config, "quantization_config", None)):
         described[0].tensor_format()  # imports the method's libraries, and quietens them
 

@@ -97,7 +97,7 @@ def _reason(work: Work, error: Exception) -> str:
 
 def _measure_layers(work: Work, folder: Path, told: Progress) -> None:
     from tasks.evaluate.weight_error import layer_errors
-    from tasks.quantize.quiet import quieten
+    from tasks.runtime.quiet import quieten
 
     quieten()
     source, made = Path(str(work.baseline_model)), Path(work.model)

@@ -39,7 +39,7 @@ def evaluate_baseline(
     Args:
         snapshot: The model.
         spec: What to measure.
-        text: What `spec.text` names, where it was read before.
+        text: The text that `spec.text` names. If it is None, it is read.
         compared: Whether variants will be compared with it: their comparison needs its hidden states and noise floors.
         device: Where to run.
         progress: Told what is done.
@@ -200,9 +200,9 @@ def _assembled(
 
 
 @task(name="evaluate baseline", task_run_name="evaluate baseline", retries=0)
-def baseline_task(snapshot: Snapshot, spec: Evaluate) -> State[Evaluation]:
-    """`evaluate_baseline` in the flow."""
-    value = evaluate_baseline(snapshot, spec)
+def baseline_task(snapshot: Snapshot, spec: Evaluate, text: LoadedText) -> State[Evaluation]:
+    """`evaluate_baseline` in the flow, on the text that the plan has read."""
+    value = evaluate_baseline(snapshot, spec, text=text)
     return Completed(name="Cached" if value.cached else "Completed", data=value)
 
 

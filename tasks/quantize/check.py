@@ -51,7 +51,7 @@ def runs(folder: Path, device: str, trust_remote_code: bool = False) -> tuple[bo
     """
     import psutil
 
-    from tasks.quantize.quiet import quieten
+    from tasks.runtime.quiet import quieten
 
     quieten()
     import torch

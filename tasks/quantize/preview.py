@@ -6,7 +6,7 @@ from typing import Any
 from configs.schema import Variant
 from tasks.download.checkpoint import INDEX, WEIGHTS, read_tensors
 from tasks.quantize.methods import method_of
-from tasks.quantize.quiet import quieten
+from tasks.runtime.quiet import quieten
 
 
 def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:

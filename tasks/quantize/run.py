@@ -13,8 +13,8 @@ from tasks.download.checkpoint import Stored, carried_files, read_config, read_t
 from tasks.quantize.calibrated import FOLDER, calibrated
 from tasks.quantize.check import check_written
 from tasks.quantize.protocols import Method, Request, TensorFormat, Written
-from tasks.quantize.quiet import quieten
 from tasks.runtime.progress import Progress, silent
+from tasks.runtime.quiet import quieten
 
 if TYPE_CHECKING:
     from tasks.quantize.layout import Layout

@@ -9,7 +9,6 @@ from prefect import task
 from prefect.states import Completed, State
 
 from configs.schema import Variant
-from tasks.download.checkpoint import check_source
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request, Written
 from tasks.quantize.run import versions_for
@@ -62,7 +61,6 @@ def quantize(
 
     def make(folder: Path) -> on_disk.Made:
         source = Path(snapshot.path)
-        check_source(source)
         request = Request(
             source=source,
             out=folder,

@@ -5,6 +5,7 @@ untrusted text; Jinja escapes it, and only http(s) addresses become links.
 """
 
 import json
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -65,18 +66,56 @@ def render(result: Result) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """A prompt, the baseline's answer, and each variant's: its name and three parts, as the baseline, first difference, rest."""
+
+    prompt: str
+    baseline: str
+    answers: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Reason:
+    """The unquantized modules that have one reason in common, counted."""
+
+    modules: list[str] = field(default_factory=list)
+    tensors: int = 0
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class _LeftAlike:
+    """Variants in which the same modules stayed unquantized, and those modules by reason."""
+
+    variants: list[str] = field(default_factory=list)
+    reasons: dict[str, _Reason] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _History:
+    """One model's releases: plots with their titles, the runs, newest first, and the metrics that are shown of each."""
+
+    name: str
+    plots: list[tuple[str, plots.Plot | None]]
+    runs: list[Any]
+    metrics: tuple[str, ...]
+
+
 def _calibrated(row: Measured) -> list[str]:
     """What a variant's codes were chosen on."""
     return [f"{row.name}: {row.calibration.sentence}"] if isinstance(row, ResultVariant) and row.calibration else []
 
 
-def _drawn(result: Result) -> tuple[list[Any], list[Any], list[Any]]:
+def _drawn(
+    result: Result,
+) -> tuple[list[plots.Plot | None], list[plots.Plot | None], list[plots.Plot | None]]:
     """The plots of quality, of cost, and of each variant's layers.
 
     They are drawn once for equal numbers: drawing takes longer than all else of a cached run.
     """
 
-    def draw() -> list[Any]:
+    def draw() -> list[plots.Plot | None]:
         gate = result.recipe.gate
         ratio = None if gate.max_perplexity_increase is None else 1 + gate.max_perplexity_increase
         quality = [plots.judged(result, "kl_mean", gate.max_mean_kl), plots.judged(result, "perplexity_ratio", ratio)]
@@ -139,7 +178,7 @@ def history(model: str | None = None) -> str:
     return _page("history.html", sections=sections)
 
 
-def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
+def _history_of(name: str, runs: list[Any]) -> _History:
     """One model's releases, oldest first: plots of what matters, and a row a variant of each release."""
     runs = sorted(runs, key=lambda run: str(run.data.tags["variant"]))
     releases = sorted({run.data.tags.get("started", "") for run in runs})
@@ -155,7 +194,7 @@ def _history_of(name: str, runs: list[Any]) -> dict[str, Any]:
         series = {variant: sorted(points) for variant, points in series.items()}
         drawn.append((formatting.label(metric), plots.over_time(series, ticks, metric)))
     newest_first = sorted(runs, key=lambda run: str(run.data.tags.get("started", "")), reverse=True)
-    return {"name": name, "plots": drawn, "runs": newest_first, "metrics": COLUMNS}
+    return _History(name, drawn, newest_first, COLUMNS)
 
 
 def _order(result: Result) -> list[tuple[ResultVariant, str]]:
@@ -176,15 +215,13 @@ def _machine(result: Result) -> str:
     return " and ".join(here if device == "cpu" else device for device in devices) or here
 
 
-def _answers(result: Result) -> list[dict[str, Any]]:
-    """A prompt, the baseline's answer, and each variant's in three parts: as the baseline, first difference, the rest."""
-    prompts: dict[str, dict[str, Any]] = {}
+def _answers(result: Result) -> list[_Answers]:
+    """The answers of the baseline and of all variants, by prompt."""
+    prompts: dict[str, _Answers] = {}
     for variant in result.variants:
         for sample in variant.samples:
-            shown = prompts.setdefault(
-                sample.prompt, {"prompt": sample.prompt, "baseline": _cut(sample.baseline), "answers": []}
-            )
-            shown["answers"].append((variant.name, *_parts(_cut(sample.answer), sample.diverges_at)))
+            shown = prompts.setdefault(sample.prompt, _Answers(sample.prompt, _cut(sample.baseline)))
+            shown.answers.append((variant.name, *_parts(_cut(sample.answer), sample.diverges_at)))
     return list(prompts.values())
 
 
@@ -209,7 +246,7 @@ def _flips(result: Result) -> list[tuple[str, evidence.Flips]]:
     ]
 
 
-def _examples(result: Result) -> list[tuple[str, str, list[dict[str, Any]]]]:
+def _examples(result: Result) -> list[tuple[str, str, list[evidence.Example]]]:
     """Some of those answers in words, by variant and task: as many that became wrong as became right, where there are."""
     return [
         (variant.name, task, shown)
@@ -219,8 +256,8 @@ def _examples(result: Result) -> list[tuple[str, str, list[dict[str, Any]]]]:
     ]
 
 
-def _some(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    lost, won = ([item for item in found if item["lost"] is which] for which in (True, False))
+def _some(found: list[evidence.Example]) -> list[evidence.Example]:
+    lost, won = ([item for item in found if item.lost is which] for which in (True, False))
     half = max(EXAMPLES - len(won), EXAMPLES // 2 + 1)
     return [*lost[:half], *won[: EXAMPLES - len(lost[:half])]]
 
@@ -234,20 +271,20 @@ def _worst(result: Result) -> list[tuple[str, list[evidence.Layer]]]:
     ]
 
 
-def _left(result: Result) -> list[dict[str, Any]]:
+def _left(result: Result) -> list[_LeftAlike]:
     """What stayed unquantized, by reason, once for all variants that left the same."""
-    groups: dict[tuple[Unquantized, ...], dict[str, Any]] = {}
+    groups: dict[tuple[Unquantized, ...], _LeftAlike] = {}
     for variant in result.variants:
         if not variant.left:
             continue
-        group = groups.setdefault(tuple(variant.left), {"variants": [], "reasons": {}})
-        group["variants"].append(variant.name)
-        if len(group["variants"]) == 1:
+        group = groups.setdefault(tuple(variant.left), _LeftAlike())
+        group.variants.append(variant.name)
+        if len(group.variants) == 1:
             for entry in variant.left:
-                reason = group["reasons"].setdefault(entry.reason, {"modules": [], "tensors": 0, "parameters": 0})
-                reason["modules"].append(entry.module)
-                reason["tensors"] += entry.tensors
-                reason["parameters"] += entry.parameters
+                reason = group.reasons.setdefault(entry.reason, _Reason())
+                reason.modules.append(entry.module)
+                reason.tensors += entry.tensors
+                reason.parameters += entry.parameters
     return list(groups.values())
 
 

@@ -99,7 +99,8 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 def _context() -> BaseContext:
     """The fork server, started now if it is not; or new processes, where libraries are to be imported under other settings."""
-    settings = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    always = CALM | ONLY_INSTALLED  # what the fork server has in any case
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(OURS) and name not in always}
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     if _preloaded_under and settings != _preloaded_under:
@@ -111,9 +112,8 @@ def _context() -> BaseContext:
 
         _preloaded_under.update(settings)
         context.set_forkserver_preload(PRELOADED)
-        meanwhile = CALM | ONLY_INSTALLED
-        given = {name: os.environ.get(name) for name in meanwhile}
-        os.environ.update(meanwhile)
+        given = {name: os.environ.get(name) for name in always}
+        os.environ.update(always)
         try:
             ensure_running()
         finally:

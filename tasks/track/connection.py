@@ -4,12 +4,12 @@ TAME_HOME/mlflow.db     the embedded database, unless MLFLOW_TRACKING_URI names 
 TAME_HOME/mlartifacts/  reports and plots of the embedded database's runs
 """
 
+import functools
 import logging
 import os
 import re
 import ssl
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from configs.errors import TameError, bare_address, named_line
 from configs.settings import home
+from tasks.runtime.retry import retry
 from tasks.track import mlflow_internals
 
 logger = logging.getLogger("tame.track")
@@ -132,25 +133,38 @@ def _settings() -> None:
 
 
 def _check_answers() -> None:
-    """See that a server is there, once more if nobody listens: it may be starting again. Any answer of HTTP will do."""
+    """Check that the server is there. Any HTTP answer will do. If nobody listens, it may be restarting, and is asked once more.
+
+    Raises:
+        TameError: it gives no answer.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if re.match(rf"({'|'.join(mlflow_internals.SERVER_DATABASES)}|sqlite)[+:]", given):
         mlflow_internals.check_database(given, ANSWER_WITHIN)
     if not (address := place()).startswith(("http://", "https://")):
         return
-    for last in (False, True):
-        try:
-            with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=ANSWER_WITHIN):  # noqa: S310
-                return
-        except urllib.error.HTTPError:
+    try:
+        retry(functools.partial(_ask, address), [1.0], lambda error: isinstance(_reason(error), ConnectionError))
+    except OSError as error:
+        raise TameError(f"no answer: {_reason(error)}") from error
+
+
+def _ask(address: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=ANSWER_WITHIN):  # noqa: S310
             return
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLError) and not isinstance(reason, TimeoutError):
-                return  # whether its certificate will do is for MLflow's settings to say
-            if last or not isinstance(reason, ConnectionError):
-                raise TameError(f"no answer: {reason}") from error
-        time.sleep(1)
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        reason = _reason(error)
+        if not isinstance(reason, ssl.SSLError) or isinstance(reason, TimeoutError):
+            raise
+        # whether its certificate will do is for MLflow's settings to say
+
+
+def _reason(error: Exception) -> object:
+    """What urllib's error wraps, or the error itself."""
+    return getattr(error, "reason", error)
 
 
 def _prepare() -> None:
