@@ -34,6 +34,19 @@ DTYPES = ("bfloat16", "float16", "float32")
 SPLIT = ("qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe")
 """Architectures whose experts transformers loads from tensors of their own."""
 
+CELLS = [
+    pytest.param(
+        name,
+        options,
+        id=f"{name}-{Variant(**options).label}",
+        marks=() if (row + column) % 3 == 0 else pytest.mark.e2e,
+    )
+    for row, name in enumerate(ARCHITECTURES)
+    for column, options in enumerate(VARIANTS)
+]
+"""Every architecture in every variant. A third of them, in which each architecture and each variant comes three times, is fast
+enough for every run of the tests."""
+
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
@@ -125,8 +138,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return functools.partial(source_of, folder=tmp_path_factory.mktemp("sources"))
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: Variant(**options).label)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "options"), CELLS)
 def test_the_bytes_are_the_packages_own_and_transformers_loads_them(
     name: str, options: dict[str, Any], sources: Any, tmp_path: Path
 ) -> None:

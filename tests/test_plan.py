@@ -16,11 +16,20 @@ from tests.test_download import change
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "prefect", "mlflow", "transformers", "datasets", "lm_eval")
-PROGRAM = (
-    "import json, sys, tame\n"
-    "try: tame.main(sys.argv[1:])\n"
-    f"except SystemExit as e: print(json.dumps([e.code, [m for m in {HEAVY} if m in sys.modules]]))"
-)
+PROGRAM = f"""
+import contextlib, io, json, sys, tame
+told = []
+for arguments in json.load(sys.stdin):
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            tame.main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    told.append([code, [name for name in {HEAVY} if name in sys.modules], out.getvalue() + errors.getvalue()])
+print(json.dumps(told))
+"""
+Told = tuple[int, list[str], str]
 
 
 @pytest.fixture
@@ -28,17 +37,27 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
 
 
-def plan(tmp_path: Path, source: Path | str, *sets: str, **environment: str) -> tuple[int, list[str], str]:
-    """Exit code, which of HEAVY were imported, and all that was said."""
-    recipe = tmp_path / "recipe.yaml"
+def plans(folder: Path, sources: list[Path | str], *sets: str, **environment: str) -> list[Told]:
+    """Plan a release of each source, all in one process: exit code, which of HEAVY were imported by then, and all that was said."""
     text = "evaluate: {text: {builtin: python-docs}, window: 64, tasks: []}\npublish: {to: nowhere}\n"
-    recipe.write_text(f"name: x\nsource: {{model: {json.dumps(str(source))}}}\nvariants: [{{method: nf4}}]\n{text}")
     changes = [argument for one in sets for argument in ("--set", one)]
-    command = [sys.executable, "-c", PROGRAM, "plan", str(recipe), "--out", str(tmp_path / "out"), *changes]
-    settings = {**os.environ, "TAME_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
-    done = subprocess.run(command, cwd=ROOT, env={**settings, **environment}, capture_output=True, text=True)
-    code, imported = json.loads(done.stdout.splitlines()[-1])
-    return code, imported, "\n".join([*done.stdout.splitlines()[:-1], *done.stderr.splitlines()])
+    asked = []
+    for number, source in enumerate(sources):
+        recipe = folder / f"recipe-{number}.yaml"
+        recipe.write_text(f"name: x\nsource: {{model: {json.dumps(str(source))}}}\nvariants: [{{method: nf4}}]\n{text}")
+        out = Path(source).parent / "out" if isinstance(source, Path) else folder / "out"
+        asked.append(["plan", str(recipe), "--out", str(out), *changes])
+    settings = {**os.environ, "TAME_HOME": str(folder / "home"), "HF_HOME": str(folder / "hf"), "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env={**settings, **environment}, input=json.dumps(asked), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    return [(code, imported, said.strip()) for code, imported, said in json.loads(done.stdout)]
+
+
+def plan(folder: Path, source: Path | str, *sets: str, **environment: str) -> Told:
+    (told,) = plans(folder, [source], *sets, **environment)
+    return told
 
 
 def vlm(model: Path) -> None:
@@ -79,29 +98,37 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "said"), [*REFUSED, (unwritable, "out is a file")])
-def test_a_folder_that_cannot_be_released(
-    model: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
-) -> None:
-    damage(model)
-    code, imported, told = plan(tmp_path, model)
-    assert code == (1 if damage is unwritable else 2)
-    assert said in told
-    assert len(told.splitlines()) == 1
-    assert imported == []
+def damaged(tiny_llama: Path, folder: Path, damages: list[Callable[[Path], None]]) -> dict[str, Path]:
+    """A model for each damage, by the name of the damage."""
+    models = {damage.__name__: folder / damage.__name__ / "model" for damage in damages}
+    for damage in damages:
+        damage(Path(shutil.copytree(tiny_llama, models[damage.__name__])))
+    return models
 
 
-@pytest.mark.parametrize(("damage", "said"), REFUSED)
-def test_a_repo_that_cannot_be_released(model: Path, tmp_path: Path, damage: Callable[[Path], None], said: str) -> None:
-    damage(model)
+def test_folders_that_cannot_be_released(tiny_llama: Path, tmp_path: Path) -> None:
+    expected = [*REFUSED, (unwritable, "out is a file")]
+    models = damaged(tiny_llama, tmp_path, [damage for damage, _ in expected])
+    for (damage, said), (code, imported, told) in zip(expected, plans(tmp_path, list(models.values())), strict=True):
+        assert code == (1 if damage is unwritable else 2), damage
+        assert said in told
+        assert len(told.splitlines()) == 1
+        assert imported == []
+
+
+def test_repos_that_cannot_be_released(tiny_llama: Path, tmp_path: Path) -> None:
+    models = damaged(tiny_llama, tmp_path, [damage for damage, _ in REFUSED])
     with Hub() as hub:
-        hub.add_model("org/model", model)
+        for name, model in models.items():
+            hub.add_model(f"org/{name}", model)
         publish = ("publish.to=hub", "publish.repo=me/{model}-{variant}")
-        code, imported, told = plan(tmp_path, "org/model", *publish, HF_ENDPOINT=hub.url, HF_TOKEN=hub.token())
-    assert code == 2
-    assert said in told
-    assert len(told.splitlines()) == 1
-    assert imported == []
+        names: list[Path | str] = [f"org/{name}" for name in models]
+        answers = plans(tmp_path, names, *publish, HF_ENDPOINT=hub.url, HF_TOKEN=hub.token())
+    for (damage, said), (code, imported, told) in zip(REFUSED, answers, strict=True):
+        assert code == 2, damage
+        assert said in told
+        assert len(told.splitlines()) == 1
+        assert imported == []
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
