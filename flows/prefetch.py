@@ -1,4 +1,4 @@
-"""A model in the store before a GPU asks for it: by workers without one, where a site has such."""
+"""Download a model into the shared store on a worker without a GPU, before a GPU worker needs it."""
 
 from prefect import flow
 from prefect.runtime import flow_run

@@ -1,4 +1,4 @@
-"""Which models have moved since they were released? Those are released again, each by a run of its own."""
+"""Release every watched model again that has changed since its last release, each in a run of its own."""
 
 import re
 
@@ -16,7 +16,7 @@ def watch(spec: Watch) -> State[list[Row]]:
     """Look at every model, and start a release of each that has changed since the last one: once a change.
 
     Args:
-        spec: What to watch, and what to do with a model that has moved.
+        spec: What to watch, and what to do with a model that has changed.
     """
     try:
         return finish(look_at(spec), deployment.get_name() or "watch")

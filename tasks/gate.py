@@ -1,4 +1,4 @@
-"""Is a variant good enough to publish? Pure: numbers and limits in, a verdict out."""
+"""Decides whether a variant is good enough to publish, from its metrics and the limits alone."""
 
 import math
 from typing import NamedTuple

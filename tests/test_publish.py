@@ -196,7 +196,7 @@ def test_a_review_is_left_open_and_not_opened_twice(hub: Hub, folder: Path) -> N
         "stall",
     ],
 )
-def test_what_passes_is_survived_and_nothing_is_done_twice(
+def test_transient_errors_are_retried_and_nothing_is_done_twice(
     hub: Hub, folder: Path, slept: Slept, faults: list[tuple[str, dict[str, object]]]
 ) -> None:
     for match, what in faults:

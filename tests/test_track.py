@@ -462,12 +462,12 @@ def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_ne
 
 def test_silence_from_another_host_counts_as_death_after_a_while(home: Path) -> None:
     elsewhere = {"tame.where": "another host", "tame.process": "1 1.0"}
-    assert not liveness.is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 100:.0f}"})
-    assert liveness.is_dead({**elsewhere, "tame.heartbeat": f"{time.time() - 1000:.0f}"})
-    assert liveness.is_dead({})
-    assert not liveness.is_dead(liveness.signs_of_life())
-    assert liveness.is_dead(
-        {**liveness.signs_of_life(), "tame.process": f"{os.getpid()} 1.0"}
+    assert not liveness.is_stale({**elsewhere, "tame.heartbeat": f"{time.time() - 100:.0f}"})
+    assert liveness.is_stale({**elsewhere, "tame.heartbeat": f"{time.time() - 1000:.0f}"})
+    assert liveness.is_stale({})
+    assert not liveness.is_stale(liveness.heartbeat())
+    assert liveness.is_stale(
+        {**liveness.heartbeat(), "tame.process": f"{os.getpid()} 1.0"}
     )  # the pid lives on in another
 
 

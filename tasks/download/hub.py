@@ -60,7 +60,7 @@ class CachedRepo(BaseModel):
     names: list[str]
 
 
-def passes(_task: Any, _run: Any, state: Any) -> bool:
+def is_transient(_task: Any, _run: Any, state: Any) -> bool:
     """Prefect's `retry_condition_fn`: whether a failed task may do better if it is tried again."""
     try:
         state.result()

@@ -1,4 +1,4 @@
-"""From a source to a snapshot: a folder of files whose content is known.
+"""Turns a source into a snapshot: a folder of files whose sha256 are known.
 
 A source is a Hub repo, a local folder, a .gguf file, or one of both inside an installed package. Only what a release needs is
 taken: the weights that transformers would load, configuration, tokenizer, licence.
@@ -67,7 +67,7 @@ def download(
 
 
 @task(name="download", task_run_name="download {source.model}", retries=3, retry_delay_seconds=[2, 10, 30],
-      retry_condition_fn=hub.passes)  # fmt: skip
+      retry_condition_fn=hub.is_transient)  # fmt: skip
 def download_task(source: Source, found: Found | None = None) -> State[Snapshot]:
     """`download` in the flow; retried when the network or the Hub may do better next time."""
     snapshot = download(source, found)

@@ -1,4 +1,4 @@
-"""One model measured outside of a release: `tame evaluate`."""
+"""`tame evaluate`: measure one model outside of a release."""
 
 from pathlib import Path
 

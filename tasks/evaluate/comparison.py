@@ -1,4 +1,4 @@
-"""From what was measured to the numbers of the contract: paired with the baseline, with intervals. No torch."""
+"""Turns the measured parts of a model into metrics with intervals, paired with the baseline's. Imports no torch."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: one model, loaded once, and everything that is asked of it."""
+"""Runs in a process of its own: loads one model once and measures everything that was asked for."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Have models moved since they were released? What the answer is, model by model, and the releases that follow from it."""
+"""Finds out which watched models have changed since their last release, and starts a release of each of these."""
 
 import fnmatch
 import glob

@@ -191,7 +191,7 @@ def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
     task_run_name="publish {label}",
     retries=len(PAUSES),
     retry_delay_seconds=list(PAUSES),
-    retry_condition_fn=hub.passes,
+    retry_condition_fn=hub.is_transient,
 )
 def publish_task(
     label: str,

@@ -1,4 +1,4 @@
-"""What quantizing would give, from config.json and, where they are there, the headers of the weights: for `tame plan`."""
+"""Computes for `tame plan` what quantizing would give, from config.json and from the headers of the weights if they are on disk."""
 
 from pathlib import Path
 from typing import Any

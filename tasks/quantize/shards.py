@@ -1,4 +1,4 @@
-"""The files that are written. Where every tensor goes is settled before the first byte, so they can be written in any order.
+"""Writes safetensors files. The place of every tensor is fixed before the first byte, so that they can be written in any order.
 
 Laid out as the `safetensors` library does: tensors by dtype, widest alignment first, then by name; the header is compact
 JSON, padded with spaces to a multiple of 8 bytes.

@@ -1,4 +1,4 @@
-"""From a snapshot and a variant to a quantized checkpoint in the artifact store."""
+"""Turns a snapshot and a variant into a quantized checkpoint in the artifact store."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What one thread does with one tensor."""
+"""Reads, quantizes and writes one tensor at a time. Each thread of the engine has one `Worker`."""
 
 import os
 import threading

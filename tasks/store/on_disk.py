@@ -182,7 +182,7 @@ def fsync(path: Path) -> None:
 
 
 def remove_folder(place: Path) -> None:
-    """Out of sight in one step, then gone: a kill in between leaves rubbish that says so by its name."""
+    """Rename the folder to a name that marks it as removed, then delete it. A kill in between leaves no half artifact."""
     if not place.exists():
         return
     if not place.name.startswith("."):

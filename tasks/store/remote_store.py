@@ -153,13 +153,13 @@ def patiently(remote: Remote, what: Callable[[], T], limit: float | None = None)
             log.warning("%s does not answer (%s); trying for %.0f s more", remote.url, named_line(error), limit - spent)
 
     try:
-        return retry(what, doubling(0.2, 15), _passes, warn, limit)
+        return retry(what, doubling(0.2, 15), _is_transient, warn, limit)
     except ANSWERS:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        if not _passes(error):
+        if not _is_transient(error):
             raise TameError(
                 f"TAME_STORE {remote.url}: {named_line(error)}; give access to list, read, write and delete there"
             ) from error
@@ -328,7 +328,7 @@ def _exists(error: BaseException) -> bool:
     return isinstance(error, FileExistsError) or response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
 
 
-def _passes(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether an error of a driver may be gone if it is tried again: not one of permission, of credentials, of names."""
     refused = isinstance(error, (*ANSWERS, PermissionError, ValueError)) or type(error).__name__ in FINAL
     if isinstance(error, OSError):

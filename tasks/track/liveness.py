@@ -1,4 +1,4 @@
-"""Whether the process behind a release's run lives: the signs that it gives, and what becomes of a run without them."""
+"""Heartbeats of the process behind an MLflow run, and how runs whose heartbeat is stale are closed."""
 
 import logging
 import socket
@@ -22,7 +22,7 @@ alive: dict[str, threading.Event] = {}
 """The runs that this process keeps alive, and what ends that."""
 
 
-def signs_of_life() -> dict[str, str]:
+def heartbeat() -> dict[str, str]:
     """Tags that tell whether the process behind a run lives: where it is, which it is, and when it last said so."""
     import psutil
 
@@ -34,7 +34,7 @@ def signs_of_life() -> dict[str, str]:
     }
 
 
-def is_dead(tags: dict[str, str]) -> bool:
+def is_stale(tags: dict[str, str]) -> bool:
     """Whether the process that gave these tags is gone."""
     import psutil
 
@@ -47,15 +47,15 @@ def is_dead(tags: dict[str, str]) -> bool:
     return time.time() - float(tags.get("tame.heartbeat", "0")) > DEAD_AFTER
 
 
-def close_dead(client: Any) -> None:
+def close_stale(client: Any) -> None:
     """Close the runs of processes that are gone, as KILLED."""
     for run in mlflow_runs.running(client):
-        if run.info.run_id not in alive and is_dead(run.data.tags):
+        if run.info.run_id not in alive and is_stale(run.data.tags):
             mlflow_runs.close(client, run, "KILLED")
             logger.info("closed the MLflow run %s (%s), whose process is gone", run.info.run_name, run.info.run_id)
 
 
-def stay_alive(client: Any, run_id: str) -> None:
+def keep_alive(client: Any, run_id: str) -> None:
     """Give signs of life and log the machine's load, in the background, until `rest`."""
     rest(run_id)
     resting = alive[run_id] = threading.Event()

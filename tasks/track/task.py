@@ -36,10 +36,10 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         client = connection.connect()
         _replay(client)
         experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe))
-        liveness.close_dead(client)
+        liveness.close_stale(client)
         name = _release(tags.get("prefect_run"))
-        run_id = mlflow_runs.open_release(client, experiment, recipe.name, {**tags, **liveness.signs_of_life()}, name)
-        liveness.stay_alive(client, run_id)
+        run_id = mlflow_runs.open_release(client, experiment, recipe.name, {**tags, **liveness.heartbeat()}, name)
+        liveness.keep_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
         logger.warning("%s; the release goes on and is logged later", connection.away(error))
         return None
@@ -89,7 +89,7 @@ def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | Non
         "server": connection.place(),
         "run_id": run_id,
         "final": final,
-        "life": liveness.signs_of_life(),
+        "life": liveness.heartbeat(),
         "result": result.model_dump(mode="json"),
         "report": page,
     }
