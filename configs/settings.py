@@ -74,8 +74,18 @@ OF_SCRIPTS = (
 
 
 def home() -> Path:
-    """The folder of TAME_HOME, absolute."""
-    return Path(os.environ.get(HOME.name) or HOME.default).expanduser().absolute()
+    """The folder of TAME_HOME, absolute.
+
+    Raises:
+        BadInputError: its path holds a question mark.
+    """
+    folder = Path(os.environ.get(HOME.name) or HOME.default).expanduser().absolute()
+    if "?" in str(folder):  # SQLAlchemy takes what follows for the parameters of MLflow's database
+        raise BadInputError(
+            f"{HOME.name} is {str(folder)!r}: expected a folder whose path has no question mark, which the address "
+            "of a database cannot hold"
+        )
+    return folder
 
 
 def shared_store() -> str:

@@ -68,3 +68,13 @@ def test_what_is_not_set_has_its_default(monkeypatch: pytest.MonkeyPatch) -> Non
         None,
         None,
     )
+
+
+def test_a_home_that_no_database_can_lie_in_is_refused_before_work(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tame", "plan", "configs/demo.yaml"]
+    there = {**os.environ, "TAME_HOME": str(tmp_path / "why?")}
+    done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"TAME_HOME is '{tmp_path / 'why?'}': expected a folder whose path has no question mark" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "why?").exists()
