@@ -177,6 +177,8 @@ def publish(options: argparse.Namespace) -> int:
     from tasks.publish import task as stage
     from tasks.runtime.progress import show
 
+    if options.check and options.rederive is not None:
+        return _rederive(options)
     if options.check:
         wrong = stage.check(options.check, options.source)
         print("\n".join(wrong) or f"{options.check}: every file is what tame.json says")
@@ -239,6 +241,15 @@ def track(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     return parser_of((run, plan, quantize, evaluate, publish, up, worker, provision, cache, report, track))
+
+
+def _rederive(options: argparse.Namespace) -> int:
+    """Some tensors of a release, computed again from its source."""
+    from tasks.publish.rederive import rederive
+
+    found = rederive(options.check, options.rederive, options.source)
+    print("\n".join(found.lines(options.check)))
+    return 1 if found.problems else 0
 
 
 def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:

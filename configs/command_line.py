@@ -123,6 +123,12 @@ def _of_publish(command: argparse.ArgumentParser) -> None:
     command.add_argument("--private", action="store_true", help="visible to you alone")
     command.add_argument("--check", metavar="REPO", help="compare a published repo with its own tame.json")
     command.add_argument("--source", metavar="SOURCE", help="with --check: the model it says it was made from")
+    command.add_argument(
+        "--rederive",
+        metavar="K",
+        type=int,
+        help="with --check: read K random tensors of the repo and of its source alone, and compute them again, byte for byte",
+    )
 
 
 def _of_worker(command: argparse.ArgumentParser) -> None:

@@ -85,14 +85,14 @@ class Engine:
     def _work(self, number: int) -> None:
         """What thread `number` does: job after job, until there is none, or one has failed."""
         device = self.devices[number % len(self.devices)]
-        worker = Worker(self.sources, self.shard_of, self.tensor_format, self.request.variant, device, self.journal)
+        worker = Worker(self.sources, self.shard_of, self.tensor_format, self.request.variant, device)
         while not self.digests.stopped.is_set():
             try:
                 job = self.queue.get_nowait()
             except queue.Empty:
                 return
             try:
-                self._finish(job, anew=worker.do(job))
+                self._finish(job, anew=worker.do(job, self.journal))
             except BaseException:
                 self._stop()
                 raise

@@ -55,9 +55,8 @@ class Worker:
         tensor_format: TensorFormat,
         variant: Variant,
         device: str,
-        journal: Journal,
     ) -> None:
-        self.sources, self.shards, self.journal = sources, shards, journal
+        self.sources, self.shards = sources, shards
         self.tensor_format, self.variant = tensor_format, variant
         self.device = torch.device(device)
         self.buffers: dict[str, tuple[torch.Tensor, memoryview]] = {}
@@ -66,22 +65,30 @@ class Worker:
         # many threads as there are cores, and the last bit of double quantization's mean of the scales depends on that.
         torch.set_num_threads(1)
 
-    def do(self, job: Job) -> bool:
+    def do(self, job: Job, journal: Journal) -> bool:
         """Write what is to be written for one tensor, unless a killed run did. Returns whether it had to."""
-        known = self.journal.done.get(job.key)
+        known = journal.done.get(job.key)
         if known is not None and self._written(job) == known.checksum:
             for name, text in known.late.items():
                 self.shards[name].late[name] = text.encode()
             return False
+        checksum = self.write(job)
+        late = {name: self.shards[name].late[name] for name in job.outputs if name in self.shards[name].late}
+        journal.add(job.key, Done(checksum, {name: (text or b"").decode() for name, text in late.items()}))
+        return True
+
+    def write(self, job: Job) -> int:
+        """Write what is to be written for one tensor. Returns the XXH3 checksum of it.
+
+        Raises:
+            TameError: NaN or infinite weights, weights that the format loses, a GPU out of memory; it names file and tensor.
+        """
         try:
-            checksum = self._quantize(job) if job.quantized else self._copy(job)
+            return self._quantize(job) if job.quantized else self._copy(job)
         except torch.OutOfMemoryError as error:
             raise TameError(
                 f"{self._where(job)}: {self.device} is out of memory; use fewer --workers, free some, or use --device cpu"
             ) from error
-        late = {name: self.shards[name].late[name] for name in job.outputs if name in self.shards[name].late}
-        self.journal.add(job.key, Done(checksum, {name: (text or b"").decode() for name, text in late.items()}))
-        return True
 
     def _copy(self, job: Job) -> int:
         """Copy a tensor piece by piece, cast if it has to be. Returns the checksum of what was written."""
