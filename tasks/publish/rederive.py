@@ -168,7 +168,7 @@ def _source(told: dict[str, Any], given: str | None) -> RangedFiles:
 
 def _layout(folder: Path, variant: Variant, original: RangedFiles) -> "Layout":
     from tasks.quantize.layout import lay_out
-    from tasks.quantize.quiet import quieten
+    from tasks.runtime.quiet import quieten
 
     quieten()
     try:
