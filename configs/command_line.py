@@ -68,7 +68,7 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="*",
         action="extend",
-        help="choose 4-bit codes on these UTF-8 texts, mixed evenly; without a FILE, on Python's own library",
+        help="choose the codes of nf4, fp4 and w4a16 on these UTF-8 texts, mixed evenly; without a FILE, on Python's own library",
     )
     command.add_argument(
         "--calibrate-sequences", metavar="N", type=positive, help="sequences taken from each text; by default 128"

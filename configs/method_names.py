@@ -12,7 +12,7 @@ FOR_VLLM = "the methods for vLLM: w4a16, w8a16, w8a8, fp8, fp8-block, mxfp4 and 
 OPTIONS = {
     "double_quant": FOUR_BIT,
     "compute_dtype": FOUR_BIT,
-    "calibrate": FOUR_BIT,
+    "calibrate": "nf4, fp4 and w4a16",
     "group_size": INTEGERS,
     "scale": FOR_VLLM,
 }
@@ -22,7 +22,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "nf4": ("double_quant", "compute_dtype", "calibrate"),
     "fp4": ("double_quant", "compute_dtype", "calibrate"),
-    "w4a16": ("group_size", "scale"),
+    "w4a16": ("group_size", "scale", "calibrate"),
     "w8a16": ("group_size", "scale"),
     "w8a8": ("scale",),
     "fp8": ("scale",),

@@ -188,6 +188,10 @@ class Variant(Spec):
         for option, takers in OPTIONS.items():
             if getattr(self, option) and option not in METHODS[self.method]:
                 raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
+        if self.calibrate and self.scale:
+            raise ValueError(
+                "scale: search is for variants without calibrate, which searches scales itself; leave one out"
+            )
         return self
 
 

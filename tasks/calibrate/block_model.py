@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from configs.errors import BadInputError, ReachedError, TameError, line
+from tasks.calibrate.experts import SplitExperts, names_of, splits
 from tasks.download.checkpoint import Stored, read_tensors
 from tasks.transformers_adapter import (
     building,
@@ -53,6 +54,10 @@ class BlockModel:
         self.linear = {name for name, one in self.model.named_modules() if type(one) is nn.Linear}
         self.linear |= transposed_modules(self.model)
         self.tensors, _ = match(self.model, None, tensors)
+        self.experts = names_of(self.model)
+        """What is called otherwise here than in the checkpoint: weights of single experts."""
+        self.of_experts = {name.removesuffix(".weight") for name in self.experts.values()}
+        self.linear |= self.of_experts
         self.tuples = False
         make_buffers(self.model, self.device)
         head = self.model.get_output_embeddings()
@@ -71,7 +76,7 @@ class BlockModel:
 
     @contextmanager
     def loaded(self, index: int) -> "Iterator[nn.Module]":
-        """A block with its weights on the device, in evaluation mode; they are let go of at the end.
+        """A block with its weights on the device, in evaluation mode, its experts split; they are let go of at the end.
 
         Raises:
             TameError: a tensor that the block needs is not in the checkpoint.
@@ -82,9 +87,14 @@ class BlockModel:
         lost = [name for name, tensor in (*block.named_parameters(), *block.named_buffers()) if tensor.is_meta]
         if lost:
             raise TameError(f"{self.folder}: no tensor for {prefix}{lost[0]}; download the model again")
+        whole = {name: module for name, module in block.named_modules() if splits(module)}
+        for name, module in whole.items():
+            block.set_submodule(name, SplitExperts(module))
         try:
             yield block
         finally:
+            for name, module in whole.items():
+                block.set_submodule(name, module)
             _unload(block)
 
     def start(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Arguments]]:

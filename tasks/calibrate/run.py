@@ -47,7 +47,8 @@ class Asked:
 class Chosen:
     """Where codes and scales lie, for `finished.read_codes`, by the weights' names; and what to say of the whole."""
 
-    where: dict[str, Path]
+    where: dict[str, tuple[Path, str]]
+    """The file, and the name in it."""
     notes: list[str]
 
 
@@ -61,7 +62,8 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     model = BlockModel(
         asked.source, asked.device, torch.float32 if asked.device == "cpu" else None, asked.trust_remote_code
     )
-    outside = [name for name in asked.weights if not _within(model, name)]
+    called = {name: model.experts.get(name, name) for name in asked.weights}
+    outside = [name for name in asked.weights if not _within(model, called[name])]
     if len(outside) == len(asked.weights):
         raise BadInputError(
             f"{asked.source}: no quantized layer of {model.kind}, such as {outside[0]}, lies in its blocks {model.blocks_name}; "
@@ -73,7 +75,7 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     at_once = max(1, AT_ONCE[model.device.type] // ids.shape[1])
     streams = Streams(model, ids, at_once, asked.work)
     model.unload_rest()
-    wanted = set(asked.weights) - set(outside)
+    wanted = {called[name] for name in asked.weights} - {called[name] for name in outside}
     walk = Walk(model, streams, wanted, grid, EFFORTS[asked.level])
     behind, states = finished.streams() or (-1, None)
     if states is not None:
@@ -92,7 +94,8 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
         finished.copy_streams(index, streams.states)
     progress(f"calibrate {label}", count, count)
     where, plain = finished.where()
-    return Chosen(where, _notes(outside, plain, len(asked.weights)))
+    found = {name: (where[there], there) for name, there in called.items() if there in where}
+    return Chosen(found, _notes(outside, plain, len(asked.weights)))
 
 
 def _notes(outside: list[str], plain: list[str], count: int) -> list[str]:
@@ -103,7 +106,7 @@ def _notes(outside: list[str], plain: list[str], count: int) -> list[str]:
     why = (
         "lie outside the model's blocks"
         if outside
-        else "were given no token by the calibration text, or run more than once"
+        else "were given no token by the calibration text (experts: fewer than a row has weights), or run more than once"
     )
     return [
         f"{len(lost)} of {count} quantized weights, such as {lost[0]}, {why}: they are rounded plainly, not calibrated."

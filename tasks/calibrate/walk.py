@@ -191,6 +191,8 @@ class Walk:
             # An expert may be given other tokens in the two streams.
             same = theirs is not None and len(theirs) == len(ours) == self.streams.tokens_of(piece)
             _add_product(other, theirs if same and theirs is not None else ours, ours)
+        if tokens < columns and f"{block.name}.{first}" in self.model.of_experts:
+            hessian.zero_()  # an expert that few tokens came to: they say nothing of most directions
         self._check(block, first, hessian.diagonal())
         for start in range(0, columns, STRIP):  # the other half
             end = start + STRIP

@@ -36,10 +36,11 @@ def calibrated(
             f"{variant.label}: it cannot be calibrated, or there is no text for it; leave calibrate out"
         )
     coded: CodedFormat = tensor_format
+    dtype = getattr(torch, layout.config["dtype"])
     grid = Grid(
         coded.levels(variant),
         coded.block_size(variant),
-        as_stored=lambda scales: coded.scales_as_read(scales, variant),
+        as_stored=lambda scales: coded.scales_as_read(scales, variant, dtype),
         signed=coded.signed_scales(variant),
     )
     asked = Asked(

@@ -43,8 +43,8 @@ class Job:
     """For a quantized weight: what the model calls it."""
     known_with: tuple[Stored, ...] = ()
     """The weights of the source, itself included, whose largest magnitude has to be known first; for a `WholeFormat`."""
-    chosen: Path | None = None
-    """The file in which calibrating has put its codes and scales; None where the nearest codes are taken."""
+    chosen: tuple[Path, str] | None = None
+    """The file in which calibrating has put its codes and scales, and their name there; None where it has chosen none."""
 
     @property
     def outputs(self) -> list[str]:

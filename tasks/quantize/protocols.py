@@ -231,7 +231,7 @@ class CodedFormat(TensorFormat, Protocol):
     """A format whose weights are codes of levels, times the scale of a block: codes and scales can be chosen, by calibrating."""
 
     def levels(self, variant: Variant) -> "torch.Tensor":
-        """The values of the codes, F32 [codes], each at the place of its code."""
+        """The values of the codes, F32 [codes], each at the place of its code; the largest magnitude is 1."""
         ...
 
     def block_size(self, variant: Variant) -> int:
@@ -242,8 +242,12 @@ class CodedFormat(TensorFormat, Protocol):
         """Whether a scale may be negative."""
         ...
 
-    def scales_as_read(self, scales: "torch.Tensor", variant: Variant) -> "torch.Tensor":
-        """What the scales of a whole weight, F32 [blocks], are when they were stored and are read again."""
+    def scales_as_read(self, scales: "torch.Tensor", variant: Variant, dtype: "torch.dtype") -> "torch.Tensor":
+        """What the scales of a whole weight of this dtype, F32 [blocks], are when they were stored and are read again."""
+        ...
+
+    def scales_to_pack(self, scales: "torch.Tensor", variant: Variant) -> "torch.Tensor":
+        """The scales that `pack` takes, from those that `levels` are multiplied with."""
         ...
 
     def pack_codes(self, codes: "torch.Tensor") -> "torch.Tensor":

@@ -113,7 +113,7 @@ class Worker:
     def _quantize(self, job: Job) -> int:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
         if job.chosen is not None:
-            return self._write_chosen(job, job.chosen)
+            return self._write_chosen(job, *job.chosen)
         tensor_format = self.tensor_format
         if isinstance(tensor_format, WholeFormat):
             tensor_format = tensor_format.knowing(self._largest(job))
@@ -131,14 +131,15 @@ class Worker:
         self._write_parts(job, scale, checksum, tensor_format)
         return checksum.intdigest()
 
-    def _write_chosen(self, job: Job, file: Path) -> int:
+    def _write_chosen(self, job: Job, file: Path, name: str) -> int:
         """Write the codes and scales of a weight that was calibrated. Returns the checksum of what was written."""
         assert isinstance(self.tensor_format, CodedFormat)
-        made = read_codes(file, job.weight)
+        made = read_codes(file, name)
         data = _view(self.tensor_format.pack_codes(made.codes))
         checksum = xxh3_64(data)
         self.shards[job.output].write(job.output, 0, data)
-        self._write_parts(job, made.scales, checksum, self.tensor_format)
+        scales = self.tensor_format.scales_to_pack(made.scales, self.variant)
+        self._write_parts(job, scales, checksum, self.tensor_format)
         return checksum.intdigest()
 
     def _largest(self, job: Job) -> torch.Tensor:

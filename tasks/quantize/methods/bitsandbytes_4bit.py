@@ -100,7 +100,12 @@ def signed_scales(variant: Variant) -> bool:
     return True
 
 
-def scales_as_read(scales: torch.Tensor, variant: Variant) -> torch.Tensor:
+def scales_to_pack(scales: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """The same."""
+    return scales
+
+
+def scales_as_read(scales: torch.Tensor, variant: Variant, dtype: torch.dtype) -> torch.Tensor:
     """The scales themselves, or, with double quantization, what is left of them."""
     if not variant.double_quant:
         return scales

@@ -25,6 +25,8 @@ from tasks.quantize.methods.compressed_tensors_codes import (
     ROW,
     groups_in,
     in_pieces,
+    levels_of,
+    packed,
     quantize_some,
     scheme_for,
     scheme_of,
@@ -42,6 +44,7 @@ from tasks.transformers_adapter import Selection, loading_quantizer, prepare
 
 WITHOUT_EXPERTS = ("int-quantized", "nvfp4-pack-quantized")
 """Formats of which transformers' loader cannot make fused experts."""
+LEAST = 8  # the magnitude of the least of 4-bit integers
 GROUPS = (128, 64, 32)  # weights to a scale that kernels are made for, the smallest checkpoint first
 
 
@@ -151,6 +154,41 @@ def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, varia
     if variant.method == "mxfp4":
         scale = compress_mx_scale(scale, torch.uint8)
     return {"weight_scale": scale, "weight_shape": torch.tensor(shape)}
+
+
+def levels(variant: Variant) -> torch.Tensor:
+    """The 16 values of w4a16, F32, as parts of the least: -1 to 0.875."""
+    return levels_of(variant.method) / LEAST
+
+
+def block_size(variant: Variant) -> int:
+    """The group, which never crosses rows."""
+    if variant.group_size in (None, ROW):
+        raise BadInputError(
+            "calibrate: the rows of this model have no group size in common that divides them all, or group_size is -1; give "
+            "group_size 32, 64 or 128, and name what it does not divide in skip_modules"
+        )
+    return int(variant.group_size or 0)
+
+
+def signed_scales(variant: Variant) -> bool:
+    """Never, as all other programs write it: kernels may count on it."""
+    return False
+
+
+def scales_to_pack(scales: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """What a step of 1 stands for, from what `levels` are multiplied with."""
+    return scales / LEAST
+
+
+def scales_as_read(scales: torch.Tensor, variant: Variant, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to the dtype of the weight, in which they are stored."""
+    return (scales / LEAST).to(dtype).float() * LEAST
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes, U8 [rows, columns], as they are stored: eight in an integer."""
+    return packed(codes, Variant(method="w4a16"))
 
 
 def restored(parts: dict[str, torch.Tensor], shape: tuple[int, int], device: str, method: str) -> Restored:
