@@ -10,6 +10,7 @@ from pathlib import Path
 _ROOT = Path(tempfile.mkdtemp(prefix="tame-tests-"))
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "HF_", "MLFLOW_", "TAME_", "HUGGING"))]:
     del os.environ[_name]
+os.environ.pop("PYTHONSAFEPATH", None)  # the tests' own child processes import from this folder
 os.environ |= {
     "HOME": str(_ROOT / "home"),
     "TAME_HOME": str(_ROOT / "tame"),
@@ -22,16 +23,51 @@ os.environ |= {
     "PREFECT_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # the tests run two at a time
+    # What tame.main and quantizing set as well: see `same_environment`.
+    "DO_NOT_TRACK": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONUTF8": "1",
+    "COMPRESSED_TENSORS_LOG_DISABLED": "true",
 }
 (_ROOT / "home").mkdir()
 
 import shutil  # noqa: E402
+import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from multiprocessing import forkserver  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
+ON_A_SERVER = {"automations", "flow", "infra", "second_method", "sweep", "watch"}
+"""Files whose tests need the session's Prefect server, by their names without test_ and .py."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a file to one process, and those on the server too.
+
+    Imports, models of a module, and the server, which cost more than most tests, are then made in one process and not in each.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::", 1)[0])
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def group_of(file: str) -> str:
+    return "server" if Path(file).stem.removeprefix("test_") in ON_A_SERVER else file
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # the largest first, so that both processes end at about the same time
+        sizes = {path: path.stat().st_size for path in {item.path for item in items}}
+        items.sort(key=lambda item: (group_of(item.path.name) != "server", -sizes[item.path]))
     if not any("cuda" in item.keywords for item in items):
         return
     import torch
@@ -44,6 +80,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_ROOT, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """The environment before the first test."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+@pytest.fixture(autouse=True)
+def same_environment(environment: dict[str, str]) -> Iterator[None]:
+    """Begin every test in the environment of the first: libraries and `tame.main` set variables, and leave them set.
+
+    A stage's process is forked from one that has imported torch only while the environment is what it was when that one began;
+    else it imports torch again, for 8 s. One that began under a single test's environment is ended with that test.
+    """
+    for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+    yield
+    child_process = sys.modules.get("tasks.runtime.child_process")
+    began_under = getattr(child_process, "_preloaded_under", None)
+    if began_under and any(environment.get(name) != value for name, value in began_under.items()):
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        began_under.clear()
 
 
 @pytest.fixture
