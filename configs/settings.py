@@ -97,7 +97,7 @@ def store_patience() -> float:
     """TAME_STORE_PATIENCE in seconds.
 
     Raises:
-        BadInputError: it is not a number of seconds.
+        BadInputError: the value is not a number of seconds above 0.
     """
     return _seconds(STORE_PATIENCE)
 
@@ -106,7 +106,7 @@ def lease_seconds() -> float:
     """TAME_LEASE_SECONDS.
 
     Raises:
-        BadInputError: it is not a number of seconds.
+        BadInputError: the value is not a number of seconds above 0.
     """
     return _seconds(LEASE_SECONDS)
 
@@ -120,7 +120,7 @@ def file_of(setting: Setting) -> Path | None:
     """The file that `setting` names, or None where it is not set.
 
     Raises:
-        BadInputError: there is no such file.
+        BadInputError: the file does not exist.
     """
     given = os.environ.get(setting.name)
     if not given:

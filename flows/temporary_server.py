@@ -85,7 +85,7 @@ class TemporaryServer:
         """Wait until the server answers.
 
         Raises:
-            TameError: it ended, and why; or it did not answer within STARTS_WITHIN.
+            TameError: the server ended, with its reason; or it did not answer within STARTS_WITHIN.
         """
         wait_until(self._answers, STARTS_WITHIN, every=0.1, otherwise=self._too_late)
         self._starting.release()

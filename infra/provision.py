@@ -54,8 +54,8 @@ def connect() -> "Iterator[SyncPrefectClient]":
     """A client of the server that PREFECT_API_URL names, once it answers.
 
     Raises:
-        BadInputError: none is named.
-        TameError: it does not answer.
+        BadInputError: PREFECT_API_URL is not set.
+        TameError: the server does not answer.
     """
     from prefect.client.orchestration import get_client
     from prefect.settings import get_current_settings

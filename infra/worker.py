@@ -21,7 +21,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
     With `once` it ends after one run, or at once if none waits: what a batch system starts.
 
     Raises:
-        BadInputError: there is no such GPU, or no PREFECT_API_URL.
+        BadInputError: the GPU does not exist, or PREFECT_API_URL is not set.
         TameError: the server does not answer, or has no such work pool.
     """
     from infra.automations import HEARTBEAT

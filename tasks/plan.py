@@ -99,10 +99,10 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
 
 
 def look_at(source: Source) -> Found:
-    """Look at a source, and see that it is a language model with a tokenizer: something that can be measured.
+    """Look at a source, and check that it is a language model with a tokenizer: something that can be measured.
 
     Raises:
-        BadInputError: it is not, or as `look`.
+        BadInputError: the source is something else, or the cases that `look` names.
         TameError: as `look`.
     """
     found, where = look(source), f"source.model {source.model}"
@@ -113,10 +113,11 @@ def look_at(source: Source) -> Found:
 
 
 def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> None:
-    """See that calibrated variants have a text, that it is not the evaluated one, and that the model can be calibrated.
+    """Check that there is a calibration text, that it is not also evaluated, and that the model can be calibrated.
 
     Raises:
-        BadInputError, TameError: they have not, it is, or it cannot.
+        BadInputError: a text is missing, is also evaluated, or the architecture cannot be calibrated.
+        TameError: a text cannot be read.
     """
     from tasks.calibrate.sequences import check_apart, check_length, load_texts
 

@@ -250,7 +250,7 @@ def write(result: Result, folder: Path) -> Path:
     """Write `folder`/result.json, whole or not at all, and return its path.
 
     Raises:
-        TameError: it cannot be written.
+        TameError: the file cannot be written.
     """
     return write_file(folder / "result.json", result.model_dump_json(indent=1) + "\n")
 
@@ -259,7 +259,7 @@ def write_file(path: Path, text: str) -> Path:
     """Write `text` to `path`, whole or not at all.
 
     Raises:
-        TameError: it cannot be written.
+        TameError: the file cannot be written.
     """
     try:
         return write_text(path, text)

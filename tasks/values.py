@@ -207,7 +207,7 @@ class Verdict(_Value):
 
 
 class Published(_Value):
-    """What was published, and where. `commit` is None for folders; `uploaded` names the files that had to be moved."""
+    """What was published, and where. `commit` is None for folders; `uploaded` names the files that the target did not have yet."""
 
     to: str
     repo: str

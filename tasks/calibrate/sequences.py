@@ -25,7 +25,7 @@ def load_texts(spec: Calibrate) -> list[LoadedText]:
 
 
 def check_apart(texts: list[LoadedText], evaluated: LoadedText) -> None:
-    """See that nothing is calibrated on that is then judged.
+    """Check that nothing is calibrated on that is then judged.
 
     Raises:
         BadInputError: a text has words in a row that the evaluated one has too; it shows them.
@@ -47,10 +47,10 @@ def _runs(text: str, step: int) -> set[tuple[str, ...]]:
 
 
 def check_length(spec: Calibrate, folder: Path) -> None:
-    """See that the model takes sequences of that length; `folder` has its config.json.
+    """Check that the model takes sequences of that length; `folder` has its config.json.
 
     Raises:
-        BadInputError: it does not.
+        BadInputError: the model takes shorter sequences only.
     """
     if (positions := max_positions(folder)) is not None and spec.length > positions:
         raise BadInputError(f"calibration.length {spec.length}: the model takes {positions} tokens at most; lower it")

@@ -38,10 +38,11 @@ class Form:
 
 
 def form(hessian: torch.Tensor, damping: float, name: str) -> Form:
-    """Damp a Hessian, F32 [columns, columns], in place, and factor it.
+    """Damp a Hessian H, F32 [columns, columns], in place, and return the upper triangular U with U^T U = H^-1 that GPTQ needs.
 
-    `damping` is a part of the mean diagonal; it is raised until it is enough, and that is logged with `name`. With L the
-    Cholesky factor of H in reverse order, U is L^-1 in reverse order.
+    `damping` is a fraction of the mean of H's diagonal, which is added to the diagonal. While the Cholesky factorization still
+    fails, it is raised tenfold, and a warning names the layer, `name`. U is the inverse of the Cholesky factor of H with its
+    rows and columns in reverse order, reversed again.
     """
     diagonal = hessian.diagonal().clone()
     order = torch.argsort(diagonal, descending=True, stable=True)

@@ -64,7 +64,7 @@ def check_language_model(
     are known.
 
     Raises:
-        BadInputError: it is something else; the message says what, by its class.
+        BadInputError: the model is of another kind, which the message names by the class of its architecture.
     """
     kind, name = config.get("model_type"), _architecture(config)
     called = name or str(kind)

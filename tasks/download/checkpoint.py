@@ -71,7 +71,7 @@ def refuse_quantized(config: dict[str, Any], where: str) -> None:
     """Refuse a config.json that says that the model is quantized, by any method.
 
     Raises:
-        BadInputError: it does; `where` names the model or file.
+        BadInputError: the config says so. `where` names the model or file in the message.
     """
     for at, part in [("", config), *((f"{key}.", value) for key, value in config.items() if isinstance(value, dict))]:
         for key in ("quantization_config", "compression_config"):

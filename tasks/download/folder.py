@@ -53,7 +53,7 @@ def check_weights(folder: Path, quantized: bool) -> list[str]:
     """The names of the tensors in `folder`, once its headers are found to be whole.
 
     Raises:
-        BadInputError: it is quantized already, and may not be (`quantized`).
+        BadInputError: the model is quantized already, and `quantized` is False.
         TameError: a file is damaged, or the index and the files disagree.
     """
     if not quantized:
@@ -94,7 +94,7 @@ def check_tokenizer_files(found: Found, where: str) -> None:
     """Check that a source has the files of a tokenizer. Without them, transformers makes an empty one and says nothing.
 
     Raises:
-        BadInputError: it has none.
+        BadInputError: the source has no tokenizer file.
     """
     if found.kind == "gguf" or any(name.endswith(".py") for name in found.files):
         return
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model.
 
     Raises:
-        BadInputError: there is none.
+        BadInputError: the file holds no JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -168,7 +168,7 @@ def _refuse_code(where: str, names: list[str], config: dict[str, Any], tokenizer
     """Refuse a model that cannot be loaded without code of its own. Other code in its folder is not taken, and harmless.
 
     Raises:
-        BadInputError: it is one.
+        BadInputError: the model needs code of its own.
     """
     what = "an auto_map in config.json" if "auto_map" in config and not is_native(config) else ""
     if not what and "auto_map" in tokenizer and "tokenizer.json" not in names:

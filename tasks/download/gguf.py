@@ -58,7 +58,7 @@ def read_gguf(path: Path) -> GgufHeader:
 
     Raises:
         BadInputError: not a .gguf, or of a version or byte order that is not read.
-        TameError: it is damaged; the message says where.
+        TameError: the file is damaged; the message says where.
     """
     with path.open("rb") as file:
         size = path.stat().st_size

@@ -104,7 +104,7 @@ def _refuse_inflated(config: Any, header: GgufHeader) -> None:
     """Refuse settings of a model of several times the file's numbers: one wrong byte of a size would take all memory.
 
     Raises:
-        TameError: they are.
+        TameError: the settings ask for several times as many numbers as the file has.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -259,7 +259,7 @@ def _longrope(header: GgufHeader, count: int) -> dict[str, Any]:
     """The settings of Phi-3's scaling, one factor for each of `count` frequencies.
 
     Raises:
-        BadInputError: they are not whole.
+        BadInputError: some of the factors are missing.
     """
     long, short = (_floats(header, header.tensors[name]) if name in header.tensors else [] for name in ROPE_TENSORS[1:])
     original = header.setting("rope.scaling.original_context_length")
@@ -283,7 +283,7 @@ def _llama3(factors: list[float], plain: list[float], path: Path) -> dict[str, A
     """The settings of Llama 3.1's scaling that `factors` were computed with; they are in no .gguf.
 
     Raises:
-        BadInputError: there are none.
+        BadInputError: no settings give these factors.
     """
     factor, low, high = round(max(factors), 3), 1.0, 4.0
     for context in LLAMA3_CONTEXTS:
@@ -306,7 +306,7 @@ def _llama3(factors: list[float], plain: list[float], path: Path) -> dict[str, A
 
 
 def _check_frequencies(model: Any, header: GgufHeader, expected: list[float]) -> None:
-    """See that the model rotates positions as the file says."""
+    """Check that the model rotates positions as the file says."""
     found = [b.tolist() for name, b in model.named_buffers() if name.rpartition(".")[2].endswith("inv_freq")]
     kept = [frequency for frequency in expected if frequency > 1e-9]  # what llama.cpp divides by 1e30 is not rotated
     for frequencies in found:

@@ -102,7 +102,7 @@ def compare(model: str, folder: Path, actual: dict[str, str], expected: dict[str
     """Compare digests with those that the Hub names; what differs is removed, so that it is downloaded again.
 
     Raises:
-        CorruptedError: one differs.
+        CorruptedError: the digest of a file differs.
     """
     for name, digest in expected.items():
         if actual[name] != digest:

@@ -138,7 +138,7 @@ def check_loaded_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Check that a loaded tokenizer has words. For a folder without one, transformers makes an empty one and says nothing.
 
     Raises:
-        BadInputError: it has no tokens but special ones.
+        BadInputError: the tokenizer has no tokens but special ones.
     """
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:
         raise BadInputError(f"{folder}: there is no tokenizer in it; add the model's tokenizer files")

@@ -48,7 +48,7 @@ class TaskWork(BaseModel):
 
 
 def check_tasks(tasks: list[str], task_path: str | None) -> None:
-    """See that every task exists.
+    """Check that every task exists.
 
     Raises:
         BadInputError: an unknown task, with the nearest names, or a task_path that is not a folder with tasks.

@@ -50,7 +50,7 @@ class Loaded:
         return find_head(self.model, self.device)
 
     def check_tokens(self, ids: ArrayLike) -> None:
-        """See that the model has an embedding for every token. An index out of range would crash without a reason.
+        """Check that the model has an embedding for every token. An index out of range would crash without a reason.
 
         Raises:
             BadInputError: the tokenizer makes tokens that the model does not have.

@@ -64,7 +64,7 @@ def find_head(model: Any, device: str) -> Head:
     possibilities, the first that makes the model's own logits is taken.
 
     Raises:
-        TameError: none does, or the head is not a plain linear layer.
+        TameError: no layer makes these logits, or the head is not a plain linear layer.
     """
     import torch
 

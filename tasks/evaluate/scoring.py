@@ -134,7 +134,18 @@ def compare(
     reference: "torch.Tensor | None" = None,
     reference_log_sum: "torch.Tensor | None" = None,
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
-    """Loss, KL divergence, most likely token and log-sum-exp of each row of `logits` [rows, vocabulary]."""
+    """Compare each row of `logits`, [rows, vocabulary], with its target token and with the baseline's logits.
+
+    Args:
+        logits: Of the model that is measured.
+        targets: The token that follows each row in the text, [rows].
+        reference: The baseline's logits of the same shape; None while the baseline itself is measured.
+        reference_log_sum: The log-sum-exp of each row of `reference`, [rows].
+
+    Returns:
+        Four tensors of [rows]: cross-entropy loss in nats, KL divergence from the baseline in nats (zeros without one), most
+        likely token (argmax), log-sum-exp.
+    """
     logits = logits.float()
     ours = logits.log_softmax(-1)
     loss = -ours.gather(-1, targets[:, None])[:, 0]
@@ -219,7 +230,7 @@ def backing_off(
         remedy: What the error advises when not even a batch of one fits.
 
     Raises:
-        TameError: there is no memory for a batch of one.
+        TameError: memory does not suffice for a batch of one.
     """
     import torch
 

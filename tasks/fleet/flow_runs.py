@@ -114,7 +114,7 @@ def queue(fleet: Fleet, found: "Found", recipe: Recipe, device: Device) -> str:
     """The queue for a release of `found`: by its memory where GPUs are meant, else one of workers without.
 
     Raises:
-        BadInputError: it fits on no GPU that has a queue.
+        BadInputError: the release fits on no GPU that has a queue.
     """
     if device == "cpu":
         return work_queues.CPU

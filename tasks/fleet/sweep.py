@@ -101,7 +101,7 @@ def prefetch(pairs: list[Pair], sweep_id: UUID) -> None:
     """Start a download of every model that is still to be released; a release that comes first does it itself.
 
     Raises:
-        TameError: there is no deployment for it.
+        TameError: the server has no deployment that downloads.
     """
     from prefect.client.orchestration import get_client
 

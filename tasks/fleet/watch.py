@@ -58,7 +58,7 @@ def look_at(spec: Watch) -> list[Row]:
     same time, or one that is repeated, start it once. No model is released while another release of it runs.
 
     Raises:
-        TameError: there is no deployment to start.
+        TameError: the server has no deployment that releases.
     """
     from prefect.client.orchestration import get_client
 

@@ -39,7 +39,7 @@ def queue_for(memory: int) -> str:
     """The queue of the smallest GPUs that have `memory` bytes.
 
     Raises:
-        BadInputError: there is no such queue.
+        BadInputError: no queue's GPUs have that much memory.
     """
     queue = smallest(memory)
     if queue is None:
@@ -51,10 +51,10 @@ def queue_for(memory: int) -> str:
 
 
 def check_fits(found: "Found", spec: Evaluate, gpus: Sequence[Gpu]) -> None:
-    """See that a release fits on the GPUs that there are, if there are any, with the smallest batch.
+    """Check that a release fits on the GPUs that there are, if there are any, with the smallest batch.
 
     Raises:
-        BadInputError: it does not; the message names the queue where it does.
+        BadInputError: the release does not fit; the message names the queue where it would.
     """
     there, needed = sum(gpu.memory_bytes for gpu in gpus), memory_needed(found, spec, batch_size=1)
     if gpus and needed > there:

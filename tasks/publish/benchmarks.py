@@ -55,7 +55,7 @@ def _task_id(dataset: str, config: str) -> str:
     """The id of the task in the eval.yaml of `dataset` that asks its configuration `config`, or of its only task.
 
     Raises:
-        TameError: it cannot be read, or has no such task.
+        TameError: the eval.yaml cannot be read, or has no such task.
     """
     from huggingface_hub import hf_hub_download
 

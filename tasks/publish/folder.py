@@ -34,7 +34,7 @@ def put(
 
     Raises:
         TameError: `target` holds something that tame did not put there; a file is not what was measured.
-        OSError: it cannot be written.
+        OSError: `target` cannot be written.
     """
     target = target.resolve()  # a link stays one, and what it leads to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def _merge(api: Any, there: Repo, number: int) -> str:
 
 
 def _still(api: Any, repo: str, commit: str) -> None:
-    """See that nobody else changed `repo` meanwhile."""
+    """Check that nobody else changed `repo` meanwhile."""
     info = ask(repo, lambda: api.model_info(repo, timeout=TIMEOUT))
     not_renamed(repo, info.id)
     if (now := info.sha) != commit:

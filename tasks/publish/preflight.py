@@ -36,7 +36,7 @@ CONDITIONAL = (
 
 
 def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> list[str]:
-    """See that every variant can be published where it is to go, before anything is made; what should be known first.
+    """Check, before anything is made, that every variant can be published where it is to go. Returns warnings.
 
     `found` is the source; None while nobody has looked at it.
 
@@ -77,7 +77,7 @@ def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> lis
 
 
 def legal(repo: str) -> None:
-    """See that the Hub allows the name."""
+    """Check that the Hub allows the name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -91,7 +91,7 @@ def legal(repo: str) -> None:
 
 
 def utf8(card: Path) -> None:
-    """See that a card is text that the Hub can read."""
+    """Check that a card is text that the Hub can read."""
     try:
         card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -113,7 +113,7 @@ def full_name(repo: str, api: Any) -> str:
 
 
 def may_write(api: Any, repo: str) -> None:
-    """See that the token may write to `repo`."""
+    """Check that the token may write to `repo`."""
     who, owner = account(api.endpoint, api.token), repo.split("/")[0]
     access = (who.get("auth") or {}).get("accessToken") or {}
     mine = {who["name"]} | {org["name"] for org in who.get("orgs") or [] if org.get("roleInOrg") != "read"}
@@ -133,7 +133,7 @@ def may_write(api: Any, repo: str) -> None:
 
 
 def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
-    """See that `repo` is not there yet, or that tame may go on with it; whose release it replaces, if not `model`'s."""
+    """Check that `repo` does not exist yet, or is one of tame's. Warns if it holds another model's release."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -160,10 +160,10 @@ def free(api: Any, repo: str, private: bool, model: str | None) -> list[str]:
 
 
 def metadata(api: Any, card: str, whose: str) -> None:
-    """See that the Hub takes the front matter of `card`, which it would else refuse when everything is done.
+    """Check that the Hub accepts the front matter of `card`. Otherwise it would refuse the card when all work is done.
 
     Raises:
-        BadInputError: it does not; all of its reasons, and `whose` card it is.
+        BadInputError: the Hub refuses it. The message has all of its reasons, and says `whose` card it is.
     """
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -213,7 +213,7 @@ def licence(model: str, licence: str | None, gated: bool) -> list[str]:
 
 
 def folder(target: Path) -> None:
-    """See that the folder can be made, or written, and holds nothing of somebody else's."""
+    """Check that the folder can be made, or written, and holds nothing of somebody else's."""
     at = target = target.resolve()
     while not at.exists():
         at = at.parent
@@ -226,7 +226,7 @@ def folder(target: Path) -> None:
 
 
 def space(repos: dict[str, str], source_bytes: int) -> list[str]:
-    """See that there is room for every variant: a quarter of the source at least, as much as the source to be safe."""
+    """Check that there is room for every variant: at least a quarter of the source's size. Warns below the source's size."""
     at = Path(next(iter(repos.values())))
     while not at.exists():
         at = at.parent

@@ -122,7 +122,7 @@ def files_of(model: str, revision: str | None = None) -> RangedFiles:
     """The files of a folder of this machine, or of a Hub repo at `revision`.
 
     Raises:
-        BadInputError: there is neither.
+        BadInputError: no such folder or repo exists.
         UnreachableError: the Hub does not answer.
     """
     folder = Path(model).expanduser()

@@ -96,7 +96,7 @@ def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
 
 
 def not_renamed(repo: str, found: str) -> None:
-    """See that the Hub, asked for `repo`, has not answered with another repo, as it does when one was renamed.
+    """Check that the Hub, asked for `repo`, has not answered with another repo, as it does when one was renamed.
 
     Raises:
         BadInputError: it has; what is published there would replace what stands there now.

@@ -19,7 +19,7 @@ SMALL = 20_000_000  # bytes: what is kept when it is read back, to load the conf
 def verify(
     api: Any, repo: str, commit: str, wanted: dict[str, Wanted], whole: list[str], fate: str, progress: Progress
 ) -> None:
-    """See that `repo` at `commit` has every wanted file, by the Hub's digests and, for those in `whole`, by its bytes.
+    """Check that `repo` at `commit` has every wanted file, by the Hub's digests and, for those in `whole`, by its bytes.
 
     `fate` says in an error what becomes of it.
 

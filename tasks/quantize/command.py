@@ -87,7 +87,11 @@ def _os_error(error: OSError, out: Path) -> str:
 
 
 def _run_once(request: Request) -> None:
-    """Run the written checkpoint on a few tokens. Only numbers that are not finite count against it."""
+    """Run the written checkpoint on a few tokens. If it cannot be run, that is logged and no fault of the checkpoint.
+
+    Raises:
+        TameError: the checkpoint gives NaN or infinite logits.
+    """
     label = request.variant.label
     try:
         finite, why = isolated(f"check {label}", runs, request.out, request.device, request.trust_remote_code)

@@ -72,10 +72,10 @@ def direct_opener() -> "OpenerDirector":
 
 
 def check_addresses(environment: Mapping[str, str]) -> None:
-    """See that the addresses that libraries take from the environment are addresses.
+    """Check that the addresses that libraries take from the environment are addresses.
 
     Raises:
-        BadInputError: one has no scheme, such as `http://`.
+        BadInputError: an address has no scheme, such as `http://`.
     """
     for name, example in (("HF_ENDPOINT", "https://huggingface.co"), ("PREFECT_API_URL", "http://127.0.0.1:4200/api")):
         value = environment.get(name, "").strip()

@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> Path:
     left under such a name is removed; any other file beside it is somebody else's, and stays.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def write_once(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent, and never over another: a hard link is made whole, or not at all.
 
     Raises:
-        FileExistsError: it is there.
-        OSError: it cannot be written.
+        FileExistsError: the file exists already.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{uuid.uuid4().hex}")
@@ -68,14 +68,14 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_writable(folder: Path, instead: str = "give another folder") -> None:
-    """See that `folder` can be written, or made, by making a file where it is or would be; nothing stays of it.
+    """Check that `folder` can be written or made, by making a file there, or in its nearest parent, and removing it again.
 
     Args:
         folder: The folder, which need not be there.
         instead: What to do if it cannot, for the message.
 
     Raises:
-        TameError: it cannot.
+        TameError: the folder can neither be written nor made.
     """
     at = existing_parent(folder)
     if not at.is_dir():

@@ -27,7 +27,7 @@ def remote_store() -> Remote:
     """The store that TAME_STORE names.
 
     Raises:
-        BadInputError: it names none, or one that cannot be used. AwayError: it does not answer.
+        BadInputError: TAME_STORE is not set, or names a store that cannot be used. AwayError: the store does not answer.
     """
     if (remote := connect()) is None:
         raise BadInputError("TAME_STORE is not set, so there is no shared store; expected s3://bucket/prefix or a path")

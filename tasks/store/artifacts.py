@@ -52,10 +52,10 @@ def where(kind: str, inputs: dict[str, Any]) -> str | None:
 
 
 def check() -> None:
-    """See that TAME_STORE can be used, unless that was seen in the last hour.
+    """Check that TAME_STORE can be used, unless that was checked in the last hour.
 
     Raises:
-        BadInputError: it cannot. AwayError: it does not answer.
+        BadInputError: the store cannot be used. AwayError: the store does not answer.
     """
     url = shared_store()
     seen = home() / "stores" / hashlib.sha256(url.encode()).hexdigest()[: on_disk.KEY_LENGTH]

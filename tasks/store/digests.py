@@ -41,7 +41,7 @@ def sha256_now(path: Path) -> str:
     """The sha256 of a file, read now, whatever is known of it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -149,7 +149,7 @@ def seal(kind: str, inputs: dict[str, Any], partial: Path, made: Made) -> Artifa
 
 
 def write(folder: Path, artifact: Artifact) -> None:
-    """See that the files in `folder` are on the disk, and then their manifest."""
+    """Flush the files in `folder` to the disk, and then their manifest."""
     files, manifest = folder / "files", folder / "manifest.json"
     for name in artifact.files:
         fsync(files / name)
@@ -173,7 +173,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -116,10 +116,10 @@ def _connect(url: str) -> Remote:
 
 
 def check(remote: Remote) -> None:
-    """See that `remote` can be listed, written and deleted, and that nothing in it is created over another.
+    """Check that files in `remote` can be listed, written and deleted, and that no file can be created over another.
 
     Raises:
-        BadInputError: it is not there, or refuses one of these. AwayError: it does not answer.
+        BadInputError: the store does not exist, or refuses one of these. AwayError: the store does not answer.
     """
     if remote.local and not Path(remote.root).is_dir():
         raise BadInputError(f"TAME_STORE {remote.url}: no such folder; mount it, or make it")
@@ -219,7 +219,7 @@ def manifest(remote: Remote, name: str) -> Shared | None:
     """The manifest of the shared artifact `name`, or None: nobody has made it.
 
     Raises:
-        CorruptedError: there is one, but not one of tame's.
+        CorruptedError: the file is not a manifest of tame's.
     """
     content = read(remote, f"{remote.root}/{name}/manifest.json")
     if content is None:

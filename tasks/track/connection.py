@@ -136,7 +136,7 @@ def _check_answers() -> None:
     """Check that the server is there. Any HTTP answer will do. If nobody listens, it may be restarting, and is asked once more.
 
     Raises:
-        TameError: it gives no answer.
+        TameError: the server gives no answer.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if re.match(rf"({'|'.join(mlflow_internals.SERVER_DATABASES)}|sqlite)[+:]", given):

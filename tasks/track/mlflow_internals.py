@@ -111,7 +111,7 @@ def check_database(uri: str, within: float) -> None:
     """Connect to the database that `uri` names, once: MLflow tries for minutes, whatever is wrong.
 
     Raises:
-        TameError: it cannot be connected to.
+        TameError: the database cannot be connected to.
     """
     import sqlalchemy
     from sqlalchemy.pool import NullPool
