@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.command_line import parser_of
+from configs.command_line import NEXT, is_recipe, parser_of
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
 from configs.settings import unknown
-from tasks.runtime.environment import check_addresses, set_up, stop_at_second_interrupt
+from tasks.runtime.environment import check_addresses, set_up, stop_at_interrupts
+from tasks.runtime.progress import begin, say, width
 
 if TYPE_CHECKING:
     from configs.schema import Calibrate
@@ -23,8 +24,11 @@ log = logging.getLogger("tame")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 all well, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected."""
     options = _parser().parse_args(arguments)
+    if not hasattr(options, "command"):
+        print(NEXT)
+        sys.exit(0)
     set_up(options.debug, "INFO" if options.command in (up, worker) else "CRITICAL")
-    stop_at_second_interrupt()
+    stop_at_interrupts()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         for warning in unknown(os.environ):
@@ -34,50 +38,117 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TameError as error:
         code = _say(error, options.debug, error.exit_code)
     except KeyboardInterrupt:
-        code = _say("stopped; the next run goes on from what is finished", False, 130)
+        code = 130  # what is to be said, the handler has said
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         code = _say(f"{named_line(error, limit=None)} (--debug shows where)", options.debug, 1)
     sys.stdout.flush()
+    if code == 130:
+        os._exit(code)  # libraries have nothing to say at the end
     sys.exit(code)
 
 
 def run(options: argparse.Namespace) -> int:
     """The whole flow."""
-    from configs.load import load_recipe
+    recipe = _recipe(options)
+    if options.show_recipe:
+        from configs.write import as_yaml
 
-    recipe = load_recipe(options.recipe, options.set)
-    from tasks.plan import preflight
+        print(as_yaml(recipe), end="")
+        return 0
     from tasks.result import folder_of
 
     out = folder_of(recipe, options.out)
-    for warning in preflight(recipe, out).warnings:
-        log.warning("%s", warning)
-    from flows.local import release_here
+    begin("looking what is there, and what is to do")
+    from flows.cached import from_cache
 
-    result = release_here(recipe, out)
-    from shutil import get_terminal_size
+    result = from_cache(recipe, out)
+    if result is None:
+        from tasks.describe import columns, describe
 
+        for told in columns(describe(recipe, out), width()):
+            say(told)
+        begin("")
+        from flows.local import release_here
+
+        result = release_here(recipe, out)
+    else:
+        begin("")
+    if options.json:
+        print(result.model_dump_json(indent=1))
+        return result.exit_code
     from tasks.report.terminal import closing
 
-    print(closing(result, out, get_terminal_size((110, 24)).columns, sys.stdout.isatty()))
+    print(closing(result, out, width(), sys.stdout.isatty()))
     return result.exit_code
 
 
 def plan(options: argparse.Namespace) -> int:
     """Nothing but looks."""
-    from configs.load import load_recipe
+    recipe = _recipe(options)
+    if options.show_recipe:
+        from configs.write import as_yaml
 
-    recipe = load_recipe(options.recipe, options.set)
-    from tasks.plan import describe
+        print(as_yaml(recipe), end="")
+        return 0
+    begin("looking what is there, and what is to do")
+    from tasks.describe import columns, describe
     from tasks.result import folder_of
 
-    lines = describe(recipe, folder_of(recipe, options.out))
-    width = max(len(what) for what, _ in lines)
-    print("\n".join(f"{what:<{width}}  {how}" for what, how in lines))
+    lines = describe(recipe, folder_of(recipe, options.out), options.exact)
+    begin("")
+    if options.json:
+        import json
+
+        print(json.dumps([{"what": what, "how": how} for what, how in lines], indent=1))
+    else:
+        print("\n".join(columns(lines, width())))
     return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """A recipe that suits a model and this machine."""
+    from tasks.suggest import commented, suggest
+
+    text = commented(suggest(options.model))
+    if options.output is None:
+        print(text, end="")
+        return 0
+    from tasks.result import write_file
+
+    path = Path(options.output)
+    if path.exists():
+        raise BadInputError(f"{path} is there already; give another name, or remove it")
+    write_file(path, text)
+    say(f"{path} is written. Next: tame plan {path}, then tame run {path}")
+    return 0
+
+
+def completion(options: argparse.Namespace) -> int:
+    """A script for a shell."""
+    import shtab
+
+    print(shtab.complete(_parser(), shell=options.shell))
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    """The recipe in a file, or the one that a model and the flags ask for."""
+    if sys.stderr.isatty():  # something to read at once; errors of scripts stay one line
+        say(f"Looking at {options.recipe} …")
+    from configs.load import load_recipe, settled
+
+    flags = {key: getattr(options, key) for key in ("to", "calibrate", "publish", "limit") if getattr(options, key)}
+    if is_recipe(options.recipe):
+        if flags or options.public:
+            given = ", ".join(f"--{key}" for key in [*flags, *["public"] * options.public])
+            raise BadInputError(f"{given}: belongs to a MODEL; a recipe says that itself, or with --set KEY=VALUE")
+        return load_recipe(options.recipe, options.set)
+    from tasks.suggest import suggest
+
+    return settled(suggest(options.recipe, **flags, private=not options.public).recipe, options.set)
 
 
 def quantize(options: argparse.Namespace) -> int:
@@ -240,7 +311,9 @@ def track(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return parser_of((run, plan, quantize, evaluate, publish, up, worker, provision, cache, report, track))
+    return parser_of(
+        (run, plan, init, quantize, evaluate, publish, up, worker, provision, cache, report, track, completion)
+    )
 
 
 def _rederive(options: argparse.Namespace) -> int:

@@ -26,3 +26,14 @@ def days(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of days, 0 or more")
     return number
+
+
+def limit(text: str) -> float:
+    """A number of nats, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of nats, 0 or more, such as 0.1")
+    return number

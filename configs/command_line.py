@@ -1,32 +1,78 @@
 """What the command line takes: every command, its arguments, and what each is for."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-from configs.argument_types import days, index, positive
+from configs.argument_types import days, index, limit, positive
 from configs.method_names import METHODS
+
+NEXT = """\
+tame makes a language model smaller, measures what that cost, and publishes it with the proof.
+
+  tame plan Qwen/Qwen3-0.6B                      what it would do, how long about; nothing is touched
+  tame run Qwen/Qwen3-0.6B --to nf4,int8         do it: a Hub repo, a folder or a .gguf
+  tame run Qwen/Qwen3-0.6B --to nf4 --publish me the same, and to the Hub as me/Qwen3-0.6B-nf4 (HF_TOKEN may write there)
+  tame init Qwen/Qwen3-0.6B -o recipe.yaml       a recipe to edit; tame run recipe.yaml
+  tame up                                        pages with forms, schedules and results, in the browser
+
+tame --help lists every command, tame COMMAND --help what it takes."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the nearest word that it knows."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2, and with a line that says what is wrong."""
+        if found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            choices = re.findall(r"'([^']*)'", found[2])
+            if near := difflib.get_close_matches(found[1], choices, n=1, cutoff=0.5):
+                message += f"; did you mean {near[0]}?"
+        super().error(message)
+
+
+class Version(argparse.Action):
+    """Prints the version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it, and end."""
+        from importlib.metadata import version
+
+        print(f"tame {version('tame')}")
+        parser.exit()
 
 
 def parser_of(functions: Sequence[Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
     """The parser of all commands; each of `functions` does the command of its name, and is `command` of what is parsed."""
     does = {function.__name__: function for function in functions}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tame",
         description="Download a language model, quantize it, measure honestly what that cost, and publish it.",
         epilog="exit codes: 0 passed and published, 1 something failed, 2 wrong recipe or arguments, 3 the gate rejected",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version, and end")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="more is logged, and errors come with a traceback")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
         command.set_defaults(command=does[name])
         return command
 
-    _takes_a_recipe(add("run", "release a model: the whole flow"))
-    _takes_a_recipe(add("plan", "say what a run would do, and do nothing"))
+    _takes_a_recipe(add("run", "release a model: the whole flow"), "print result.json instead of the table")
+    command = add("plan", "say what a run would do, and do nothing")
+    _takes_a_recipe(command, "print the plan as JSON")
+    command.add_argument(
+        "--exact", action="store_true", help="sizes to the byte, and what stays in 16 bits and why; takes some seconds"
+    )
+    command = add("init", "write a recipe that suits a model and this machine, to edit")
+    command.add_argument("model", metavar="MODEL", help="a Hub repo, a folder, a .gguf or package:NAME/FILE")
+    command.add_argument("-o", "--output", metavar="FILE", help="where it goes; by default it is printed")
     _of_quantize(add("quantize", "quantize a model, and nothing else"))
     _of_evaluate(add("evaluate", "measure a model, and nothing else"))
     _of_publish(add("publish", "publish a folder to the Hub, verified"))
@@ -42,13 +88,46 @@ def parser_of(functions: Sequence[Callable[[argparse.Namespace], int]]) -> argpa
     command.add_argument(
         "--replay", action="store_true", required=True, help="log what was spooled while MLflow was away"
     )
+    command = add("completion", "print a script by which a shell completes tame's commands and options")
+    command.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 
 
-def _takes_a_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in configs/")
+def _takes_a_recipe(command: argparse.ArgumentParser, json: str) -> None:
+    command.add_argument(
+        "recipe",
+        metavar="RECIPE|MODEL",
+        help="a YAML file, as in configs/; or a Hub repo, a folder, a .gguf, package:NAME/FILE",
+    )
     command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the recipe")
     command.add_argument("--out", metavar="DIR", help="where result.json and report.html go")
+    command.add_argument("--json", action="store_true", help=json)
+    command.add_argument("--show-recipe", action="store_true", help="print the recipe, and do nothing")
+    of_model = command.add_argument_group("with a MODEL instead of a recipe")
+    of_model.add_argument(
+        "--to",
+        metavar="FORMATS",
+        help=f"separated by commas, of {', '.join(METHODS)}; nf4-dq quantizes the scales too; by default what suits the model",
+    )
+    of_model.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="true",
+        choices=("true", "fast", "best"),
+        help="choose 4-bit codes on a text: same size, a fraction of the damage, minutes more",
+    )
+    of_model.add_argument(
+        "--publish",
+        metavar="OWNER",
+        help="to the Hub as OWNER/MODEL-FORMAT, private; or into a folder, such as ./published",
+    )
+    of_model.add_argument("--public", action="store_true", help="with --publish: visible to everybody")
+    of_model.add_argument(
+        "--limit",
+        metavar="KL",
+        type=limit,
+        help="most damage that is published, KL in nats a token; by default by size",
+    )
 
 
 def _of_quantize(command: argparse.ArgumentParser) -> None:
@@ -141,7 +220,16 @@ def _of_worker(command: argparse.ArgumentParser) -> None:
 
 def _of_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument("action", choices=("list", "verify", "prune"))
+    command.add_argument("--dry-run", action="store_true", help="prune: say what would be removed, and remove nothing")
     command.add_argument("--remote", action="store_true", help="the shared one, at TAME_STORE")
     command.add_argument(
         "--older-than", metavar="DAYS", type=days, help="prune: also what was not used for so long (0: all)"
     )
+
+
+def is_recipe(name: str) -> bool:
+    """Whether RECIPE|MODEL is the path of a recipe, rather than a model."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf") or name.startswith("package:") or path.is_dir():
+        return False
+    return path.is_file() or name.endswith((".yaml", ".yml")) or name.count("/") != 1

@@ -9,6 +9,7 @@ TameError              something failed; exit code 1
 ├── ChangedError       somebody else, or an attempt whose answer was lost, changed it first
 ├── MissingError       the Hub has no such page
 ├── KilledError        the process of a stage ended without a result
+├── NotCachedError     no fault: something has to be made, and was asked for only in case it is there
 └── ReachedError       no fault: a forward pass ends early, as what it was run for is known
 
 Whoever can do something about one of them catches it by its name; everybody else lets it pass to the flow or to the command line.
@@ -64,6 +65,10 @@ class ChangedError(TameError):
 
 class MissingError(TameError):
     """The Hub has no such page: HTTP 404."""
+
+
+class NotCachedError(TameError):
+    """Something has to be made or fetched, and was asked for only in case it is there already."""
 
 
 class KilledError(TameError):

@@ -62,6 +62,20 @@ def load_recipe(path: str | Path, settings: list[str] | None = None) -> Recipe:
         raise BadInputError(f"{path}: {explain(error, Recipe)}") from None
 
 
+def settled(recipe: dict[str, Any], settings: list[str]) -> Recipe:
+    """A recipe that was made from arguments, overridden by `KEY=VALUE` settings, and validated.
+
+    Raises:
+        BadInputError: as `load_recipe`.
+    """
+    for setting in settings:
+        _apply(recipe, setting)
+    try:
+        return Recipe.model_validate(recipe)
+    except ValidationError as error:
+        raise BadInputError(explain(error, Recipe)) from None
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All that Pydantic found, in one line: key path, what is wrong, the value, the nearest key."""
     return "; ".join(_explain_one(dict(item), model) for item in error.errors())

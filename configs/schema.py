@@ -560,7 +560,7 @@ class Template(Spec):
         label = f"-{variant.label}" if variant else ""
         source = Source(model=model, revision=revision or self.revision, trust_remote_code=self.trust_remote_code)
         rest = {key: getattr(self, key) for key in ("calibration", "evaluate", "gate", "publish", "track")}
-        return Recipe(name=_name(f"{model}{label}"), source=source, variants=variants, **rest)
+        return Recipe(name=name_of(f"{model}{label}"), source=source, variants=variants, **rest)
 
     @model_validator(mode="after")
     def _is_a_recipe(self) -> Self:
@@ -642,7 +642,7 @@ def _check_repo(models: list[str], template: Template) -> None:
         raise ValueError(f"recipe.publish.repo {publish.repo!r} is the same for every model; put {{model}} in it")
 
 
-def _name(text: str) -> str:
+def name_of(text: str) -> str:
     """Make a `Name` of `text`: me/my-model becomes me--my-model. A text that is too long is cut and gets a digest at its end."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.strip("/").replace("/", "--")).strip("-._") or "model"
     return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -6,7 +6,7 @@ from prefect.states import Completed, Failed, State
 
 from configs.errors import TameError
 from configs.schema import Source
-from tasks.download.task import download_task
+from flows.stages import download_task
 from tasks.values import Snapshot
 
 

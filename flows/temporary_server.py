@@ -20,6 +20,8 @@ from tasks.runtime.retry import wait_until
 
 STARTS_WITHIN = 300.0
 """Seconds; 5 to 14 are usual, and two minutes where many others work on few cores."""
+ENDS_WITHIN = 7.0
+"""Seconds that it has to finish with its database once it is to end."""
 OF_OTHER_SERVERS = (
     "PREFECT_SERVER_API_",
     "PREFECT_SERVER_DOCKET_",
@@ -76,9 +78,13 @@ class TemporaryServer:
         )
         # The guard's standard input closes when this process ends; then it ends the server, which first finishes with its
         # database: killed while it creates one, it could leave half of it.
-        watch = f"import os, sys; sys.stdin.read(); os.kill({self._server.pid}, {signal.SIGTERM:d})"
+        watch = f"import os, sys, time; sys.stdin.read(); os.kill({self._server.pid}, {signal.SIGTERM:d})"
+        watch += f"; time.sleep({ENDS_WITHIN}); os.kill({self._server.pid}, {signal.SIGKILL:d})"
         self._guard = subprocess.Popen(
-            [sys.executable, "-S", "-c", watch], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-S", "-c", watch],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # where it says that the server has ended before
+            start_new_session=True,
         )
 
     def wait(self) -> None:
@@ -91,10 +97,10 @@ class TemporaryServer:
         self._starting.release()
 
     def stop(self) -> None:
-        """End the server, at the latest after 15 seconds."""
+        """End the server, at the latest after ENDS_WITHIN."""
         self._server.terminate()
         try:
-            self._server.wait(timeout=15)
+            self._server.wait(timeout=ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             self._server.kill()
             self._server.wait()

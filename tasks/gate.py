@@ -3,8 +3,6 @@
 import math
 from typing import NamedTuple
 
-from prefect import task
-
 from configs.schema import Gate
 from tasks.metrics import Metric, nats, parse, pessimistic, read
 from tasks.values import Verdict
@@ -89,9 +87,3 @@ def _number(value: float, limit: float, scale: int) -> str:
         if (float(text) > scale * limit) == (value > limit) and (float(text) < scale * limit) == (value < limit):
             break
     return text
-
-
-@task(name="gate", task_run_name="gate {variant}")
-def gate_task(variant: str, metrics: dict[str, float], gate: Gate) -> Verdict:
-    """`judge` in the flow."""
-    return judge(metrics, gate)

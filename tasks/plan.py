@@ -4,30 +4,24 @@ What cannot is refused before anything slow is imported: not Prefect, which take
 Prefect shell (that is in flows/release.py), and of the stages it imports at the top only what has none either.
 """
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError
 from configs.schema import Recipe, Source
 from configs.settings import home
-from tasks.calibrate.prepare import calibrate
 from tasks.download.architectures import check_language_model
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.look import local_path, look, tokenizer_folder
 from tasks.download.text import LoadedText
-from tasks.fleet.work_queues import check_fits, memory_needed, smallest
-from tasks.formatting import figure
+from tasks.fleet.work_queues import check_fits
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
 from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
-from tasks.quantize.preview import preview
-from tasks.runtime.child_process import isolated
-from tasks.runtime.device import gpus, hardware, name_of, pick
-from tasks.runtime.files import check_writable, existing_parent
+from tasks.runtime.device import gpus, pick
+from tasks.runtime.files import check_writable
 from tasks.store import artifacts as store
 from tasks.values import Found
 
@@ -124,75 +118,9 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> N
     if found.config.get("is_encoder_decoder"):
         kind = (found.config.get("architectures") or [found.config.get("model_type")])[0]
         raise BadInputError(f"{recipe.source.model}: {kind} is an encoder-decoder; leave calibrate out")
-    check_apart(load_texts(recipe.calibration), evaluated)
+    if not (
+        recipe.calibration.text.builtin and recipe.evaluate.text.builtin
+    ):  # those are apart, and a test keeps them so
+        check_apart(load_texts(recipe.calibration), evaluated)
     if folder := tokenizer_folder(recipe.source, found):
         check_length(recipe.calibration, folder)
-
-
-def describe(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
-    """The plan as (what, how it stands) lines: source, device, each variant, evaluation, memory, disk, what to know first.
-
-    Raises:
-        As `preflight`.
-    """
-    plan = preflight(recipe, out)
-    from tasks.download.task import download
-    from tasks.quantize.task import quantize_inputs
-
-    found, source = plan.found, recipe.source
-    folder = tokenizer_folder(source, found)
-    snapshot = download(source, found) if folder and (found.path or found.kind == "gguf") else None
-    pinned = f" at {found.commit[:12]}" if found.commit else ""
-    there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
-    lines = [("source", f"{source.model}{pinned}, {there}"), ("device", name_of(pick()))]
-    expected: list[dict[str, Any]] = []
-    if folder:
-        what = f"look at {source.model}"
-        expected = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
-    else:
-        lines.append(("note", "sizes are known once the .gguf is dequantized, by the first run"))
-    needed = 0 if snapshot else found.bytes
-    for index, variant in enumerate(recipe.variants):
-        told = []
-        calibration = calibrate(snapshot, recipe.calibration) if snapshot and variant.calibrate else None
-        if snapshot and (kept := store.where("quantized", quantize_inputs(snapshot, variant, pick(), calibration))):
-            told.append(f"in {kept}")
-        elif expected:
-            needed += expected[index]["weight_bytes"]
-        if expected:
-            of = expected[index]
-            told.append(
-                f"{size(of['weight_bytes'])}, {of['quantized'] / of['parameters']:.1%} of its parameters quantized"
-            )
-        told.append(f"goes to {plan.targets[variant.label]}" if plan.targets else "is published nowhere")
-        lines.append((variant.label, ", ".join(told)))
-        lines += [("note", f"{variant.label}: {note}") for note in (expected[index]["notes"] if expected else [])]
-    if recipe.publish.to == "folder":
-        needed += sum(of["weight_bytes"] for of in expected)
-    evaluated = (
-        recipe.evaluate.text.dataset or recipe.evaluate.text.builtin or ", ".join(recipe.evaluate.text.files or [])
-    )
-    lines.append(
-        (
-            "evaluate",
-            f"{evaluated} in windows of {recipe.evaluate.window}; " + (", ".join(recipe.evaluate.tasks) or "no tasks"),
-        )
-    )
-    memory = memory_needed(found, recipe.evaluate)
-    room = smallest(memory) or "none is large enough"
-    lines.append(("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {room}"))
-    free = shutil.disk_usage(existing_parent(home())).free
-    lines.append(("disk", f"{size(free)} free, {size(needed)} will be written"))
-    return lines + [("note", warning) for warning in plan.warnings]
-
-
-def size(value: float) -> str:
-    """Bytes as people read them."""
-    return figure("size_bytes", value)
-
-
-def _memory() -> int:
-    device = pick()
-    if device == "cpu":
-        return int(hardware()["memory_bytes"])
-    return gpus()[int(device.partition(":")[2])].memory_bytes

@@ -36,6 +36,8 @@ ROOMS = (
     "tasks.report",
     "tasks.fleet",
     "tasks.plan",
+    "tasks.describe",
+    "tasks.suggest",
     "flows",
     "infra",
     "tame",

@@ -55,7 +55,7 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
     from prefect import flow
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from tasks.publish.task import publish_task
+    from flows.stages import publish_task
 
     folder = tmp_path / "artifact"
     folder.mkdir()

@@ -11,7 +11,7 @@ from tasks.download.checkpoint import INDEX, WEIGHTS, refuse_quantized, refuse_w
 from tasks.download.folder import SMALL, check_weights, read_json, select
 from tasks.runtime.progress import Progress
 from tasks.store import artifacts as store
-from tasks.store import on_disk, remote_store
+from tasks.store import cache_only, on_disk, remote_store
 from tasks.store.digests import sha256_files
 from tasks.values import Found
 
@@ -72,6 +72,7 @@ def fetch(source: Source, found: Found, progress: Progress) -> tuple[Path, bool]
     """
     if found.path is not None:
         return Path(found.path), True
+    cache_only.may_make(source.model)
     on_disk.need_space(hub.cache_folder(), found.bytes, f"download {source.model}")
     commit, names = str(found.commit), sorted(found.files)
 

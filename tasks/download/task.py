@@ -6,12 +6,8 @@ taken: the weights that transformers would load, configuration, tokenizer, licen
 
 from pathlib import Path
 
-from prefect import task
-from prefect.states import Completed, State
-
 from configs.errors import ChangedError, TameError
 from configs.schema import Source
-from tasks.download import hub
 from tasks.download.folder import check_weights
 from tasks.download.gguf_source import dequantized
 from tasks.download.hub_source import compare, fetch
@@ -64,11 +60,3 @@ def download(
         trust_remote_code=source.trust_remote_code,
         cached=cached,
     )
-
-
-@task(name="download", task_run_name="download {source.model}", retries=3, retry_delay_seconds=[2, 10, 30],
-      retry_condition_fn=hub.is_transient)  # fmt: skip
-def download_task(source: Source, found: Found | None = None) -> State[Snapshot]:
-    """`download` in the flow; retried when the network or the Hub may do better next time."""
-    snapshot = download(source, found)
-    return Completed(name="Cached" if snapshot.cached else "Completed", data=snapshot)

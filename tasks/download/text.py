@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
@@ -62,7 +63,7 @@ def load_text(spec: TextSource) -> LoadedText:
         text = ROW_SEPARATOR.join(_read(Path(name).expanduser(), spec.KEY) for name in spec.files)
         name = " + ".join(Path(name).name for name in spec.files[:3]) + (" + …" if len(spec.files) > 3 else "")
     elif spec.builtin not in (None, "python-docs"):
-        text, name = python_library(), "python-library"
+        text, name = _kept_python_library(), "python-library"
     elif spec.builtin is not None:
         from pydoc_data.topics import topics
 
@@ -162,6 +163,18 @@ def is_chat(row: Any) -> bool:
     """Whether a row is a chat: a list of messages, each with the role and the content of one turn."""
     turns = row if isinstance(row, list) else []
     return bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
+
+
+def _kept_python_library() -> str:
+    """`python_library`, kept in the store: reading the whole library takes 10 s."""
+
+    def make(folder: Path) -> on_disk.Made:
+        (folder / "text.txt").write_bytes(python_library().encode(errors="replace"))
+        return on_disk.Made()
+
+    inputs = {"builtin": "python-library", "python": sys.version, "root": sysconfig.get_paths()["stdlib"], "stage": 1}
+    artifact, _ = store.build("text", inputs, make, shared=False)
+    return (Path(artifact.path) / "text.txt").read_bytes().decode()
 
 
 def python_library() -> str:

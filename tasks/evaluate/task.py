@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefect import task
-from prefect.states import Completed, State
-
 from configs.schema import Evaluate
 from tasks.download.text import LoadedText, load_text
 from tasks.evaluate import comparison, lm_eval_run, weight_error
@@ -197,19 +194,3 @@ def _assembled(
         parts=parts.made,
         **content,
     )
-
-
-@task(name="evaluate baseline", task_run_name="evaluate baseline", retries=0)
-def baseline_task(snapshot: Snapshot, spec: Evaluate, text: LoadedText) -> State[Evaluation]:
-    """`evaluate_baseline` in the flow, on the text that the plan has read."""
-    value = evaluate_baseline(snapshot, spec, text=text)
-    return Completed(name="Cached" if value.cached else "Completed", data=value)
-
-
-@task(name="evaluate", task_run_name="evaluate {checkpoint.label}", retries=0)
-def evaluate_task(
-    checkpoint: Checkpoint, baseline: Evaluation, snapshot: Snapshot, spec: Evaluate
-) -> State[Evaluation]:
-    """`evaluate_variant` in the flow."""
-    value = evaluate_variant(checkpoint, baseline, snapshot, spec)
-    return Completed(name="Cached" if value.cached else "Completed", data=value)

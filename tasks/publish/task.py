@@ -2,22 +2,17 @@
 
 import json
 import logging
-import time
 from pathlib import Path
 
-from prefect import State, task
-from prefect.states import Completed
-
-from configs.errors import BadInputError, TameError, UnreachableError
+from configs.errors import BadInputError, TameError
 from configs.schema import Publish
-from tasks.download import hub
 from tasks.download.hub_client import endpoint
 from tasks.publish import folder, provenance
 from tasks.publish import hub as publish_hub
 from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
 from tasks.publish.check import problems, problems_in_folder
-from tasks.publish.client import again_when_reached, connect, seconds_to_wait
+from tasks.publish.client import again_when_reached, connect
 from tasks.publish.contents import contents, summary
 from tasks.publish.hub import Release
 from tasks.publish.repo import TAG, Wanted
@@ -164,7 +159,7 @@ def check(repo: str, source: str | None = None, progress: Progress = show) -> li
     return problems(repo, source, progress)
 
 
-def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
+def tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
     """Tell Prefect what was made of what: an asset event, with the source as the asset that it came from."""
     from prefect.events import emit_event
 
@@ -184,29 +179,3 @@ def _tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
         )
     except Exception as error:  # what is published is published, whoever hears of it
         log.debug("no asset event for %s: %s", done.repo, error)
-
-
-@task(
-    name="publish",
-    task_run_name="publish {label}",
-    retries=len(PAUSES),
-    retry_delay_seconds=list(PAUSES),
-    retry_condition_fn=hub.is_transient,
-)
-def publish_task(
-    label: str,
-    folder: Path,
-    files: dict[str, str],
-    extra: dict[str, bytes],
-    repo: str,
-    spec: Publish,
-) -> State[Published]:
-    """`publish` in the flow: Prefect makes the further attempts, so that they can be seen."""
-    try:
-        done = publish(folder, files, extra, repo, spec, pauses=())
-    except UnreachableError as error:
-        time.sleep(seconds_to_wait(error, 0.0))  # what the Hub asked for, on top of Prefect's own delay
-        raise
-    if not done.already:
-        _tell_lineage(done, extra)
-    return Completed(name="Cached" if done.already else "Completed", data=done)

@@ -5,9 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-from prefect.states import Completed, State
-
 from configs.schema import Variant
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request, Written
@@ -86,10 +83,3 @@ def quantize(
     for note in [] if cached else quantized.notes:
         log.warning("%s: %s", variant.label, note)
     return quantized
-
-
-@task(name="quantize", task_run_name="quantize {variant.label}")
-def quantize_task(snapshot: Snapshot, variant: Variant, calibration: Calibration | None = None) -> State[Quantized]:
-    """`quantize` in the flow."""
-    quantized = quantize(snapshot, variant, calibration)
-    return Completed(name="Cached" if quantized.cached else "Completed", data=quantized)

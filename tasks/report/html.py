@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError
+from configs.write import as_yaml
 from tasks import formatting
 from tasks.decision import decide
 from tasks.evaluate import evidence
@@ -296,12 +297,12 @@ def _protocol(measured: list[Measured]) -> list[tuple[str, list[str]]]:
 
 def _yaml(result: Result) -> str:
     """The recipe with its source pinned to the commit that was used."""
-    import yaml
-
-    recipe = result.recipe.model_dump(mode="json")
+    recipe = result.recipe
     if result.source.commit:
-        recipe["source"] = {**recipe["source"], "revision": result.source.commit}
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+        recipe = recipe.model_copy(
+            update={"source": recipe.source.model_copy(update={"revision": result.source.commit})}
+        )
+    return as_yaml(recipe)
 
 
 def _page(template: str, **values: Any) -> str:

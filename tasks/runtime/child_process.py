@@ -97,6 +97,11 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     return result
 
 
+def prepare() -> None:
+    """Start the fork server, which then imports its libraries while something else is waited for."""
+    _context()
+
+
 def _context() -> BaseContext:
     """The fork server, started now if it is not; or new processes, where libraries are to be imported under other settings."""
     always = CALM | ONLY_INSTALLED  # what the fork server has in any case
@@ -114,9 +119,12 @@ def _context() -> BaseContext:
         context.set_forkserver_preload(PRELOADED)
         given = {name: os.environ.get(name) for name in always}
         os.environ.update(always)
+        # It would say that Ctrl-C, which a terminal sends to all processes, has interrupted its imports.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             ensure_running()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             for name, value in given.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context

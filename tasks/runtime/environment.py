@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInputError, bare_address
+from tasks.runtime import progress
 
 if TYPE_CHECKING:
     from urllib.request import OpenerDirector
@@ -34,6 +35,8 @@ CHILDREN = {
     "PYTHONSAFEPATH": "1",  # no prefect.py, uvicorn.py or tasks.py of the folder that tame is run in
     "PYTHONUTF8": "1",  # an ASCII locale is one of the terminal, not of the files that are read and written
 }
+GRACE = 1.5
+"""Seconds from a Ctrl-C to the end of the process, whatever it waits for."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -97,23 +100,36 @@ def check_addresses(environment: Mapping[str, str]) -> None:
         )
 
 
-def stop_at_second_interrupt() -> None:
-    """Let the first Ctrl-C end work in good order, and a second one end this process at once.
+def stop_at_interrupts() -> None:
+    """Let the first Ctrl-C end work in good order, but within GRACE, and a second one end this process at once.
 
-    Nothing is lost by that: what is not complete is taken up by the next run, and children end with their parent.
+    Nothing is lost by that: what is not complete is taken up by the next run, and children end with their parent. What libraries
+    say of being stopped is not shown.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
 
     def at_once(_number: int, _frame: FrameType | None) -> None:
-        os.write(2, b"\ntame: stopped at once; the next run goes on from what is finished\n")
         os._exit(130)
 
     def in_order(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, at_once)
+        clear = b"\r\x1b[2K" if progress.is_terminal() else b""
+        os.write(2, clear + b"tame: stopped; the next run goes on from what is finished\n")
+        _hear_no_more()
+        ending = threading.Timer(GRACE, os._exit, [130])
+        ending.daemon = True
+        ending.start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, in_order)
+
+
+def _hear_no_more() -> None:
+    """Send what is said from now on, by whatever library, to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _fill_closed_streams() -> None:
@@ -129,9 +145,20 @@ def _fill_closed_streams() -> None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
+class _Lines(logging.Handler):
+    """Prints records above the line that shows what is being done."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        try:
+            progress.say(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
 def _log_to_stderr(debug: bool) -> None:
     log = logging.getLogger("tame")
-    handler = logging.StreamHandler()
+    handler = _Lines()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s" if debug else "%(message)s")
     )

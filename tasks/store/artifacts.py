@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from configs.errors import AwayError, CorruptedError, KilledError, TameError
 from configs.settings import home, shared_store
-from tasks.store import on_disk, remote_store
+from tasks.store import cache_only, on_disk, remote_store
 from tasks.store.digests import sha256_file
 from tasks.store.lease import lease
 from tasks.store.remote_store import Remote, Shared
@@ -182,6 +182,7 @@ def _room(kind: str, inputs: dict[str, Any], keep_partial: bool = False, shared:
         os.utime(place / "manifest.json")  # when it was last used, for prune
         yield room
         return
+    cache_only.may_make(f"{kind} {place.name[-on_disk.KEY_LENGTH :][:8]}")
     with (
         on_disk.locked(
             place, f"another process is making {kind} {place.name[-on_disk.KEY_LENGTH :][:8]}; waiting for it"

@@ -14,7 +14,6 @@ from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
-from prefect import task
 
 from configs.errors import TameError, named_line
 from configs.schema import Recipe
@@ -136,9 +135,3 @@ def _release(prefect_run: str | None, result: Result | None = None) -> str:
         return uuid4().hex
     asked = json.dumps(result.recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(f"{result.started} {asked}".encode()).hexdigest()[:32]
-
-
-@task(name="log to MLflow", task_run_name="log {what}")
-def track_task(what: str, result: Result, run_id: str | None, report: Path | None, final: bool) -> str | None:
-    """`log` in the flow; `what` names the state, such as a variant."""
-    return log(result, run_id, report, final)

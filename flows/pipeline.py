@@ -1,0 +1,210 @@
+"""What a release does, stage after stage, whoever runs the stages: Prefect's tasks, or, where all is cached, plain calls.
+
+It says what each stage came to, a line each: on the screen of `tame run`, and in Prefect's log of a run.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.errors import NotCachedError
+from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
+from tasks import result as results
+from tasks.calibrate.prepare import calibrate
+from tasks.download.task import download
+from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.formatting import figure
+from tasks.gate import judge
+from tasks.plan import Plan, preflight
+from tasks.publish.card import release_files
+from tasks.publish.task import publish
+from tasks.quantize.task import quantize
+from tasks.result import Result, ResultVariant
+from tasks.runtime import progress
+from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+
+log = logging.getLogger("tame.release")
+
+
+class Stages(NamedTuple):
+    """The stages of a release, as something that runs them offers them."""
+
+    plan: Callable[[Recipe, Path], Plan]
+    download: Callable[[Source, Found], Snapshot]
+    baseline: Callable[[Snapshot, Evaluate], Evaluation]
+    calibrate: Callable[[Snapshot, Calibrate], Calibration]
+    quantize: Callable[[Snapshot, Variant, Calibration | None], Quantized]
+    evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
+    gate: Callable[[str, dict[str, float], Gate], Verdict]
+    publish: Callable[[str, Path, dict[str, str], dict[str, bytes], str, Publish], Published]
+
+
+DIRECT = Stages(
+    plan=preflight,
+    download=download,
+    baseline=evaluate_baseline,
+    calibrate=calibrate,
+    quantize=quantize,
+    evaluate=evaluate_variant,
+    gate=lambda _variant, metrics, gate: judge(metrics, gate),
+    publish=lambda _label, *given: publish(*given),
+)
+"""The plain functions."""
+
+
+def make(
+    recipe: Recipe,
+    folder: Path,
+    result: Result,
+    stages: Stages,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[str, Result], None] = lambda _label, _result: None,
+    say: Callable[[str], None] = log.info,
+) -> Result:
+    """Everything that `recipe` asks for, and `result` with what came of it.
+
+    Args:
+        recipe: What to do.
+        folder: Where the run's result goes; variants published to a relative folder go below it.
+        result: What is known so far: nothing was reached.
+        stages: What runs the stages.
+        before: Called before each variant, and before each is published.
+        after: Called with the label of a variant that was measured, or failed, and what is known then.
+        say: Given what each stage came to, in a line.
+
+    Raises:
+        NotCachedError: something is missing within `tasks.store.artifacts.nothing_made`. Whatever `before` raises.
+    """
+    told = _Told(recipe, say)
+    try:
+        plan = stages.plan(recipe, folder)
+        told.published = len(plan.targets)
+        told.begin("downloading" if plan.found.path is None else "reading the model")
+        snapshot = stages.download(recipe.source, plan.found)
+        told.downloaded(snapshot)
+        result = result.with_source(snapshot, plan.found.licence, plan.found.card)
+        baseline = stages.baseline(snapshot, recipe.evaluate)
+        result = result.with_baseline(baseline, snapshot)
+        told.baseline(baseline)
+    except NotCachedError:
+        raise
+    except Exception as error:
+        return result.ended_by(error)
+    for variant in recipe.variants:
+        before()
+        told.begin(variant.label)
+        made = _measure(result.variant(variant.label), variant, snapshot, baseline, recipe, stages)
+        told.measured(made)
+        result = result.with_variant(made)
+        after(variant.label, result)
+    for label, target in plan.targets.items():
+        if result.variant(label).status != "passed":
+            told.skipped()
+            continue
+        before()
+        told.begin(f"publishing {label}")
+        done = _publish(result, label, target, plan, recipe, stages)
+        told.publishing(done)
+        result = result.with_variant(done)
+    return result
+
+
+def _measure(  # six values that each stage needs, and what runs them
+    known: ResultVariant,
+    variant: Variant,
+    snapshot: Snapshot,
+    baseline: Evaluation,
+    recipe: Recipe,
+    stages: Stages,
+) -> ResultVariant:
+    try:
+        calibration = stages.calibrate(snapshot, recipe.calibration) if variant.calibrate else None
+        quantized = stages.quantize(snapshot, variant, calibration)
+        known = results.quantized(known, quantized)
+        checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
+        evaluation = stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate)
+        verdict = stages.gate(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
+        return results.judged(known, evaluation, verdict)
+    except NotCachedError:
+        raise
+    except Exception as error:
+        return results.failed(known, error)
+
+
+def _publish(result: Result, label: str, target: str, plan: Plan, recipe: Recipe, stages: Stages) -> ResultVariant:
+    variant = result.variant(label)
+    assert variant.artifact is not None
+    try:
+        done = stages.publish(
+            label,
+            Path(variant.artifact.path),
+            variant.artifact.files,
+            release_files(result, label, plan.targets, plan.benchmarks),
+            target,
+            recipe.publish,
+        )
+        return results.published(variant, done)
+    except NotCachedError:
+        raise
+    except Exception as error:
+        return results.failed(variant, error)
+
+
+class _Told:
+    """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.done, self.stages, self.published = 0, 2 + len(recipe.variants), 0
+        self.begin("looking at the model")
+
+    def begin(self, what: str) -> None:
+        """A stage begins."""
+        self.started = time.monotonic()
+        progress.begin(f"{self.done + 1}/{self.stages + self.published} {what}")
+
+    def downloaded(self, snapshot: Snapshot) -> None:
+        """The source is here."""
+        self._say("✓", snapshot.name, ["here already" if snapshot.cached else f"downloaded {self._seconds()}"])
+        self.begin("baseline")
+
+    def baseline(self, baseline: Evaluation) -> None:
+        """The original was measured."""
+        how = "measured before" if baseline.cached else f"measured {self._seconds()}"
+        perplexity = baseline.metrics.get("perplexity")
+        known = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
+        self._say("✓", "baseline", [how, *known])
+
+    def measured(self, variant: ResultVariant) -> None:
+        """A variant was quantized and measured, or has failed."""
+        if variant.status == "failed":
+            self._say("✗", variant.name, [f"failed after {self._seconds()}", str(variant.error)])
+            return
+        cached = set(variant.cached) >= {"quantize", "evaluate"}
+        how = "quantized and measured before" if cached else f"quantized and measured {self._seconds()}"
+        damage = variant.metrics.get("kl_mean")
+        known = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
+        reasons = variant.gate.reasons if variant.gate else []
+        mark = "✓" if variant.status == "passed" else "✗"
+        self._say(mark, variant.name, [how, *known, *reasons, variant.status])
+
+    def publishing(self, variant: ResultVariant) -> None:
+        """A variant is where it was to go, or it has failed."""
+        if variant.status == "failed":
+            self._say("✗", variant.name, ["not published", str(variant.error)])
+        else:
+            self._say("✓", variant.name, [f"published {self._seconds()}", str(variant.published)])
+
+    def skipped(self) -> None:
+        """A variant that is not published."""
+        self.published -= 1
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self.started:.1f} s"
+
+    def _say(self, mark: str, what: str, how: list[str]) -> None:
+        self.done += 1
+        progress.begin("")
+        self.say(f"{mark} {self.done}/{self.stages + self.published} {what} {' · '.join(how)}")

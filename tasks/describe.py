@@ -1,0 +1,219 @@
+"""What a run of a recipe would do, for people: what is cached, what will be made, how long about, how much disk and memory.
+
+Nothing is made for it, and neither Prefect nor torch nor transformers is imported.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import wrap
+from typing import NamedTuple, TypeVar
+
+from configs.errors import NotCachedError
+from configs.method_names import INTEGER_METHODS, WITH_EXPERTS
+from configs.schema import Recipe, Variant
+from configs.settings import home
+from tasks.calibrate.prepare import calibrate
+from tasks.download.facts import Facts, facts_of
+from tasks.download.look import tokenizer_folder
+from tasks.download.task import download
+from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.fleet.work_queues import memory_needed, smallest
+from tasks.formatting import figure
+from tasks.plan import Plan, preflight
+from tasks.quantize.methods import method_of
+from tasks.quantize.preview import preview
+from tasks.quantize.task import quantize_inputs
+from tasks.runtime.child_process import isolated
+from tasks.runtime.device import cores, gpus, hardware, name_of, pick, pick_all
+from tasks.store import artifacts as store
+from tasks.store import cache_only
+from tasks.store.on_disk import Artifact
+from tasks.values import Checkpoint, Evaluation, Snapshot
+
+T = TypeVar("T")
+FLOPS_OF_A_CORE, FLOPS_OF_A_GPU = 1e11, 1e14
+"""What evaluating was seen to reach, in operations a second."""
+TOKENS = 300_000
+"""Of a text whose length nobody has limited."""
+
+
+class Size(NamedTuple):
+    """What a variant is, or about what it will be."""
+
+    weight_bytes: int
+    parameters: int
+    quantized: int
+    notes: list[str]
+    exact: bool
+
+
+class Outlook(NamedTuple):
+    """A variant in the plan."""
+
+    size: Size
+    where: str | None
+    """Where its checkpoint is, if it was made before."""
+    measured: bool
+
+
+def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, str]]:
+    """The plan as (what, how it stands) lines: source, device, each variant, evaluation, time, memory, disk, what to know first.
+
+    Sizes are estimates from config.json, unless the variant is in the cache, or they are to be `exact`: that takes transformers
+    and some seconds, and tells what stays in 16 bits, and why.
+
+    Raises:
+        As `preflight`.
+    """
+    plan = preflight(recipe, out)
+    found, source = plan.found, recipe.source
+    folder = tokenizer_folder(source, found)
+    facts = facts_of(found, folder)
+    sizes = [_estimate(facts, variant) for variant in recipe.variants]
+    if exact and folder:
+        what = f"look at {source.model}"
+        known = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
+        sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in known]
+    snapshot = download(source, found) if folder and (found.path or found.kind == "gguf") else None
+    baseline = cached(lambda: evaluate_baseline(snapshot, recipe.evaluate)) if snapshot else None
+    outlooks = [
+        _outlook(recipe, variant, expected, snapshot, baseline)
+        for variant, expected in zip(recipe.variants, sizes, strict=True)
+    ]
+    pinned = f" at {found.commit[:12]}" if found.commit else ""
+    there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
+    lines = [("source", f"{source.model}{pinned}: {facts.told}, {there}"), ("device", name_of(pick()))]
+    for variant, outlook in zip(recipe.variants, outlooks, strict=True):
+        lines += _of_variant(variant, outlook, plan)
+    text = recipe.evaluate.text
+    name = text.dataset or text.builtin or ", ".join(text.files or [])
+    lines.append(
+        ("evaluate", f"{name} in windows of {recipe.evaluate.window}; {', '.join(recipe.evaluate.tasks) or 'no tasks'}")
+    )
+    lines += [("time", _time(recipe, facts, outlooks, baseline is not None))]
+    lines += [*_room(recipe, plan, outlooks, 0 if snapshot else found.bytes)]
+    return lines + [("note", warning) for warning in plan.warnings]
+
+
+def columns(lines: list[tuple[str, str]], width: int) -> list[str]:
+    """The lines of a plan, what beside how, broken where a terminal of `width` columns ends."""
+    first = max(len(what) for what, _ in lines) + 2
+    found = []
+    for what, how in lines:
+        rows = wrap(how, max(width, 60) - first, break_long_words=False, break_on_hyphens=False) or [""]
+        found += [f"{label:<{first}}{row}" for label, row in zip([what, *[""] * len(rows)], rows, strict=False)]
+    return found
+
+
+def size(value: float) -> str:
+    """Bytes as people read them."""
+    return figure("size_bytes", value)
+
+
+def cached(look: Callable[[], T]) -> T | None:
+    """What a stage gives, if all of it is in the cache."""
+    try:
+        with cache_only.nothing_made():
+            return look()
+    except NotCachedError:
+        return None
+
+
+def _outlook(
+    recipe: Recipe, variant: Variant, expected: Size, snapshot: Snapshot | None, baseline: Evaluation | None
+) -> Outlook:
+    if snapshot is None:
+        return Outlook(expected, None, False)
+    calibration = cached(lambda: calibrate(snapshot, recipe.calibration)) if variant.calibrate else None
+    if variant.calibrate and calibration is None:
+        return Outlook(expected, None, False)
+    inputs = quantize_inputs(snapshot, variant, pick_all("auto"), calibration)
+    kept = store.find("quantized", inputs)
+    if kept is None:
+        return Outlook(expected, store.where("quantized", inputs), False)
+    checkpoint = Checkpoint(path=kept.path, digest=kept.digest, label=variant.label)
+    measured = baseline and cached(lambda: evaluate_variant(checkpoint, baseline, snapshot, recipe.evaluate))
+    return Outlook(_written(kept), "the cache", measured is not None)
+
+
+def _of_variant(variant: Variant, outlook: Outlook, plan: Plan) -> list[tuple[str, str]]:
+    expected, about = outlook.size, "" if outlook.size.exact else "about "
+    told = [f"{about}{size(expected.weight_bytes)}"]
+    if expected.parameters:
+        told.append(f"{about}{expected.quantized / expected.parameters:.1%} of its parameters quantized")
+    if outlook.where:
+        told.append(f"{'quantized and measured' if outlook.measured else 'quantized'}: in {outlook.where}")
+    told.append(f"goes to {plan.targets[variant.label]}" if plan.targets else "is published nowhere")
+    return [
+        (variant.label, ", ".join(told)),
+        *(("note", f"{variant.label}: {note}") for note in expected.notes),
+    ]
+
+
+def _written(artifact: Artifact) -> Size:
+    """What a variant that is there has become."""
+    meta = artifact.meta
+    weights, parameters = meta.get("weight_bytes", artifact.bytes), meta.get("parameters", 0)
+    return Size(weights, parameters, meta.get("quantized_parameters", 0), [], True)
+
+
+def _estimate(facts: Facts, variant: Variant) -> Size:
+    """About what a variant will be, from the sizes of the model's parts."""
+    bits = method_of(variant).bits(variant)
+    scales = 0.0 if bits > 4 else 0.13 if variant.double_quant or variant.method in INTEGER_METHODS else 0.5
+    quantized = facts.linear + (facts.experts if variant.method in WITH_EXPERTS else 0)
+    weights = quantized * (bits + scales) / 8 + 2 * (facts.parameters - quantized)
+    return Size(int(weights), facts.parameters if facts.known else 0, quantized, [], False)
+
+
+def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], baseline: bool) -> str:
+    """About how long a run takes, from what machines were seen to do (benchmarks/RESULTS.md): right within a factor of three."""
+    to_make = sum(outlook.where is None for outlook in outlooks)
+    to_measure = sum(not outlook.measured for outlook in outlooks) + (not baseline)
+    if not to_make + to_measure:
+        return "a few seconds: all of it is in the cache"
+    speed = FLOPS_OF_A_GPU * len(gpus()) if gpus() else FLOPS_OF_A_CORE * cores()
+    items = len(recipe.evaluate.tasks) * (recipe.evaluate.task_limit or 2000) * 200
+    tokens = to_measure * ((recipe.evaluate.max_tokens or TOKENS) + items)
+    for variant, outlook in zip(recipe.variants, outlooks, strict=True):
+        if (
+            variant.calibrate and outlook.where is None
+        ):  # each block runs a few times, and its columns one after another
+            tokens += 8 * recipe.calibration.sequences * recipe.calibration.length
+    seconds = 2 * facts.parameters * tokens / speed + 15 * to_measure + to_make * facts.parameters / 1e8 + 20
+    minutes = max(1, round(seconds / 60))
+    told = f"{seconds / 3600:.0f} hours" if minutes > 90 else f"{minutes} minute{'s' * (minutes > 1)}"
+    missing = [f"{count} to {what}" for count, what in ((to_make, "quantize"), (to_measure, "measure")) if count]
+    return f"about {told}, downloading aside: {', '.join(missing)}"
+
+
+def _room(recipe: Recipe, plan: Plan, outlooks: list[Outlook], download: int) -> list[tuple[str, str]]:
+    """Memory and disk, what there is and what it takes."""
+    needed = download + sum(outlook.size.weight_bytes for outlook in outlooks if outlook.where is None)
+    if recipe.publish.to == "folder":
+        needed += sum(
+            outlook.size.weight_bytes
+            for target, outlook in zip(plan.targets.values(), outlooks, strict=True)
+            if not Path(target).exists()
+        )
+    memory = memory_needed(plan.found, recipe.evaluate)
+    queue = smallest(memory) or "none is large enough"
+    free = shutil.disk_usage(_existing(home())).free
+    return [
+        ("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {queue}"),
+        ("disk", f"{size(free)} free, about {size(needed)} will be written"),
+    ]
+
+
+def _memory() -> int:
+    device = pick()
+    if device == "cpu":
+        return int(hardware()["memory_bytes"])
+    return gpus()[int(device.partition(":")[2])].memory_bytes
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

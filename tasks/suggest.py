@@ -1,0 +1,180 @@
+"""A recipe that suits a model and this machine: what `tame run MODEL`, `tame init` and the form for one model are made from."""
+
+import difflib
+import shutil
+from typing import Any, NamedTuple
+
+from configs.errors import BadInputError, TameError
+from configs.method_names import METHODS, WITH_EXPERTS
+from configs.schema import Source, name_of
+from configs.settings import home
+from configs.write import yaml_of
+from tasks.download import hub
+from tasks.download.facts import Facts, facts_of
+from tasks.download.look import look, tokenizer_folder
+from tasks.formatting import figure
+from tasks.runtime.device import gpus, pick
+from tasks.runtime.device import name_of as name_of_device
+from tasks.runtime.files import existing_parent
+from tasks.values import Found
+
+LEVELS: dict[str, bool | str] = {"true": True, "fast": "fast", "best": "best"}
+LIMITS = ((4e8, 0.5), (3e9, 0.2), (2e10, 0.1))
+"""Parameters, and the KL in nats a token up to which a 4-bit model of fewer is worth having: small ones lose more."""
+LIMIT_OF_LARGE = 0.05
+
+
+class Suggestion(NamedTuple):
+    """A recipe, as a mapping, and what it was made from."""
+
+    recipe: dict[str, Any]
+    facts: Facts
+    found: Found
+
+
+def suggest(
+    model: str,
+    *,
+    to: str | None = None,
+    calibrate: str | None = None,
+    publish: str | None = None,
+    limit: float | None = None,
+    private: bool = True,
+    revision: str = "main",
+) -> Suggestion:
+    """The recipe for `model`.
+
+    Args:
+        model: As `source.model`.
+        to: Formats by their names, separated by commas; None: what suits the model.
+        calibrate: `true`, `fast` or `best`: calibrates the formats that can be.
+        publish: Owner on the Hub, or a folder that begins with `.`, `/` or `~`; None: nowhere.
+        limit: Most KL that a variant may have, nats a token; None: what suits the model's size.
+        private: Whether it stays private on the Hub.
+        revision: Branch, tag or commit of a Hub repo.
+
+    Raises:
+        BadInputError: there is no such model or format. TameError: the Hub does not answer.
+    """
+    formats = None if to is None else [_variant(part.strip(), calibrate) for part in to.split(",") if part.strip()]
+    if formats == []:
+        raise BadInputError(f"--to: expected formats such as nf4,int8; there are {', '.join(METHODS)}")
+    source = {"model": model} if revision == "main" else {"model": model, "revision": revision}
+    found = _look(Source(**source))
+    facts = facts_of(found, tokenizer_folder(Source(**source), found) if found.path else None)
+    recipe: dict[str, Any] = {
+        "name": name_of(found.name),
+        "source": source,
+        "variants": formats or _suited(facts, calibrate),
+        **_measuring(found),
+        "gate": {"max_mean_kl": _limit(facts) if limit is None else limit},
+    }
+    if publish is not None:
+        folder = publish.startswith((".", "/", "~"))
+        place = "{model}-{variant}" if publish == "." else f"{publish.rstrip('/')}/{{model}}-{{variant}}"
+        recipe["publish"] = (
+            {"to": "folder", "repo": place} if folder else {"to": "hub", "repo": place, "private": private}
+        )
+    return Suggestion(recipe, facts, found)
+
+
+def commented(suggestion: Suggestion) -> str:
+    """The recipe as YAML for somebody to edit: what each part is for, and why it is as it is."""
+    recipe, facts, found = suggestion
+    free = shutil.disk_usage(existing_parent(home())).free
+    there = gpus()
+    memory = f", {figure('size_bytes', there[0].memory_bytes)}" if there else ""
+    other = "fp8" if not facts.is_mixture else "w8a16"
+    where = recipe.get("publish") or {"to": "nowhere", "repo": "me/{model}-{variant}"}
+    parts = [
+        f"# {recipe['source']['model']}: {facts.told}, {figure('size_bytes', found.bytes)}.",
+        f"# Made for this machine: {name_of_device(pick())}{memory}; {figure('size_bytes', free)} of disk free.",
+        "# Every key is explained in configs/schema.py. `tame plan` says what this would do, `tame run` does it.",
+        yaml_of({key: recipe[key] for key in ("name", "source")}).rstrip(),
+        _why_these(facts),
+        yaml_of({"variants": recipe["variants"]}).rstrip(),
+        f"# - {{method: {other}}}   # another format; there are {', '.join(METHODS)}",
+    ]
+    if "calibration" in recipe:
+        parts += ["# Calibrated variants choose their codes on this text; it must not be the one that is measured.",
+                  yaml_of({"calibration": recipe["calibration"]}).rstrip()]  # fmt: skip
+    parts += [
+        "# What is measured, on the original and on each variant: the same text in the same windows.",
+        yaml_of({"evaluate": recipe["evaluate"]}).rstrip(),
+        "#  tasks: [piqa, arc_easy]   # questions with answers, from lm-evaluation-harness; minutes to hours",
+        "# A variant that is further from the original than this is not published (KL divergence, nats a token, on average).",
+        yaml_of({"gate": recipe["gate"]}).rstrip(),
+        "# to: hub (needs HF_TOKEN with write access), folder, or nowhere. Private until you say otherwise.",
+        yaml_of({"publish": where}).rstrip(),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _look(source: Source) -> Found:
+    """`look`, whose refusal names the owner's model that is nearest to one that is not there."""
+    try:
+        return look(source)
+    except BadInputError as error:
+        owner, slash, name = source.model.partition("/")
+        if not slash or not hub.REPO_ID.fullmatch(source.model):
+            raise
+        try:
+            theirs = [repo.partition("/")[2] for repo in hub.list_models(owner)]
+        except TameError:
+            raise error from None
+        near = difflib.get_close_matches(name, [one for one in theirs if one != name], n=1)
+        raise BadInputError(f"{error}; did you mean {owner}/{near[0]}?" if near else str(error)) from None
+
+
+def _variant(name: str, calibrate: str | None) -> dict[str, Any]:
+    """The variant that a name such as `nf4`, `nf4-dq`, `nf4-cal` or `w4a16-g64` asks for, as results call it."""
+    method = max((known for known in METHODS if name == known or name.startswith(f"{known}-")), key=len, default=None)
+    if method is None:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+        raise BadInputError(f"--to {name}: there is no such format; {hint}")
+    variant: dict[str, Any] = {"method": method}
+    for option in name[len(method) :].split("-")[1:]:
+        if option == "dq":
+            variant["double_quant"] = True
+        elif option == "cal":
+            variant["calibrate"] = True
+        elif option in ("fast", "best") and variant.get("calibrate"):
+            variant["calibrate"] = option
+        elif option.startswith("g") and option[1:].isdecimal():
+            variant["group_size"] = int(option[1:])
+        else:
+            raise BadInputError(f"--to {name}: {option!r} is not known; after {method}, there are -dq, -cal and -g64")
+    if calibrate and "calibrate" in METHODS[method]:
+        variant.setdefault("calibrate", LEVELS[calibrate])
+    return variant
+
+
+def _suited(facts: Facts, calibrate: str | None) -> list[dict[str, Any]]:
+    """What suits a model: one in 4 bits and one in 8; of a mixture, in formats that quantize its experts."""
+    if facts.is_mixture:
+        return [_variant(name, calibrate) for name in ("w4a16", "fp8")]
+    return [_variant("nf4", calibrate or "true"), _variant("int8", None)]
+
+
+def _why_these(facts: Facts) -> str:
+    if facts.is_mixture:
+        return f"# Most of it are experts, which {', '.join(WITH_EXPERTS)} quantize and others leave in 16 bits."
+    return "# One in 4 bits, its codes chosen on a text (a fraction of the damage), and one in 8 bits, closest to the original."
+
+
+def _measuring(found: Found) -> dict[str, Any]:
+    """How it is measured: with what a GPU does in minutes, or a CPU; without a network, where the model needs none."""
+    text = {} if found.kind == "hub" else {"text": {"builtin": "python-docs"}}
+    calibration: dict[str, Any] = {"text": {"builtin": "python-library"}}
+    if gpus():
+        return {"calibration": calibration, "evaluate": {**text, "window": 2048, "max_tokens": 100_000}}
+    speed = {"prompt_tokens": 128, "new_tokens": 16, "repeats": 2}
+    return {
+        "calibration": {**calibration, "sequences": 24, "length": 256},
+        "evaluate": {**text, "window": 512, "max_tokens": 6144, "speed": speed, "samples": {"new_tokens": 16}},
+    }
+
+
+def _limit(facts: Facts) -> float:
+    return next((limit for parameters, limit in LIMITS if facts.parameters < parameters), LIMIT_OF_LARGE)
