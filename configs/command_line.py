@@ -55,11 +55,11 @@ def parser_of(functions: Sequence[Callable[[argparse.Namespace], int]]) -> argpa
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version, and end")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="more is logged, and errors come with a traceback")
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str) -> Parser:
         command = commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
         command.set_defaults(command=does[name])
         return command

@@ -60,8 +60,9 @@ def suggest(
     if formats == []:
         raise BadInputError(f"--to: expected formats such as nf4,int8; there are {', '.join(METHODS)}")
     source = {"model": model} if revision == "main" else {"model": model, "revision": revision}
-    found = _look(Source(**source))
-    facts = facts_of(found, tokenizer_folder(Source(**source), found) if found.path else None)
+    asked = Source(model=model, revision=revision)
+    found = _look(asked)
+    facts = facts_of(found, tokenizer_folder(asked, found) if found.path else None)
     recipe: dict[str, Any] = {
         "name": name_of(found.name),
         "source": source,

@@ -1,39 +1,54 @@
 """What a run says at its end: one table, and where everything is."""
 
 import io
+import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.formatting import advice, cell, figure, headline, label, points, settings, span
+from tasks.formatting import advice, cell, figure, headline, label, points, settings
 from tasks.result import Measured, Result
 
+COLUMNS_AS = {
+    "size_bytes": "size",
+    "smaller": "smaller",
+    "kl_mean": "KL, nats",
+    "top1_agreement": "same token",
+    "decode_tokens_per_second": "tokens/s",
+}
+COLUMNS = tuple(COLUMNS_AS)
+WIDE = 76
+"""Columns of a terminal that has room for all of them."""
 STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}
 
 
 def closing(result: Result, out: Path, width: int, colour: bool) -> str:
-    """The table of baseline and variants, the reasons of those that did not pass, the decision, and the paths of what was made."""
-    # Cut-off numbers help nobody: where the table does not fit, it is wider than the screen.
-    console = Console(file=io.StringIO(), width=max(width, 110), force_terminal=colour, highlight=False)
+    """The table of baseline and variants, the reasons of those that did not pass, the decision, and the paths of what was made.
+
+    The table has what matters and fits 80 columns; a narrower terminal gets fewer columns, not cut-off numbers.
+    """
+    plain = not colour or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
+    console = Console(file=io.StringIO(), width=min(max(width, 60), 100), force_terminal=not plain, highlight=False)
+    shown = COLUMNS if width >= WIDE else COLUMNS[:3]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("")
-    for column in ("size", "perplexity", "ratio (95 %)", "KL, nats", "top-1", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("", overflow="fold")
+    for column in shown:
+        table.add_column(_header(column, result), justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     if result.baseline:
-        table.add_row(*_cells(result.baseline), Text("baseline", style="dim"))
+        table.add_row(*_cells(result.baseline, shown, result), Text("original", style="dim"))
     for variant in result.variants:
-        table.add_row(*_cells(variant), Text(variant.status, style=STYLES[variant.status]))
+        table.add_row(*_cells(variant, shown, result), Text(variant.status, style=STYLES[variant.status]))
     console.print(table)
     for variant in result.variants:
         if why := variant.error or "; ".join(variant.gate.reasons if variant.gate and not variant.gate.passed else []):
             console.print(Text(f"{variant.name} {variant.status}: {why}", style=STYLES[variant.status]), soft_wrap=True)
     console.print()
     if decision := advice(result):
-        console.print(Text(decision, style="bold"), soft_wrap=True)
-    console.print(Text(headline(result)), soft_wrap=True)
+        console.print(Text(decision, style="bold"))
+    console.print(Text(headline(result)))
     for what, where in _made(result, out):
         console.print(Text(f"{what:<10} {where}"), soft_wrap=True)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -49,20 +64,21 @@ def numbers(measured: Measured) -> str:
     return "\n".join(lines + [f"note: {note}" for note in measured.notes])
 
 
-def _cells(measured: Measured) -> list[str]:
-    numbers = measured.metrics
-    ratio = figure("perplexity_ratio", numbers.get("perplexity_ratio"))
-    if interval := span("perplexity_ratio", numbers):
-        ratio += f" ({interval.replace(' to ', '–')})"
-    return [
-        measured.name,
-        figure("size_bytes", numbers.get("size_bytes")),
-        figure("perplexity", numbers.get("perplexity")),
-        ratio,
-        figure("kl_mean", numbers.get("kl_mean")),
-        figure("top1_agreement", numbers.get("top1_agreement")),
-        figure("decode_tokens_per_second", numbers.get("decode_tokens_per_second")),
-    ]
+def _header(column: str, result: Result) -> str:
+    limit = result.recipe.gate.max_mean_kl
+    return f"KL ≤ {limit:g}" if column == "kl_mean" and limit is not None else COLUMNS_AS[column]
+
+
+def _cells(measured: Measured, shown: tuple[str, ...], result: Result) -> list[str]:
+    whole = result.baseline.metrics.get("size_bytes") if result.baseline else None
+    size = measured.metrics.get("size_bytes")
+    known = {name: figure(name, measured.metrics.get(name)) for name in shown if name != "smaller"}
+    known["smaller"] = (
+        "" if measured is result.baseline or not whole or not size else f"{100 * (1 - size / whole):.0f} %"
+    )
+    if measured is result.baseline:
+        known |= {name: "" for name in ("kl_mean", "top1_agreement") if name not in measured.metrics}
+    return [measured.name, *(known[name] for name in shown)]
 
 
 def _made(result: Result, out: Path) -> list[tuple[str, str]]:
