@@ -77,7 +77,7 @@ def make(
     Raises:
         NotCachedError: something is missing within `tasks.store.artifacts.nothing_made`. Whatever `before` raises.
     """
-    told = _Told(recipe, say)
+    told = _Told(recipe, stages, say)
     try:
         plan = stages.plan(recipe, folder)
         told.published = len(plan.targets)
@@ -95,7 +95,7 @@ def make(
     for variant in recipe.variants:
         before()
         told.begin(variant.label)
-        made = _measure(result.variant(variant.label), variant, snapshot, baseline, recipe, stages)
+        made = _measure(told, result.variant(variant.label), variant, snapshot, baseline, recipe)
         told.measured(made)
         result = result.with_variant(made)
         after(variant.label, result)
@@ -111,18 +111,20 @@ def make(
     return result
 
 
-def _measure(  # six values that each stage needs, and what runs them
+def _measure(
+    told: "_Told",
     known: ResultVariant,
     variant: Variant,
     snapshot: Snapshot,
     baseline: Evaluation,
     recipe: Recipe,
-    stages: Stages,
 ) -> ResultVariant:
+    stages = told.by
     try:
         calibration = stages.calibrate(snapshot, recipe.calibration) if variant.calibrate else None
         quantized = stages.quantize(snapshot, variant, calibration)
         known = results.quantized(known, quantized)
+        told.quantized()
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
         evaluation = stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate)
         verdict = stages.gate(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
@@ -155,14 +157,14 @@ def _publish(result: Result, label: str, target: str, plan: Plan, recipe: Recipe
 class _Told:
     """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
+        self.by, self.say, self.how = by, say, list[str]()
         self.done, self.stages, self.published = 0, 2 + len(recipe.variants), 0
         self.begin("looking at the model")
 
     def begin(self, what: str) -> None:
         """A stage begins."""
-        self.started = time.monotonic()
+        self.started, self.how = time.monotonic(), []
         progress.begin(f"{self.done + 1}/{self.stages + self.published} {what}")
 
     def downloaded(self, snapshot: Snapshot) -> None:
@@ -177,18 +179,24 @@ class _Told:
         known = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
         self._say("✓", "baseline", [how, *known])
 
+    def quantized(self) -> None:
+        """A variant was quantized; it is measured now."""
+        self.how.append(self._seconds())
+        self.started = time.monotonic()
+
     def measured(self, variant: ResultVariant) -> None:
         """A variant was quantized and measured, or has failed."""
         if variant.status == "failed":
             self._say("✗", variant.name, [f"failed after {self._seconds()}", str(variant.error)])
             return
-        cached = set(variant.cached) >= {"quantize", "evaluate"}
-        how = "quantized and measured before" if cached else f"quantized and measured {self._seconds()}"
+        quantized = "before" if "quantize" in variant.cached else self.how[0]
+        measured = "before" if "evaluate" in variant.cached else self._seconds()
+        how = [f"quantized {quantized}", f"measured {measured}"]
         damage = variant.metrics.get("kl_mean")
         known = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
         reasons = variant.gate.reasons if variant.gate else []
         mark = "✓" if variant.status == "passed" else "✗"
-        self._say(mark, variant.name, [how, *known, *reasons, variant.status])
+        self._say(mark, variant.name, [*how, *known, *reasons, variant.status])
 
     def publishing(self, variant: ResultVariant) -> None:
         """A variant is where it was to go, or it has failed."""

@@ -112,9 +112,9 @@ def _to_hub(release: Release, progress: Progress) -> Published:
 
 def _told(done: Published) -> Published:
     if done.already:
-        log.info("%s is there already, as it should be", done.url)
+        log.debug("%s is there already, as it should be", done.url)
     else:
-        log.info("published %s (%s)", done.url, done.visibility)
+        log.debug("published %s (%s)", done.url, done.visibility)
     return done
 
 

@@ -140,7 +140,8 @@ class _Bottom:
             ending = f" {'━' * filled}{'╌' * (BAR - filled)} {100 * done // total:3d} %" + (
                 f" {_clock(left)} left" if done and now - self.bar_began > 1 else ""
             )
-            text = f"{self.stage}: {what}" if self.stage and not self.stage.endswith(what) else what
+            place, _, name = self.stage.partition(" ")
+            text = f"{place} {what}" if what.startswith(name) else f"{self.stage}: {what}"
         else:
             text, ending = self.stage, f" … {_clock(now - self.began)}"
         room = max(width - len(ending), 8)
