@@ -1,0 +1,103 @@
+"""One model, for somebody who has a minute: the form asks for six things, and the rest is what suits the model and the machine."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.states import Failed, State
+from pydantic import Field
+
+from configs.errors import TameError
+from configs.load import settled
+from configs.method_names import METHODS
+from configs.schema import Method, Recipe
+from flows.release import release
+from tasks.result import Result
+from tasks.suggest import suggest
+
+OWNER = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _in_form(**bounds: str | float) -> dict[str, list[dict[str, str | float]]]:
+    """Bounds where Prefect's form looks for them (see configs/schema.py)."""
+    return {"allOf": [bounds]}
+
+
+@flow(name="quantize", flow_run_name="{model}: {formats}")
+def quantize(
+    model: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=4096,
+            description="A Hub repo such as Qwen/Qwen3-0.6B, or the path of a folder or .gguf on the worker.",
+            examples=["Qwen/Qwen3-0.6B"],
+            json_schema_extra=_in_form(minLength=1),
+        ),
+    ],
+    formats: Annotated[
+        list[Method],
+        Field(
+            min_length=1,
+            description="nf4 and fp4 (4 bits) and int8 (8 bits) are for transformers and fine-tuning; the others are for vLLM.",
+        ),
+    ] = ["nf4"],  # noqa: B006  the form shows only defaults that are values
+    calibrate: Annotated[
+        bool, Field(description="Choose 4-bit codes on a text: same size, about a fifth of the damage, minutes more.")
+    ] = True,
+    most_damage: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            title="Most damage allowed",
+            description="KL divergence in nats a token; what is further from the original is not published. 0.1 is hardly "
+            "noticed. Empty: what suits the model's size.",
+            json_schema_extra=_in_form(minimum=0),
+        ),
+    ] = None,
+    publish_to: Annotated[
+        str | None,
+        Field(
+            pattern=OWNER,
+            max_length=96,
+            description="Your name or organization on the Hub; the workers need HF_TOKEN with write access. Empty: it is "
+            "measured, and published nowhere.",
+            json_schema_extra=_in_form(pattern=OWNER),
+        ),
+    ] = None,
+    private: Annotated[bool, Field(description="Visible to you alone on the Hub.")] = True,
+) -> State[Result]:
+    """Quantize a model, measure what that costs, and publish what is close enough to the original.
+
+    Args:
+        model: What to start from.
+        formats: What to make of it.
+        calibrate: Whether codes are chosen on a text where the format can.
+        most_damage: The gate's limit.
+        publish_to: Owner on the Hub.
+        private: Whether only the owner sees it.
+    """
+    try:
+        recipe = recipe_of(model, formats, calibrate, most_damage, publish_to, private)
+    except TameError as error:
+        return Failed(message=str(error))
+    return release.fn(recipe, None)
+
+
+def recipe_of(  # the fields of the form
+    model: str,
+    formats: list[Method],
+    calibrate: bool = True,
+    most_damage: float | None = None,
+    publish_to: str | None = None,
+    private: bool = True,
+) -> Recipe:
+    """The recipe that the form asks for.
+
+    Raises:
+        BadInputError: there is no such model, or no format is asked for. TameError: the Hub does not answer.
+    """
+    level = "true" if calibrate and any("calibrate" in METHODS[name] for name in formats) else None
+    made = suggest(
+        model.strip(), to=",".join(formats), calibrate=level, publish=publish_to, limit=most_damage, private=private
+    )
+    return settled(made.recipe, [])
