@@ -14,6 +14,7 @@ from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, V
 from tasks import result as results
 from tasks.calibrate.prepare import calibrate
 from tasks.download.task import download
+from tasks.download.text import LoadedText
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.formatting import figure
 from tasks.gate import judge
@@ -33,7 +34,7 @@ class Stages(NamedTuple):
 
     plan: Callable[[Recipe, Path], Plan]
     download: Callable[[Source, Found], Snapshot]
-    baseline: Callable[[Snapshot, Evaluate], Evaluation]
+    baseline: Callable[[Snapshot, Evaluate, LoadedText], Evaluation]
     calibrate: Callable[[Snapshot, Calibrate], Calibration]
     quantize: Callable[[Snapshot, Variant, Calibration | None], Quantized]
     evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
@@ -44,7 +45,7 @@ class Stages(NamedTuple):
 DIRECT = Stages(
     plan=preflight,
     download=download,
-    baseline=evaluate_baseline,
+    baseline=lambda snapshot, spec, text: evaluate_baseline(snapshot, spec, text=text),
     calibrate=calibrate,
     quantize=quantize,
     evaluate=evaluate_variant,
@@ -85,7 +86,7 @@ def make(
         snapshot = stages.download(recipe.source, plan.found)
         told.downloaded(snapshot)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
-        baseline = stages.baseline(snapshot, recipe.evaluate)
+        baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
         result = result.with_baseline(baseline, snapshot)
         told.baseline(baseline)
     except NotCachedError:

@@ -15,6 +15,7 @@ from flows.pipeline import Stages
 from tasks.calibrate.prepare import calibrate
 from tasks.download import hub
 from tasks.download.task import download
+from tasks.download.text import LoadedText
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
@@ -55,9 +56,9 @@ def quantize_task(snapshot: Snapshot, variant: Variant, calibration: Calibration
 
 
 @task(name="evaluate baseline", task_run_name="evaluate baseline", retries=0)
-def baseline_task(snapshot: Snapshot, spec: Evaluate) -> State[Evaluation]:
-    """`evaluate_baseline` in the flow."""
-    value = evaluate_baseline(snapshot, spec)
+def baseline_task(snapshot: Snapshot, spec: Evaluate, text: LoadedText) -> State[Evaluation]:
+    """`evaluate_baseline` in the flow, on the text that the plan has read."""
+    value = evaluate_baseline(snapshot, spec, text=text)
     return Completed(name="Cached" if value.cached else "Completed", data=value)
 
 
@@ -111,7 +112,7 @@ def track_task(what: str, result: Result, run_id: str | None, report: Path | Non
 IN_PREFECT = Stages(
     plan=plan_task,
     download=lambda source, found: download_task(source, found).result(),
-    baseline=lambda snapshot, spec: baseline_task(snapshot, spec).result(),
+    baseline=lambda snapshot, spec, text: baseline_task(snapshot, spec, text).result(),
     calibrate=lambda snapshot, spec: calibrate_task(snapshot, spec).result(),
     quantize=lambda snapshot, variant, calibration: quantize_task(snapshot, variant, calibration).result(),
     evaluate=lambda *given: evaluate_task(*given).result(),

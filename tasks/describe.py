@@ -26,6 +26,7 @@ from tasks.quantize.preview import preview
 from tasks.quantize.task import quantize_inputs
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import cores, gpus, hardware, name_of, pick, pick_all
+from tasks.runtime.files import existing_parent
 from tasks.store import artifacts as store
 from tasks.store import cache_only
 from tasks.store.on_disk import Artifact
@@ -76,7 +77,7 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
         known = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
         sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in known]
     snapshot = download(source, found) if folder and (found.path or found.kind == "gguf") else None
-    baseline = cached(lambda: evaluate_baseline(snapshot, recipe.evaluate)) if snapshot else None
+    baseline = cached(lambda: evaluate_baseline(snapshot, recipe.evaluate, text=plan.text)) if snapshot else None
     outlooks = [
         _outlook(recipe, variant, expected, snapshot, baseline)
         for variant, expected in zip(recipe.variants, sizes, strict=True)
@@ -199,7 +200,7 @@ def _room(recipe: Recipe, plan: Plan, outlooks: list[Outlook], download: int) ->
         )
     memory = memory_needed(plan.found, recipe.evaluate)
     queue = smallest(memory) or "none is large enough"
-    free = shutil.disk_usage(_existing(home())).free
+    free = shutil.disk_usage(existing_parent(home())).free
     return [
         ("memory", f"{size(_memory())} in all, about {size(memory)} needed; of the GPU queues: {queue}"),
         ("disk", f"{size(free)} free, about {size(needed)} will be written"),
@@ -211,9 +212,3 @@ def _memory() -> int:
     if device == "cpu":
         return int(hardware()["memory_bytes"])
     return gpus()[int(device.partition(":")[2])].memory_bytes
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
