@@ -287,7 +287,7 @@ def cache(options: argparse.Namespace) -> int:
     """The artifact store."""
     from tasks.store.command import look_after
 
-    lines, code = look_after(options.action, options.remote, options.older_than)
+    lines, code = look_after(options.action, options.remote, options.older_than, options.dry_run)
     sys.stdout.writelines(f"{text}\n" for text in lines)
     return code
 

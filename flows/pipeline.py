@@ -24,6 +24,7 @@ from tasks.publish.task import publish
 from tasks.quantize.task import quantize
 from tasks.result import Result, ResultVariant
 from tasks.runtime import progress
+from tasks.store.names import remember
 from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
 
 log = logging.getLogger("tame.release")
@@ -85,6 +86,7 @@ def make(
         told.begin("downloading" if plan.found.path is None else "reading the model")
         snapshot = stages.download(recipe.source, plan.found)
         told.downloaded(snapshot)
+        remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
         result = result.with_baseline(baseline, snapshot)
@@ -126,6 +128,7 @@ def _measure(
         quantized = stages.quantize(snapshot, variant, calibration)
         known = results.quantized(known, quantized)
         told.quantized()
+        remember(quantized.digest, f"{snapshot.name} {variant.label}")
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
         evaluation = stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate)
         verdict = stages.gate(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)

@@ -13,7 +13,10 @@ import psutil
 
 from configs.settings import UP
 
-PATIENCE = {"worker": 15.0, "server": 5.0}  # seconds; workers first: they tell the server what they leave
+PATIENCE = {
+    "worker": 4.0,
+    "server": 3.0,
+}  # seconds, less than ten together; workers first: they tell the server what they leave
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

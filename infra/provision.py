@@ -96,8 +96,9 @@ def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
     from prefect.workers.process import ProcessWorker
 
+    kind = "process"
     try:
-        client.read_work_pool(work_queues.POOL)  # one of another type, such as Kubernetes, will do as well
+        kind = client.read_work_pool(work_queues.POOL).type  # one of another type, such as Kubernetes, will do as well
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
         try:
@@ -109,7 +110,9 @@ def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
     for name in work_queues.QUEUES:
         if name not in known:
             try:
-                client.create_work_queue(name, work_pool_name=work_queues.POOL)
+                waits = kind == "process" and name != work_queues.DEFAULT  # Prefect's own workers do not wake a queue
+                about = work_queues.UNSERVED if waits else None
+                client.create_work_queue(name, about, is_paused=waits, work_pool_name=work_queues.POOL)
                 yield f"queue {name}"
             except ObjectAlreadyExists:
                 pass

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -18,14 +19,20 @@ from uuid import uuid4
 from configs.errors import BadInputError, TameError, bare_address
 from configs.settings import UP, home
 from tasks.fleet import work_queues
+from tasks.runtime import running_up
 from tasks.runtime.device import gpus
 from tasks.runtime.environment import direct_opener, reach_directly
+from tasks.runtime.files import write_text
+from tasks.runtime.progress import begin, working
 from tasks.runtime.retry import wait_until
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 log = logging.getLogger("tame.up")
+
+MODELS = "workflowType=machine_learning"
+"""What MLflow's pages need to show runs and metrics of models, rather than traces of applications."""
 
 HEALTHY_WITHIN = 300.0  # seconds; on a machine that does nothing else it takes 20
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
@@ -46,12 +53,19 @@ def up(host: str) -> int:
         signal.signal(number, signal.default_int_handler)
     with _alone() as (lock, token):
         try:
+            began = time.monotonic()
             started = _start_all(host, token)
-            pages = f"Prefect  {_prefect()}/deployments\nMLflow   {_mlflow()}"
+            log.info("✓ all of it is healthy after %.0f s", time.monotonic() - began)
+            pages = f"Prefect  {_prefect()}/deployments\nMLflow   {_mlflow()}/#/experiments?{MODELS}"
             lock.write(pages.replace("\n", "  "))
             lock.flush()
+            servers = running_up.Servers(os.environ["PREFECT_API_URL"], _mlflow())
+            write_text(running_up.told(), json.dumps(servers._asdict()))
             print(pages)
-            print("\nStart a release: open Prefect, choose release/demo or release/any, then Run > Custom run.")
+            print(
+                "\nStart one: open Prefect, choose quantize/model, then Run > Custom run. release/any takes a whole recipe."
+            )
+            print("tame run uses these servers as long as they run.")
             print(
                 f"Logs: {home() / 'logs'}. Ctrl-C stops all of it; what was queued waits for the next tame up.",
                 flush=True,
@@ -60,9 +74,11 @@ def up(host: str) -> int:
                 time.sleep(0.5)
             raise TameError(f"{ended[0]} ended by itself; see {home() / 'logs' / ended[0]}.log")
         except KeyboardInterrupt:
-            print("stopping …", file=sys.stderr, flush=True)
+            log.info("Stopping: workers first, then the servers; ten seconds at most …")
             return 0
         finally:
+            begin("")
+            running_up.told().unlink(missing_ok=True)
             for number in ENDINGS:
                 signal.signal(number, signal.SIG_IGN)
 
@@ -73,7 +89,7 @@ def _alone() -> Iterator[tuple[IO[str], str]]:
 
     The guard inherits the lock: nobody else starts before the last process of this one has ended.
     """
-    path = home() / "up.lock"
+    path = running_up.lock_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as lock:
         try:
@@ -124,9 +140,11 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         os.environ["PREFECT_SERVER_API_BASE_PATH"] = ""  # of a server behind a proxy, which this one is not
         if password := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
             os.environ["PREFECT_API_AUTH_STRING"] = password  # what this server asks for, not what another one did
+        log.info("Starting Prefect's server at %s …", _prefect())
         start("prefect", "server", "prefect", "server", "start", "--host", host, "--port", str(port))
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         port = _free_port(host, 5000)
+        log.info("Starting MLflow at http://%s:%d …", near, port)
         # Not proxied: a run without this server, straight into the same database, must find and write the same files.
         store = ["--backend-store-uri", _database(), "--no-serve-artifacts"]
         store += ["--default-artifact-root", str(home() / "mlartifacts"), "--workers", "1"]
@@ -134,21 +152,31 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         start("mlflow", "server", "mlflow", "server", "--host", host, "--port", str(port), *store)
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{near}:{port}"
     start("provision", "worker", "tame", "provision")
-    _wait(started, lambda: started["provision"].poll() == 0)
+    with working("waiting for Prefect's server, and registering queues and deployments"):
+        _wait(started, lambda: started["provision"].poll() == 0)
     del started["provision"]
+    log.info("✓ Prefect's server answers, and has the deployments")
     since = datetime.now(UTC)
     for index in range(len(gpus())):
         start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
     if not gpus():
         start("worker-cpu", "worker", "tame", "worker")
     start("worker-control", "worker", "tame", "worker", "--control")
+    _until_healthy(started, since)
+    return started
+
+
+def _until_healthy(started: dict[str, "subprocess.Popen[bytes]"], since: datetime) -> None:
+    """Wait until every worker has asked for runs, and MLflow answers."""
     from infra.provision import connect
 
-    with connect() as client:
+    with connect() as client, working("waiting for the workers' first sign of life"):
         _wait(started, lambda: _workers(client, since) >= len(gpus() or "1") + 1)
+    log.info("✓ workers wait for runs: %s", ", ".join(name for name in started if name.startswith("worker")))
     if "mlflow" in started:
-        _wait(started, lambda: _answers(f"{_mlflow()}/health"))
-    return started
+        with working("waiting for MLflow"):
+            _wait(started, lambda: _answers(f"{_mlflow()}/health"))
+        log.info("✓ MLflow answers")
 
 
 def _database() -> str:

@@ -49,6 +49,9 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
             raise TameError(
                 f"{bare_address(str(client.api_url))} has no work pool {pool!r}; `tame provision` makes it"
             ) from None
+        for known in client.read_work_queues(work_pool_name=pool):
+            if known.name in queues and known.is_paused and known.description == work_queues.UNSERVED:
+                client.update_work_queue(known.id, is_paused=False, description="")
         if limit:
             with suppress(ObjectAlreadyExists):  # by another worker of this machine, at the same time
                 client.upsert_global_concurrency_limit_by_name(limit, 1)

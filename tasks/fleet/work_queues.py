@@ -16,6 +16,8 @@ SIZES = (8, 16, 24, 40, 48, 80, 141)
 DEFAULT, CONTROL, CPU = "default", "control", "cpu"
 """Any worker; flows that only wait; workers without a GPU."""
 QUEUES = (DEFAULT, CONTROL, CPU, *(f"gpu-{size}gb" for size in SIZES))
+UNSERVED = "Paused until a worker serves it."
+"""The description of a queue that no worker of this server has served yet: Prefect would show it as a fault."""
 USABLE = 0.9
 """Of the GB in a GPU's name, what every such GPU has for a release: drivers and error correction take up to 8 %."""
 

@@ -267,15 +267,19 @@ def remove(artifact: on_disk.Artifact) -> bool:
         return False
 
 
+def is_old(artifact: on_disk.Artifact, days: float | None) -> bool:
+    """Whether an artifact was not used for so many days; None: however long that is."""
+    idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
+    return days is not None and idle >= days * 86_400
+
+
 def prune(older_than_days: float | None) -> tuple[list[on_disk.Artifact], list[on_disk.Artifact]]:
     """Remove what killed runs left, what is damaged, and what was not used for so many days: (removed, kept)."""
     sweep()
     removed: list[on_disk.Artifact] = []
     kept: list[on_disk.Artifact] = []
     for artifact in list(artifacts()):
-        idle = time.time() - (Path(artifact.path).parent / "manifest.json").stat().st_mtime
-        old = older_than_days is not None and idle >= older_than_days * 86_400
-        gone = (old or bool(verify(artifact))) and remove(artifact)
+        gone = (is_old(artifact, older_than_days) or bool(verify(artifact))) and remove(artifact)
         (removed if gone else kept).append(artifact)
     return removed, kept
 
