@@ -1,0 +1,123 @@
+"""What a newcomer meets: the same lines on a screen and in a pipe, a cached run at once, Ctrl-C, the form for one model."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.method_names import METHODS
+from configs.schema import Recipe
+from tasks.describe import columns
+from tasks.report.terminal import closing
+from tests.results import result
+from tests.test_flow import ROOT, Place
+
+HEAVY = ("torch", "prefect", "mlflow", "transformers", "matplotlib")
+
+
+@pytest.fixture
+def place(tmp_path: Path, prefect_url: str) -> Place:
+    return Place(tmp_path, prefect_url)
+
+
+def test_a_run_that_is_cached_needs_neither_prefect_nor_mlflow_and_says_the_same(
+    place: Place, tiny_llama: Path
+) -> None:
+    recipe = place.recipe(tiny_llama, gate={"max_mean_kl": 1.0})
+    code, first, said = place.run(recipe)
+    assert code == 0, said
+    for told in ("✓ 1/4 ", "✓ 2/4 baseline measured ", "✓ 3/4 nf4 quantized ", " · passed", "✓ 4/4 nf4 published "):
+        assert told in said
+    assert "time      about 1 minute" in said
+    del place.environment["PREFECT_API_URL"]
+    program = f"import sys, tame\ntry: tame.main()\nfinally: print([m for m in {HEAVY} if m in sys.modules])"
+    code, output, said = place.tame("run", recipe, "--out", place.folder / "out", code=("-c", program))
+    assert code == 0, said
+    assert output.splitlines()[-1] == "[]"
+    assert "✓ 3/4 nf4 quantized before · measured before" in said
+    again = json.loads((place.folder / "out" / "result.json").read_text())
+    assert again["mlflow_run"] == first["mlflow_run"]
+    assert again["variants"][0]["metrics"] == first["variants"][0]["metrics"]
+    code, output, said = place.tame("run", recipe, "--out", place.folder / "out", "--json")
+    assert json.loads(output)["exit_code"] == code == 0
+    code, output, said = place.tame("plan", recipe, "--out", place.folder / "out")
+    assert "quantized and measured: in the cache" in output
+    assert "a few seconds: all of it is in the cache" in output
+    listed = place.tame("cache", "list")[1]
+    assert f"{tiny_llama.name} nf4" in listed
+
+
+@pytest.mark.parametrize("after", [0.5, 3.0, 8.0])
+def test_an_interrupt_gives_the_prompt_back_and_leaves_nothing(place: Place, tiny_llama: Path, after: float) -> None:
+    place.environment["TAME_HOME"] += f"-{after}"
+    ready = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport tame; tame.main()"
+    process = place.start("run", place.recipe(tiny_llama), "--out", place.folder / "out", code=("-c", ready))
+    time.sleep(after)
+    started = psutil.Process(process.pid).children(recursive=True)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 4.0  # 2 where nobody else works
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "tame: stopped; the next run goes on from what is finished"
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(started, 10)[1]
+
+
+def test_a_terminal_gets_its_first_line_at_once(tmp_path: Path) -> None:
+    primary, secondary = pty.openpty()
+    command = [sys.executable, "-m", "tame", "plan", str(tmp_path / "nothing.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=secondary, stderr=secondary, stdin=secondary)
+    os.close(secondary)
+    said = b""
+    while b"No such file" not in said:
+        said += os.read(primary, 4096)
+    assert said.startswith(b"Looking at ")
+    assert process.wait(60) == 2
+    os.close(primary)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_last_table_and_the_plan_fit_the_terminal(width: int, tmp_path: Path) -> None:
+    lines = closing(result(), tmp_path, width, False).splitlines()
+    table = lines[: lines.index("")]
+    assert len(table) > 2
+    assert max(map(len, table)) <= width
+    assert "verdict" in table[0]
+    wide = [("source", "a word and another " * 20), ("nf4", "x" * 20)]
+    assert max(map(len, columns(wide, width))) <= width
+
+
+def test_no_colour_where_none_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[" in closing(result(), tmp_path, 80, True)
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as one:
+            one.setenv(name, value)
+            assert "\x1b[" not in closing(result(), tmp_path, 80, True)
+
+
+def test_the_form_asks_for_six_things_and_makes_a_recipe(tiny_llama: Path) -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.quantize import quantize, recipe_of
+
+    fields = parameter_schema(quantize).model_dump()["properties"]
+    assert list(fields) == ["model", "formats", "calibrate", "most_damage", "publish_to", "private"]
+    assert all(field.get("description") for field in fields.values())
+    assert fields["formats"]["items"]["enum"] == list(METHODS)
+    assert "minimum" in json.dumps(fields["most_damage"])
+    recipe = recipe_of(str(tiny_llama), ["nf4", "int8"], most_damage=0.2, publish_to="me", private=False)
+    assert isinstance(recipe, Recipe)
+    assert [variant.label for variant in recipe.variants] == ["nf4-cal", "int8"]
+    assert (recipe.gate.max_mean_kl, recipe.publish.repo, recipe.publish.private) == (
+        0.2,
+        "me/{model}-{variant}",
+        False,
+    )
