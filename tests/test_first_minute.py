@@ -16,7 +16,7 @@ from configs.method_names import METHODS
 from configs.schema import Recipe
 from tasks.describe import columns
 from tasks.report.terminal import closing
-from tests.results import result
+from tests.results import make
 from tests.test_flow import ROOT, Place
 
 HEAVY = ("torch", "prefect", "mlflow", "transformers", "matplotlib")
@@ -86,7 +86,7 @@ def test_a_terminal_gets_its_first_line_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_last_table_and_the_plan_fit_the_terminal(width: int, tmp_path: Path) -> None:
-    lines = closing(result(), tmp_path, width, False).splitlines()
+    lines = closing(make(), tmp_path, width, False).splitlines()
     table = lines[: lines.index("")]
     assert len(table) > 2
     assert max(map(len, table)) <= width
@@ -96,11 +96,11 @@ def test_the_last_table_and_the_plan_fit_the_terminal(width: int, tmp_path: Path
 
 
 def test_no_colour_where_none_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "\x1b[" in closing(result(), tmp_path, 80, True)
+    assert "\x1b[" in closing(make(), tmp_path, 80, True)
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as one:
             one.setenv(name, value)
-            assert "\x1b[" not in closing(result(), tmp_path, 80, True)
+            assert "\x1b[" not in closing(make(), tmp_path, 80, True)
 
 
 def test_the_form_asks_for_six_things_and_makes_a_recipe(tiny_llama: Path) -> None:

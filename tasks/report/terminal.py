@@ -44,7 +44,7 @@ def closing(result: Result, out: Path, width: int, colour: bool) -> str:
     console.print(table)
     for variant in result.variants:
         if why := variant.error or "; ".join(variant.gate.reasons if variant.gate and not variant.gate.passed else []):
-            console.print(Text(f"{variant.name} {variant.status}: {why}", style=STYLES[variant.status]), soft_wrap=True)
+            console.print(Text(f"{variant.name} {variant.status}: {why}", style=STYLES[variant.status]))
     console.print()
     if decision := advice(result):
         console.print(Text(decision, style="bold"))
