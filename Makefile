@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PINS := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 READY := $(VENV)/.ready-$(PINS)
 DEMO := $(VENV)/.demo-$(PINS)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Errors alone: what pip says of its own habits is nobody's concern.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 # Bytecode is written when a module is first imported, not for all that pip installs; where that is switched off, every
 # process would compile torch and transformers again.
