@@ -18,6 +18,7 @@ from pydantic import (
     PlainValidator,
     StringConstraints,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -406,6 +407,32 @@ class Gate(Spec):
     )
 
 
+class CardFacts(Spec):
+    """What the published card's metadata says where the source's own card does not, or says otherwise."""
+
+    base_model: Text | None = Field(
+        None,
+        description="Enter the Hub repo (owner/name) that the source was made from, such as the model that was "
+        "fine-tuned.",
+        examples=["Qwen/Qwen3-1.7B"],
+    )
+    license: Text | None = Field(
+        None, description="Enter the id of the licence, as the Hub writes it.", examples=["apache-2.0"]
+    )
+    license_name: Text | None = Field(None, description="Enter the licence's name, if license is other.")
+    license_link: Text | None = Field(None, description="Enter the licence's address, if license is other.")
+    language: list[Text] = Field([], description="List the languages by their ISO 639 codes.", examples=[["en"]])
+    datasets: list[Text] = Field([], description="List the Hub data sets that the source was trained on.")
+    tags: list[Text] = Field([], description="List more tags for the Hub's search.", examples=[["chat"]])
+
+    @field_validator("base_model")
+    @classmethod
+    def _is_a_repo(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value, re.ASCII):
+            raise ValueError("not a Hub repo id; expected owner/name")
+        return value
+
+
 class Publish(Spec):
     """Where the variants that pass the gate are published."""
 
@@ -438,6 +465,10 @@ class Publish(Spec):
     review: bool = Field(
         False,
         description="Switch this on to leave the pull request to an existing repo open, for a person to merge.",
+    )
+    card: CardFacts = Field(
+        default=CardFacts(),
+        description="Fill this in for a source that is not on the Hub, or whose card says too little.",
     )
     licence_check: Literal["warn", "refuse"] = Field(
         "warn",

@@ -18,6 +18,7 @@ from tasks.download.text import LoadedText
 from tasks.fleet.work_queues import check_fits
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
+from tasks.publish.preflight import full_names
 from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
 from tasks.runtime.device import gpus, pick
@@ -71,6 +72,8 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     where = targets(recipe, found.name if found else recipe.source.model.rsplit("/", 1)[-1], out)
     # The token before a repo: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None) if where else []
+    if recipe.publish.to == "hub":
+        where = full_names(where)
     found = found or look_at(recipe.source)
     check_fits(found, recipe.evaluate, gpus())
     benchmarks = Benchmarks({}, [])

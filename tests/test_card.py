@@ -9,13 +9,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from pydantic import ValidationError
 
 from configs.errors import TameError
-from configs.schema import Recipe
+from configs.schema import CardFacts, Recipe
 from tasks.formatting import figure, label
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card import plain_files, release_files
+from tasks.publish.usage import memory
 from tasks.result import Result
 from tasks.values import Unquantized
 from tests.hub import Hub
@@ -262,3 +264,38 @@ def test_odd_values_in_the_base_card_are_not_inherited(result: Result) -> None:
     source = result.source.model_copy(update={"card": {**BASE_CARD, "language": {"en": 1}, "license": 7}})
     data = ModelCard(text(result.model_copy(update={"source": source}))).data
     assert (data.language, data.license) == (None, "llama3.2")
+
+
+def test_a_chat_model_is_shown_by_messages_and_memory_by_its_layers(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    assert memory(tmp_path, 10**8) == {2048: 10**8 + 2048 * 23_040, 8192: 10**8 + 8192 * 23_040}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": ["linear_attention"]}))
+    assert memory(tmp_path, 10**8) == {}
+    artifact = result.variants[0].artifact
+    assert artifact is not None
+    chat = text(changed(result, artifact=artifact.model_copy(update={"path": str(tmp_path)})))
+    assert 'messages = [{"role": "user"' in chat
+    assert 'messages = [{"role": "user"' not in text(result)
+
+
+def test_what_a_local_source_is_can_be_told(result: Result) -> None:
+    facts = {"base_model": "org/base", "license": "mit", "language": ["de"], "tags": ["chat"]}
+    recipe = Recipe.model_validate(
+        {**result.recipe.model_dump(), "publish": {**result.recipe.publish.model_dump(), "card": facts}}
+    )
+    local = result.source.model_copy(update={"model": "./my-fine-tune", "commit": None, "card": {}, "licence": None})
+    data = ModelCard(text(result.model_copy(update={"recipe": recipe, "source": local}))).data
+    assert isinstance(data, ModelCardData)
+    assert (data.base_model, data.license, data.language) == ("org/base", "mit", ["de"])
+    assert "chat" in data.tags
+    with pytest.raises(ValidationError, match="not a Hub repo id"):
+        CardFacts(base_model="my-fine-tune")
+
+
+def test_the_recipe_on_the_card_is_what_was_asked(result: Result) -> None:
+    recipe = text(result).split("and this recipe:")[1].split("```yaml\n")[1].split("```")[0]
+    asked = yaml.safe_load(recipe)
+    assert Recipe.model_validate(asked) == Recipe.model_validate(provenance.without_paths(result.recipe))
+    assert "null" not in recipe

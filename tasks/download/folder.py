@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Source
 from tasks.download.architectures import is_native
 from tasks.download.checkpoint import INDEX, WEIGHTS, read_config, read_header, read_tensors, top_tensors, weight_files
+from tasks.download.hub import INHERITED
 from tasks.values import Found
 
 OTHERS = (
@@ -46,7 +49,22 @@ def look_folder(source: Source, path: Path, quantized: bool) -> Found:
         files={name: (path / name).stat().st_size for name in taken},
         config=small["config.json"],
         top_tensors=top_tensors(tensors),
+        **_own_card(path / "README.md"),
     )
+
+
+def _own_card(readme: Path) -> dict[str, Any]:
+    """The licence, and what a card inherits, of a local model's README.md; nothing where it has none, or no front matter."""
+    try:
+        found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+        front = yaml.safe_load(found[1]) if found else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(front, dict):
+        return {}
+    card = {key: front[key] for key in (*INHERITED, "base_model") if front.get(key)}
+    licence = card.get("license")
+    return {"card": card, "licence": licence if isinstance(licence, str) else None}
 
 
 def check_weights(folder: Path, quantized: bool) -> list[str]:

@@ -20,6 +20,7 @@ from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, text_name, with_front_matter
+from tasks.publish.usage import usage
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
 from tasks.result import Result, ResultVariant
@@ -86,7 +87,12 @@ def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, byt
     documents: dict[str, bytes] = {}
     if "README.md" not in files:
         front = {"library_name": "transformers", "tags": tags(text)}
-        lines = [f"# {repo.split('/')[-1]}", *_usage(repo, text), "## Provenance", _plain_provenance(text)]
+        lines = [
+            f"# {repo.split('/')[-1]}",
+            *usage(repo, text, folder, sum((folder / name).stat().st_size for name in files)),
+            "## Provenance",
+            _plain_provenance(text),
+        ]
         documents["README.md"] = with_front_matter(front, lines).encode()
     return {**documents, provenance.NAME: provenance.plain_document(folder, files, documents)}
 
@@ -108,7 +114,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         "model's own results are its authors' to tell: see its card.",
         *([_plain(advice(result))] if len(result.variants) > 1 else []),
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
-        *_usage(repo, method),
+        *usage(repo, method, *_where(variant)),
         *_quality(result, variant),
         *_speed(result, variant),
         *_left(variant),
@@ -119,17 +125,9 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
     return with_front_matter(front, lines)
 
 
-def _usage(repo: str, method: CardText | None) -> list[str]:
-    packages = ("transformers", "accelerate", *(method.install if method else ()))
-    return [
-        "## Use",
-        "```python\n"
-        "from transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
-        'print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])\n'
-        "```",
-        f"Needs `pip install {' '.join(packages)}`.",
-    ]
+def _where(variant: ResultVariant) -> tuple[Path | None, int | None]:
+    """The folder of a variant's files and their size in bytes; Nones where it was not made."""
+    return (Path(variant.artifact.path), variant.artifact.bytes) if variant.artifact else (None, None)
 
 
 def _quality(result: Result, variant: ResultVariant) -> list[str]:
@@ -268,7 +266,7 @@ def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> lis
 
 
 def _reproduce(result: Result) -> list[str]:
-    recipe = yaml.safe_dump(provenance.without_paths(result.recipe), sort_keys=False, allow_unicode=True, width=1000)
+    recipe = yaml.safe_dump(provenance.as_asked(result.recipe), sort_keys=False, allow_unicode=True, width=1000)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
     return [
         "## Reproduce",

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from configs.schema import CardFacts
+from tasks.download.hub import INHERITED
 from tasks.formatting import label, points
 from tasks.metrics import is_score, parse
 from tasks.publish.benchmarks import Benchmark
@@ -15,7 +17,6 @@ ORDER = (
     "language", "license", "license_name", "license_link", "base_model", "base_model_relation", "library_name",
     "pipeline_tag", "datasets", "tags", "model-index",
 )  # fmt: skip
-INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 HUB = "https://huggingface.co"
 TASK = "text-generation"
 
@@ -23,17 +24,26 @@ TASK = "text-generation"
 def front_matter(result: Result, variant: ResultVariant, method: CardText, title: str) -> dict[str, Any]:
     """The card's metadata: what it inherits from the base model's card, what it is, and its numbers."""
     source, files = result.source, variant.artifact.files if variant.artifact else {}
-    front = inherited(source.model, source.commit, source.licence, source.card, files)
-    front |= {"library_name": "transformers", "tags": tags(method)}
+    facts = result.recipe.publish.card
+    front = inherited(source.model, source.commit, source.licence, source.card, files, facts)
+    front |= {"library_name": "transformers", "tags": list(dict.fromkeys([*facts.tags, *tags(method)]))}
     if results := _model_index(result, variant):
         front["model-index"] = [{"name": title, "results": results}]
     return front
 
 
 def inherited(
-    model: str, commit: str | None, licence: str | None, card: dict[str, Any], files: Container[str] = ()
+    model: str,
+    commit: str | None,
+    licence: str | None,
+    card: dict[str, Any],
+    files: Container[str] = (),
+    facts: CardFacts | None = None,
 ) -> dict[str, Any]:
-    """What a card takes from the base model's `card`. `files` are published too: a link to one of them stays as it is."""
+    """What a card takes from the base model's `card`, and from `facts`, which the recipe gives and which come first.
+
+    `files` are published too: a link to one of them stays as it is.
+    """
     front: dict[str, Any] = {key: card[key] for key in INHERITED if card.get(key) and isinstance(card[key], str | list)}
     if licence:
         front.setdefault("license", licence)
@@ -42,6 +52,13 @@ def inherited(
         link = front.get("license_link")
         if isinstance(link, str) and "://" not in link and link not in files:
             front["license_link"] = f"{HUB}/{model}/blob/{commit}/{link}"
+    elif isinstance(card.get("base_model"), str | list):  # of a local folder, whose own card says what it was made from
+        front["base_model"] = card["base_model"]
+    if facts:
+        given = {key: value for key, value in facts.model_dump(exclude={"tags"}).items() if value}
+        if "base_model" in given:
+            front.pop("base_model_relation", None)  # the Hub finds it out from the files
+        front |= given
     front.setdefault("pipeline_tag", TASK)
     return front
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, MissingError, TameError, line
-from configs.schema import Recipe
+from configs.schema import CardFacts, Recipe
 from tasks.download.hub_client import endpoint
 from tasks.publish import provenance
 from tasks.publish.card_metadata import inherited, with_front_matter
@@ -67,10 +67,12 @@ def preflight(recipe: Recipe, repos: dict[str, str], found: Found | None) -> lis
     if found is None:
         return replaced
     model = recipe.source.model
-    if found.card:
-        front = inherited(model, found.commit, found.licence, found.card)
-        metadata(api, with_front_matter(front, []), f"the card of {model}, from which the new ones inherit,")
-    warnings = licence(model, found.licence, found.gated)
+    if found.card or spec.card != CardFacts():
+        front = inherited(model, found.commit, found.licence, found.card, facts=spec.card)
+        front["tags"] = spec.card.tags
+        whose = f"the card of {model}, from which the new ones inherit,"
+        metadata(api, with_front_matter(front, []), whose if found.card else "publish.card")
+    warnings = licence(model, spec.card.license or found.licence, found.gated)
     if warnings and spec.licence_check == "refuse":
         raise BadInputError(f"{warnings[0]}; publish.licence_check is refuse")
     return warnings + replaced
@@ -110,6 +112,12 @@ def account(address: str, token: str) -> dict[str, Any]:
 def full_name(repo: str, api: Any) -> str:
     """`repo` with its owner: who the token belongs to, where it has none."""
     return repo if "/" in repo else f"{account(api.endpoint, api.token)['name']}/{repo}"
+
+
+def full_names(repos: dict[str, str]) -> dict[str, str]:
+    """`full_name` of each Hub repo, by its label."""
+    api = connect()
+    return {label: full_name(repo, api) for label, repo in repos.items()}
 
 
 def may_write(api: Any, repo: str) -> None:

@@ -95,6 +95,21 @@ def without_paths(given: Recipe) -> dict[str, Any]:
     return {**recipe, "source": source, "calibration": calibration, "evaluate": evaluate, "publish": publish}
 
 
+def as_asked(given: Recipe) -> dict[str, Any]:
+    """`without_paths`, and without all that is left at its default."""
+    asked: dict[str, Any] = _only(without_paths(given), given.model_dump(mode="json", exclude_defaults=True))
+    return asked
+
+
+def _only(values: Any, kept: Any) -> Any:
+    """Of `values`, what `kept` has a place for."""
+    if isinstance(values, dict) and isinstance(kept, dict):
+        return {key: _only(value, kept[key]) for key, value in values.items() if key in kept}
+    if isinstance(values, list) and isinstance(kept, list):
+        return [_only(value, other) for value, other in zip(values, kept, strict=True)]
+    return values
+
+
 def is_path(model: str) -> bool:
     """Whether `model` names something on this machine, not a Hub repo."""
     return not model.startswith("package:") and (

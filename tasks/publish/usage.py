@@ -1,0 +1,82 @@
+"""What the card says on using a model: a snippet that runs as it stands, what to install, and how much memory it takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.formatting import figure
+from tasks.quantize.protocols import CardText
+
+CONTEXTS = (2048, 8192)
+"""Lengths of the context, in tokens, that the memory is told for."""
+CACHE_BYTES = 2  # of a number in the cache of keys and values, which is kept in 16 bits
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def usage(repo: str, method: CardText | None, folder: Path | None = None, size: int | None = None) -> list[str]:
+    """The paragraphs of the section.
+
+    Args:
+        repo: Where the model is published.
+        method: What the card says of its format; None where it is not quantized.
+        folder: Its files, which tell whether it has a chat template, and how large its cache grows; None if they are unknown.
+        size: Of its files, in bytes; None if it is unknown.
+    """
+    packages = ("transformers", "accelerate", *(method.install if method else ()))
+    lines = ["## Use", _snippet(repo, folder is not None and has_chat_template(folder))]
+    lines.append(f"Needs `pip install {' '.join(packages)}`.")
+    if folder and size and (needed := memory(folder, size)):
+        told = ", ".join(f"{figure('size_bytes', value)} with {tokens:,} tokens" for tokens, value in needed.items())
+        lines.append(
+            f"On a GPU it takes about {told} of context: weights, and keys and values in 16 bits, for one sequence. Activations, "
+            "and what CUDA itself needs, come on top."
+        )
+    return lines
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a model's tokenizer brings a template for chats, in a file of its own or in tokenizer_config.json."""
+    return (folder / "chat_template.jinja").is_file() or bool(
+        _json(folder / "tokenizer_config.json").get("chat_template")
+    )
+
+
+def memory(folder: Path, size: int) -> dict[int, int]:
+    """Bytes for each length of CONTEXTS that the model takes: its weights, and two numbers (a key and a value) per layer, head and
+    dimension for each token. Empty for models that cache something else, such as states or compressed keys.
+    """
+    config = _json(folder / "config.json")
+    config = config.get("text_config") or config
+    layers, heads, width = (config.get(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    kinds = set(config.get("layer_types") or PLAIN_LAYERS)
+    numbers = all(isinstance(value, int) and value > 0 for value in (layers, heads, width))
+    if not numbers or not kinds <= PLAIN_LAYERS or config.get("kv_lora_rank"):
+        return {}
+    cached = config.get("num_key_value_heads") or heads
+    dimension = config.get("head_dim") or width // heads  # type: ignore[operator]
+    longest = config.get("max_position_embeddings") or max(CONTEXTS)
+    a_token = 2 * layers * cached * dimension * CACHE_BYTES  # type: ignore[operator]
+    return {tokens: size + tokens * a_token for tokens in CONTEXTS if tokens <= longest}
+
+
+def _snippet(repo: str, chat: bool) -> str:
+    asked = (
+        'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
+        'print(generate(messages, max_new_tokens=128)[0]["generated_text"][-1]["content"])\n'
+        if chat
+        else 'print(generate("The capital of France is", max_new_tokens=32)[0]["generated_text"])\n'
+    )
+    return (
+        "```python\n"
+        "from transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
+        f"{asked}```"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
