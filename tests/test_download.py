@@ -267,3 +267,21 @@ def test_a_corrupted_download_is_caught_and_not_kept(model: Path, tmp_path: Path
         assert caught["code"] == 1
         assert "model.safetensors arrived with sha256" in caught["error"]
         assert not list((tmp_path / "hf").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("readme", "card", "licence"),
+    [
+        ("---\nlicense: mit\nbase_model: org/base\ntags: [a]\n---\n# Mine\n", {"license": "mit", "base_model": "org/base"}, "mit"),
+        ("# No front matter\n", {}, None),
+        ("---\nlicense: [\n---\n", {}, None),
+        ("---\njust text\n---\n", {}, None),
+    ],
+)  # fmt: skip
+def test_a_local_folders_own_card_says_what_it_is(
+    readme: str, card: dict[str, str], licence: str | None, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "mine")
+    (folder / "README.md").write_text(readme)
+    found = look(Source(model=str(folder)))
+    assert (found.card, found.licence) == (card, licence)

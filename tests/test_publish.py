@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from configs.errors import BadInputError, TameError, UnreachableError
 from configs.schema import Publish, Recipe
 from tasks.publish import client
-from tasks.publish.preflight import preflight
+from tasks.publish.preflight import full_names, preflight
 from tasks.publish.task import check, publish, publish_folder
 from tasks.runtime.progress import silent
 from tasks.store import artifacts as store
@@ -370,6 +370,16 @@ def test_preflight_passes_what_can_be_published_and_asks_little(hub: Hub) -> Non
     assert any("'cc-by-nd-4.0, mit'" in warning for warning in preflight(recipe(), TARGETS, found("cc-by-nd-4.0, mit")))
     with pytest.raises(BadInputError, match=r"licence_check"):
         preflight(recipe(licence_check="refuse"), TARGETS, found("llama3.2", True, 0))
+
+
+def test_a_repo_without_an_owner_is_the_tokens(hub: Hub) -> None:
+    assert full_names({"int8": "org/a", "nf4": "tiny-nf4"}) == {"int8": "org/a", "nf4": "me/tiny-nf4"}
+
+
+def test_what_the_recipe_says_for_the_card_is_checked_too(hub: Hub) -> None:
+    with pytest.raises(BadInputError, match=r"publish\.card has metadata that"):
+        preflight(recipe(card={"license": "mit-ish"}), TARGETS, found(None))
+    assert preflight(recipe(card={"license": "mit"}), TARGETS, found(None)) == []
 
 
 def test_a_card_that_the_hub_would_refuse_is_told_before_anything_is_made(hub: Hub, checkpoint: Path) -> None:
