@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
-from tasks.quantize.methods import method_of
+from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
 from tasks.runtime.progress import Progress, silent
 
@@ -238,5 +238,5 @@ def tokenizer() -> Any:
 def quantize(source: Path, out: Path, variant: Variant, progress: Progress = silent, **options: Any) -> Written:
     """Quantize in this process, on the CPU unless told otherwise."""
     out.mkdir(exist_ok=True)
-    request = Request(source, out, variant, **{"device": "cpu", **options})
+    request = Request(source, out, variant, **{"device": "cpu", "source_method": method_of_source(source), **options})
     return method_of(variant).quantize(request, progress)

@@ -11,7 +11,8 @@ import torch
 
 from configs.errors import BadInputError
 from configs.schema import Variant
-from tasks.quantize.methods import described_by, method_of, quantization_of
+from tasks.download.checkpoint import quantization_of
+from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import WholeFormat
 from tests.models import quantize, tiny, zoo
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.schema import Variant
-from tasks.quantize.methods import described_by, method_of, quantization_of
+from tasks.download.checkpoint import quantization_of
+from tasks.quantize.methods import described_by, method_of
 from tests.models import ZOO, quantize, tiny
 from tests.test_compressed_tensors import loaded, logits, tensors
 

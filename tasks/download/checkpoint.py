@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 
 def check_source(folder: Path) -> None:
-    """Check that `folder` holds a checkpoint that can be quantized: complete, well-formed, not quantized yet.
+    """Check that `folder` holds a checkpoint that can be quantized: complete, well-formed, not quantized by just any method.
 
     Raises:
         BadInputError: no config.json, no safetensors, or already quantized.
@@ -53,7 +53,7 @@ def check_source(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model that is not quantized yet."""
+    """config.json of a model that is not quantized yet, or in a way that tame reads."""
     path = folder / "config.json"
     if not path.is_file():
         raise BadInputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
@@ -68,13 +68,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_quantized(config: dict[str, Any], where: str) -> None:
-    """Refuse a config.json that says that the model is quantized, by any method.
+    """Refuse a config.json that says that the model is quantized, by any method but those that are read as sources.
 
     Raises:
         BadInputError: the config says so. `where` names the model or file in the message.
     """
     for at, part in [("", config), *((f"{key}.", value) for key, value in config.items() if isinstance(value, dict))]:
         for key in ("quantization_config", "compression_config"):
+            if key == "quantization_config" and not at and _is_read(part.get(key)):
+                continue
             if marker := part.get(key):
                 method = f" ({marker['quant_method']})" if isinstance(marker, dict) and "quant_method" in marker else ""
                 raise BadInputError(
@@ -86,6 +88,19 @@ def refuse_quantized(config: dict[str, Any], where: str) -> None:
             f"{where}: quantization says that the model is already quantized (MLX, {mlx['bits']} bits); give the original, in 16 "
             "or 32 bits"
         )
+
+
+def _is_read(quantization_config: Any) -> bool:
+    """Whether it is of blocks of 8-bit floats, or of groups of modules with a scheme each, which methods of tame read."""
+    known = quantization_config if isinstance(quantization_config, dict) else {}
+    return known.get("quant_method") == "fp8" or "config_groups" in known
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` of the checkpoint in `folder`; empty where there is none."""
+    path = folder / "config.json"
+    found = json.loads(path.read_bytes()).get("quantization_config") if path.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def refuse_wrapped(names: Collection[str], where: str) -> None:
@@ -107,7 +122,10 @@ def top_tensors(names: Iterable[str]) -> list[str]:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the checkpoint in `folder`, by name, from one file or from the index's files."""
+    """Every tensor of the checkpoint in `folder`, by name, from one file or from the index's files, as they are stored."""
+    path = folder / "config.json"
+    config = _json(path) if path.is_file() else {}
+    packed = isinstance(config, dict) and _is_read(config.get("quantization_config"))
     tensors: dict[str, Stored] = {}
     for file, expected in weight_files(folder).items():
         found = read_header(_inside(folder, file), file)
@@ -125,6 +143,8 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
                 f"{folder / tensor.file}: {name} is packed as MLX packs it, so the model is already quantized; give the original, "
                 "in 16 or 32 bits"
             )
+        if packed:
+            continue
         if tensor.dtype.startswith("F8") or name.endswith(QUANTIZED_NAMES) or ".quant_state." in name:
             raise BadInputError(
                 f"{folder / tensor.file}: {name} ({tensor.dtype}) says that the model is already quantized; "

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from configs.errors import BadInputError, TameError, line
+from tasks.download.checkpoint import quantization_of
 from tasks.download.text import check_loaded_tokenizer
 from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
-from tasks.quantize.methods import described_by, libraries, quantization_of
+from tasks.quantize.methods import described_by, libraries
 from tasks.quantize.protocols import Method
 from tasks.runtime.quiet import quieten
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.schema import Evaluate
+from tasks.download.checkpoint import quantization_of
 from tasks.download.text import LoadedText, load_text
 from tasks.evaluate import comparison, lm_eval_run, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Role, Work, measure
-from tasks.quantize.methods import described_by, quantization_of
+from tasks.quantize.methods import described_by
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.runtime.progress import Progress, show

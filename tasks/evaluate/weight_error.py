@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import TameError
-from tasks.download.checkpoint import read_header, read_tensors, weight_files
-from tasks.quantize.methods import described_by, quantization_of
+from tasks.download.checkpoint import quantization_of, read_header, read_tensors, weight_files
+from tasks.quantize.methods import described_by
 from tasks.quantize.protocols import Restored
 from tasks.runtime.device import cores
 from tasks.runtime.progress import Progress, silent

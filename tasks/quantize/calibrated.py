@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInputError, TameError
+from tasks.download.checkpoint import quantization_of
 from tasks.quantize.protocols import CodedFormat, Request, TensorFormat
 from tasks.runtime.progress import Progress
 
@@ -34,6 +35,10 @@ def calibrated(
     if not isinstance(tensor_format, CodedFormat) or calibration is None:
         raise BadInputError(
             f"{variant.label}: it cannot be calibrated, or there is no text for it; leave calibrate out"
+        )
+    if quantization_of(request.source):
+        raise BadInputError(
+            f"{request.source}: it is quantized, and tame calibrates on sources in 16 or 32 bits alone; leave calibrate out"
         )
     coded: CodedFormat = tensor_format
     dtype = getattr(torch, layout.config["dtype"])

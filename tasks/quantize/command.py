@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from configs.errors import BadInputError, KilledError, TameError
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
-from tasks.quantize.methods import method_of
+from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import pick_all
@@ -47,7 +47,8 @@ def quantize_folder(request: Request, *, check: bool = False, progress: Progress
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{partial}.lock", timeout=0):
-            written, files = _build(replace(request, out=partial, device=device), out, check, progress)
+            request = replace(request, out=partial, device=device, source_method=method_of_source(request.source))
+            written, files = _build(request, out, check, progress)
         Path(f"{partial}.lock").unlink(missing_ok=True)
     except Timeout:
         raise TameError(f"{out}: another process is writing it; wait for it, or give another folder") from None

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from tasks.quantize.file_digests import FileDigests, Span
 from tasks.quantize.journal import Journal
 from tasks.quantize.layout import Job
+from tasks.quantize.packed import Packed
 from tasks.quantize.protocols import Request, TensorFormat
 from tasks.quantize.shards import Shard
 from tasks.quantize.tensor import Sources, Worker
@@ -39,6 +40,7 @@ class Engine:
         shards: list[Shard],
         journal: Journal,
         progress: Progress,
+        packed: dict[str, Packed] | None = None,
     ) -> None:
         self.request, self.tensor_format, self.journal, self.progress = request, tensor_format, journal, progress
         self.devices = _devices(request.device)
@@ -54,7 +56,7 @@ class Engine:
         self.bytes_total = sum(job.bytes_read for job in self.jobs)
         self.bytes_done = 0
         self.lock = threading.Lock()
-        self.sources = Sources(request.source)
+        self.sources = Sources(request.source, packed)
         self.digests = FileDigests(journal)
 
     def run(self, when_written: Callable[[], None]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.schema import Variant
 from tasks.download.checkpoint import INDEX, WEIGHTS, read_tensors
-from tasks.quantize.methods import method_of
+from tasks.quantize.methods import method_of, method_of_source
 from tasks.runtime.quiet import quieten
 
 
@@ -20,8 +20,13 @@ def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = Fal
     """
     quieten()
     from tasks.quantize.layout import lay_out
+    from tasks.quantize.packed import unpacked
 
-    known = read_tensors(folder) if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else None
+    known = (
+        unpacked(folder, read_tensors(folder), method_of_source(folder))[0]
+        if any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+        else None
+    )
     found = []
     for variant in variants:
         layout = lay_out(folder, method_of(variant), variant, known, trust_remote_code)

@@ -40,6 +40,8 @@ class Request:
     names: list[str] | None = None
     """The source's files that may be carried along; None allows all."""
     trust_remote_code: bool = False
+    source_method: "Method | None" = None
+    """What reads the source, where that is quantized already."""
     calibration: Calibration | None = None
     """What codes are chosen on, for a variant that is calibrated."""
 

@@ -38,7 +38,9 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     config = read_config(request.source)
     if not request.trust_remote_code:  # the code that it names is not taken along
         config.pop("auto_map", None)
-    tensors = read_tensors(request.source)
+    from tasks.quantize.packed import unpacked
+
+    tensors, packed = unpacked(request.source, read_tensors(request.source), request.source_method)
     tensor_format, layout = _lay_out(method, request, tensors)
     request = dataclasses.replace(request, variant=layout.variant)
     from tasks.quantize.engine import Engine
@@ -55,7 +57,7 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     if request.variant.calibrate:
         jobs, said = calibrated(request, tensor_format, layout, identity, progress)
         notes = [*notes, *said]
-    engine = Engine(request, tensor_format, jobs, files, journal, progress)
+    engine = Engine(request, tensor_format, jobs, files, journal, progress, packed)
     digests = engine.run(functools.partial(_complete, request, config, tensor_format, layout, files))
     journal.remove()
     shutil.rmtree(request.out / FOLDER, ignore_errors=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.schema import Variant
+from tasks.download.checkpoint import Stored
 from tasks.quantize.layout import Job
 from tasks.quantize.methods import method_of
 from tasks.quantize.shards import Shard
@@ -17,9 +18,9 @@ class _PartlyRead(Sources):
         super().__init__(Path(name))
         self.part = read
 
-    def read(self, name: str, start: int, data: memoryview) -> None:
-        """Fill `data` from byte `start` of a file."""
-        data[:] = self.part(name, start, len(data))
+    def read(self, source: Stored, start: int, data: memoryview) -> None:
+        """Fill `data` from byte `start` of a tensor's file."""
+        data[:] = self.part(source.file, start, len(data))
 
 
 class _InMemory(Shard):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
-from tasks.quantize.methods import method_of
+from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
 from tasks.quantize.run import versions_for
 from tasks.runtime.child_process import isolated
@@ -66,6 +66,7 @@ def quantize(
             workers=workers,
             names=list(snapshot.files),
             trust_remote_code=snapshot.trust_remote_code,
+            source_method=method_of_source(source),
             calibration=calibration if variant.calibrate else None,
         )
         with held():

@@ -11,8 +11,10 @@ from xxhash import xxh3_64
 from configs.errors import TameError
 from configs.schema import Variant
 from tasks.calibrate.finished import read_codes
+from tasks.download.checkpoint import Stored
 from tasks.quantize.journal import Done, Journal
 from tasks.quantize.layout import DTYPES, Job
+from tasks.quantize.packed import Packed, Reader
 from tasks.quantize.protocols import CodedFormat, TensorFormat, WholeFormat
 from tasks.quantize.shards import Shard
 
@@ -23,13 +25,19 @@ BYTES = {"cpu": 1 << 22, "cuda": 1 << 24}  # copied at once by a thread
 class Sources:
     """The source's files, opened once for all threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packed: dict[str, Packed] | None = None) -> None:
         self.folder = folder
+        self.packed = packed or {}
+        self.reader = Reader(folder, self.packed)
         self.files: dict[str, int] = {}
         self.lock = threading.Lock()
 
-    def read(self, name: str, start: int, data: memoryview) -> None:
-        """Fill `data` from byte `start` of a file."""
+    def read(self, source: Stored, start: int, data: memoryview) -> None:
+        """Fill `data` from byte `start` of a tensor's file, or of the weight itself where that is packed."""
+        if source.name in self.packed:
+            self.reader.read(source.name, start, data)
+            return
+        name = source.file
         with self.lock:
             if name not in self.files:
                 self.files[name] = os.open(self.folder / name, os.O_RDONLY)
@@ -97,7 +105,7 @@ class Worker:
         checksum, at = xxh3_64(), job.at
         several = BYTES[self.device.type]
         for start in range(source.start, source.end, several):
-            piece = self._read(source.file, start, min(several, source.end - start))
+            piece = self._read(source, start, min(several, source.end - start))
             values = piece.view(stored)
             cast = values.to(job.dtype)
             if job.dtype.is_floating_point and not all(bool(torch.isfinite(end)) for end in torch.aminmax(cast)):
@@ -148,7 +156,7 @@ class Worker:
         for source in job.known_with:
             several = BYTES[self.device.type]
             for start in range(source.start, source.end, several):
-                piece = self._read(source.file, start, min(several, source.end - start)).view(DTYPES[source.dtype])
+                piece = self._read(source, start, min(several, source.end - start)).view(DTYPES[source.dtype])
                 found = torch.maximum(found, piece.abs().max().to(job.dtype))
         return found
 
@@ -175,14 +183,14 @@ class Worker:
         step = self.tensor_format.row_multiple(width, self.variant)
         several = max(step, WEIGHTS[self.device.type] // width // step * step)
         if job.transposed:
-            whole = self._read(source.file, source.start, source.end - source.start).view(stored).view(width, height).T
+            whole = self._read(source, source.start, source.end - source.start).view(stored).view(width, height).T
         for row in range(0, height, several):
             count = min(several, height - row)
             if job.transposed:
                 block = whole[row : row + count].contiguous()
             else:
                 row_bytes = width * stored.itemsize
-                block = self._read(source.file, source.start + row * row_bytes, count * row_bytes)
+                block = self._read(source, source.start + row * row_bytes, count * row_bytes)
                 block = block.view(stored).view(count, width)
             yield row, block
 
@@ -222,10 +230,10 @@ class Worker:
     def _where(self, job: Job) -> str:
         return f"{self.sources.folder / job.source.file}: {job.source.name}"
 
-    def _read(self, file: str, start: int, size: int) -> torch.Tensor:
-        """Bytes of a source file, U8 [size], in this thread's buffer: valid until the next call."""
+    def _read(self, source: Stored, start: int, size: int) -> torch.Tensor:
+        """Bytes of a source's tensor, U8 [size], in this thread's buffer: valid until the next call."""
         buffer, data = self._buffer("in", size)
-        self.sources.read(file, start, data)
+        self.sources.read(source, start, data)
         return buffer
 
     def _host(self, tensor: torch.Tensor) -> memoryview:

@@ -1,6 +1,5 @@
 """The methods that there are: one file a family of methods, and the one table that names them."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs.schema import Variant
+from tasks.download.checkpoint import quantization_of
 from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
 from tasks.quantize.methods.compressed_tensors import CompressedTensors
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
@@ -40,11 +40,10 @@ def described_by(quantization_config: Any) -> tuple[Method, Variant] | None:
     return None
 
 
-def quantization_of(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` of the checkpoint in `folder`; empty where there is none."""
-    path = folder / "config.json"
-    found = json.loads(path.read_bytes()).get("quantization_config") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+def method_of_source(folder: Path) -> Method | None:
+    """The method that reads a source which is quantized already; None for a plain one, and for what none of them reads."""
+    described = described_by(quantization_of(folder))
+    return described[0] if described else None
 
 
 def libraries() -> list[str]:
