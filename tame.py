@@ -172,7 +172,9 @@ def quantize(options: argparse.Namespace) -> int:
     source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
     found = look(source)
     folder, calibration = found.path, None
-    if found.kind != "folder" or variant.calibrate:  # else nothing need be hashed, nor Prefect imported for it
+    if (
+        found.kind != "folder" or found.adapter or variant.calibrate
+    ):  # else nothing need be hashed, nor Prefect imported for it
         from tasks.download.task import download
 
         snapshot = download(source, found)
@@ -223,7 +225,10 @@ def evaluate(options: argparse.Namespace) -> int:
         "tasks": options.tasks,
         "task_path": options.task_path,
         "task_limit": options.task_limit,
+        "task_new_tokens": options.task_new_tokens,
         "batch_size": options.batch_size,
+        "bos": options.bos,
+        "chat": options.chat,
     }
     asked = {key: value for key, value in given.items() if value is not None}
     for part in ("speed", "samples"):  # seconds to minutes of work that a recipe asks for, and here a flag

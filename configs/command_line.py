@@ -186,7 +186,16 @@ def _of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tasks", metavar="T", nargs="+", action="extend", help="lm-evaluation-harness tasks")
     command.add_argument("--task-path", metavar="DIR", help="a folder of your own task files")
     command.add_argument("--task-limit", metavar="N", type=positive, help="only the first N items of each task")
+    command.add_argument("--task-new-tokens", metavar="N", type=positive, help="most tokens generated for an item")
     command.add_argument("--batch-size", metavar="N", type=positive, help="windows in a batch")
+    command.add_argument(
+        "--bos",
+        choices=("auto", "always", "never", "once"),
+        help="auto: windows begin with BOS where the tokenizer adds one; once: the text alone does",
+    )
+    command.add_argument(
+        "--chat", choices=("auto", "always", "never"), help="tasks and samples through the model's chat template"
+    )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run code that MODEL and BASE bring with them"
     )

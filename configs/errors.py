@@ -2,6 +2,7 @@
 
 TameError              something failed; exit code 1
 ├── BadInputError      the recipe, the arguments or the source are wrong, and nothing was touched; exit code 2
+│   └── AdapterError   the source is an adapter alone, of a base that is elsewhere
 ├── UnreachableError   a service does not answer, or not now; trying again may help
 │   ├── BusyError      it answers that it cannot answer now (429, 5xx)
 │   └── AwayError      it was tried again for as long as tame waits, and still does not answer
@@ -32,6 +33,10 @@ class BadInputError(TameError):
     """The recipe, the arguments or the source are wrong, and nothing was touched. Exit code 2."""
 
     exit_code = 2
+
+
+class AdapterError(BadInputError):
+    """The source is an adapter alone, not a model. Whoever looks at it looks at its base too."""
 
 
 class UnreachableError(TameError):

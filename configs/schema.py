@@ -83,6 +83,13 @@ class Source(Spec):
         description="Enter the branch, tag or commit of a Hub repo. It is resolved to a commit once, and the whole "
         "run uses that commit.",
     )
+    adapter: Text | None = Field(
+        None,
+        description="Enter a LoRA adapter of PEFT, a Hub repo or a folder. It is merged into the model before anything "
+        "else is done. If the model itself is an adapter alone, its base is found by itself.",
+        examples=["me/my-lora"],
+    )
+    adapter_revision: Text = Field("main", description="Enter the branch, tag or commit of the adapter's repo.")
     trust_remote_code: bool = Field(
         False,
         description="Switch this on to run Python code from the model's repo. Leave it off unless you have read that "
@@ -91,8 +98,8 @@ class Source(Spec):
 
 
 def _known_method(method: Any) -> str:
-    """Return `method` if tame has a method of that name. The error reads like Pydantic's for a Literal of all names."""
-    if isinstance(method, str) and method in METHODS:
+    """Return `method` if it is empty or tame has a method of that name. The error reads like Pydantic's for a Literal of all names."""
+    if isinstance(method, str) and (not method or method in METHODS):
         return method
     *others, last = map(repr, METHODS)
     raise PydanticCustomError(
@@ -100,7 +107,7 @@ def _known_method(method: Any) -> str:
     )
 
 
-Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": list(METHODS), "type": "string"})]
+Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": [*METHODS, ""], "type": "string"})]
 NOT_GIVEN = {
     "double_quant": {"const": False},
     "compute_dtype": EMPTY,
@@ -111,7 +118,7 @@ NOT_GIVEN = {
 
 
 class Variant(Spec):
-    """One way of quantizing the model. Every variant becomes one checkpoint."""
+    """One way of quantizing the model, or somebody else's checkpoint to compare with. Every method becomes one checkpoint."""
 
     RULES = [
         {
@@ -120,8 +127,15 @@ class Variant(Spec):
         }
         for method, takes in METHODS.items()
         if OPTIONS.keys() - takes
+    ] + [
+        {
+            "if": {"properties": {"checkpoint": EMPTY}},
+            "then": {"properties": {"method": {"minLength": 1}}, "required": ["method"]},
+            "else": {"properties": {"method": {"maxLength": 0}, **NOT_GIVEN, "skip_modules": {"maxItems": 0}}},
+        }
     ]
     method: Method = Field(
+        "",
         description="Choose the format of the quantized weights. int8 (8 bits per weight), nf4 and fp4 (4 bits) are "
         "for transformers and for fine-tuning. w4a16, mxfp4 and nvfp4 (4 bits), w8a16, w8a8, fp8 and fp8-block (8 "
         "bits) are for vLLM. All of these but nvfp4 and w8a8 also quantize the experts of a mixture of experts.",
@@ -160,6 +174,12 @@ class Variant(Spec):
         examples=[["model.layers.0"]],
         max_length=1000,
     )
+    checkpoint: Text | None = Field(
+        None,
+        description="Instead of a method, enter a quantized checkpoint that already exists, a Hub repo or a folder, in "
+        "any format that transformers opens. It is measured and compared with the others, and it is never published.",
+        examples=["somebody/Qwen3-1.7B-AWQ"],
+    )
     name: Name | None = Field(
         None,
         description="Enter a name for this variant. If it is empty, the name is made from the method and the options. "
@@ -168,7 +188,9 @@ class Variant(Spec):
 
     @property
     def label(self) -> str:
-        """The given name, or the method's, with what was chosen: `nf4`, `nf4-dq`, `nf4-cal`, `nf4-dq-cal-fast`, `w4a16-g64`, …."""
+        """The given name, a checkpoint's, or the method's with what was chosen: `nf4`, `nf4-dq-cal-fast`, `w4a16-g64`, …."""
+        if self.checkpoint is not None:
+            return self.name or _name(self.checkpoint.rstrip("/").rsplit("/", 1)[-1])
         chosen = ["dq"] if self.double_quant else []
         if self.group_size is not None:
             chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
@@ -179,13 +201,25 @@ class Variant(Spec):
         return self.name or "-".join([self.method, *chosen])
 
     @property
+    def source(self) -> Source:
+        """Where somebody else's checkpoint is."""
+        return Source(model=str(self.checkpoint))
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
-        unused = {key for key in ("calibrate", "group_size", "scale") if not getattr(self, key)}
+        unused = {key for key in ("calibrate", "group_size", "scale", "checkpoint") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
 
     @model_validator(mode="after")
     def _fits_method(self) -> Self:
+        if bool(self.method) == (self.checkpoint is not None):
+            given = f"method {self.method} and checkpoint" if self.method else "neither"
+            raise ValueError(f"give exactly one of method ({', '.join(METHODS)}) and checkpoint; got {given}")
+        if self.checkpoint is not None:
+            if own := [key for key in (*OPTIONS, "skip_modules") if getattr(self, key)]:
+                raise ValueError(f"{own[0]} says how to quantize, and checkpoint is quantized already; leave it out")
+            return self
         for option, takers in OPTIONS.items():
             if getattr(self, option) and option not in METHODS[self.method]:
                 raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
@@ -288,15 +322,36 @@ class Speed(Spec):
     )
 
 
+Conversation = Annotated[list[Text], Field(min_length=1, max_length=20)]
+
+
 class Samples(Spec):
     """Prompts that the baseline and each variant answer by greedy decoding. The report shows the answers side by side."""
 
-    prompts: list[Text] = Field(
-        default=["The capital of France is", "Explain in two sentences why the sky is blue.", "def fibonacci(n):"],
+    prompts: list[Text | Conversation] | None = Field(
+        None,
         max_length=50,
-        description="List the prompts. They are given to the model as they are, without a chat template.",
+        description="List the prompts. A list of texts is a conversation: the user's turn, the assistant's, and so on, up "
+        "to the user's turn that is to be answered. If it is empty, a model with a chat template answers four "
+        "conversations, and another model continues three texts.",
+        examples=[["Why is the sky blue?", ["I have two apples.", "Good for you.", "I eat one. How many are left?"]]],
     )
     new_tokens: int = Field(48, ge=1, le=2048, description="Enter how many tokens each answer has at most.")
+    thinking_tokens: int = Field(
+        512,
+        ge=0,
+        le=32_768,
+        description="Enter how many tokens a model that thinks before it answers has for its thought, besides.",
+    )
+
+    @model_validator(mode="after")
+    def _ends_with_the_user(self) -> Self:
+        for i, prompt in enumerate(self.prompts or []):
+            if isinstance(prompt, list) and len(prompt) % 2 == 0:
+                raise ValueError(
+                    f"prompts.{i} has {len(prompt)} turns, so that the last is the assistant's; end with the user's"
+                )
+        return self
 
 
 class Evaluate(Spec):
@@ -326,6 +381,15 @@ class Evaluate(Spec):
         description="Enter how many windows are computed at a time. If they do not fit in memory, tame halves the "
         "number until they do. The result records the number, because the results of int8 depend on it.",
     )
+    bos: Literal["auto", "always", "never", "once"] = Field(
+        "auto",
+        description="Choose whether windows begin with a BOS token. auto: they do where the tokenizer puts one before a "
+        "text. once: only the text as a whole does. always and never: every window does, or none.",
+    )
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Choose whether samples and tasks go through the model's chat template. auto: where it has one.",
+    )
     tasks: list[Text] = Field(
         default=[],
         max_length=200,
@@ -347,6 +411,12 @@ class Evaluate(Spec):
         le=100,
         description="Enter how many solved examples a task puts before each question. If it is empty, each task's own "
         "default holds.",
+    )
+    task_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=32_768,
+        description="Enter how many tokens an answer of a task has at most. If it is empty, the task's own limit holds.",
     )
     speed: Speed | None = Field(
         default=Speed(), description="How speed is measured. If it is null, speed is not measured."
@@ -509,7 +579,7 @@ TOGETHER: list[dict[str, Any]] = [
     },
     {
         "if": {
-            "properties": {"variants": {"minItems": 2}},
+            "properties": {"variants": {"minItems": 2, "items": {"properties": {"checkpoint": EMPTY}}}},
             **_given(publish={"properties": {"to": {"const": "nowhere"}}}),
         },
         "then": {"properties": {"publish": {"properties": {"repo": {"pattern": r"\{variant\}"}}}}},
@@ -549,7 +619,7 @@ class Recipe(Spec):
             equal[content] = seen[variant.label.lower()] = i
         if self.gate.max_task_drop is not None and not self.evaluate.tasks:
             raise ValueError("gate.max_task_drop needs evaluate.tasks; name a task or remove the limit")
-        several = len(self.variants) > 1
+        several = len([variant for variant in self.variants if variant.checkpoint is None]) > 1
         if self.publish.to != "nowhere" and several and "{variant}" not in self.publish.repo:
             raise ValueError(f"publish.repo {self.publish.repo!r} is the same for every variant; put {{variant}} in it")
         return self

@@ -13,6 +13,7 @@ from configs.errors import NotCachedError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from tasks import result as results
 from tasks.calibrate.prepare import calibrate
+from tasks.download.look import look
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
@@ -124,6 +125,11 @@ def _measure(
 ) -> ResultVariant:
     stages = told.by
     try:
+        if variant.checkpoint is not None:
+            theirs = stages.download(variant.source, look(variant.source, quantized=True))
+            known = results.found(known, theirs)
+            checkpoint = Checkpoint(path=theirs.path, digest=theirs.digest, label=variant.label)
+            return results.judged(known, stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate), None)
         calibration = stages.calibrate(snapshot, recipe.calibration) if variant.calibrate else None
         quantized = stages.quantize(snapshot, variant, calibration)
         known = results.quantized(known, quantized)
@@ -199,7 +205,7 @@ class _Told:
         damage = variant.metrics.get("kl_mean")
         known = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
         reasons = variant.gate.reasons if variant.gate else []
-        mark = "✓" if variant.status == "passed" else "✗"
+        mark = "✗" if variant.status == "rejected" else "✓"
         self._say(mark, variant.name, [*how, *known, *reasons, variant.status])
 
     def publishing(self, variant: ResultVariant) -> None:

@@ -11,11 +11,12 @@ from typing import NamedTuple, TypeVar
 
 from configs.errors import NotCachedError
 from configs.method_names import INTEGER_METHODS, WITH_EXPERTS
-from configs.schema import Recipe, Variant
+from configs.schema import Recipe, Source, Variant
 from configs.settings import home
 from tasks.calibrate.prepare import calibrate
 from tasks.download.facts import Facts, facts_of
-from tasks.download.look import tokenizer_folder
+from tasks.download.adapter import base_of
+from tasks.download.look import look, tokenizer_folder
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.fleet.work_queues import memory_needed, smallest
@@ -30,7 +31,7 @@ from tasks.runtime.files import existing_parent
 from tasks.store import artifacts as store
 from tasks.store import cache_only
 from tasks.store.on_disk import Artifact
-from tasks.values import Checkpoint, Evaluation, Snapshot
+from tasks.values import Checkpoint, Evaluation, Found, Snapshot
 
 T = TypeVar("T")
 FLOPS_OF_A_CORE, FLOPS_OF_A_GPU = 1e11, 1e14
@@ -69,6 +70,8 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     """
     plan = preflight(recipe, out)
     found, source = plan.found, recipe.source
+    theirs = [_theirs(variant) for variant in recipe.variants if variant.checkpoint is not None]
+    recipe = recipe.model_copy(update={"variants": [v for v in recipe.variants if v.checkpoint is None]})
     folder = tokenizer_folder(source, found)
     facts = facts_of(found, folder)
     sizes = [_estimate(facts, variant) for variant in recipe.variants]
@@ -76,7 +79,8 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
         what = f"look at {source.model}"
         known = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
         sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in known]
-    snapshot = download(source, found) if folder and (found.path or found.kind == "gguf") else None
+    here = found.adapter is None and (found.path or found.kind == "gguf")
+    snapshot = download(source, found) if folder and here else None
     baseline = cached(lambda: evaluate_baseline(snapshot, recipe.evaluate, text=plan.text)) if snapshot else None
     outlooks = [
         _outlook(recipe, variant, expected, snapshot, baseline)
@@ -85,15 +89,17 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     pinned = f" at {found.commit[:12]}" if found.commit else ""
     there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
     lines = [("source", f"{source.model}{pinned}: {facts.told}, {there}"), ("device", name_of(pick()))]
+    lines[1:1] = _adapter(source, found)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
         lines += _of_variant(variant, outlook, plan)
+    lines += theirs
     text = recipe.evaluate.text
     name = text.dataset or text.builtin or ", ".join(text.files or [])
     lines.append(
         ("evaluate", f"{name} in windows of {recipe.evaluate.window}; {', '.join(recipe.evaluate.tasks) or 'no tasks'}")
     )
     lines += [("time", _time(recipe, facts, outlooks, baseline is not None))]
-    lines += [*_room(recipe, plan, outlooks, 0 if snapshot else found.bytes)]
+    lines += [*_room(recipe, plan, outlooks, 0 if snapshot else found.bytes * (1 if found.adapter is None else 2))]
     return lines + [("note", warning) for warning in plan.warnings]
 
 
@@ -119,6 +125,20 @@ def cached(look: Callable[[], T]) -> T | None:
             return look()
     except NotCachedError:
         return None
+
+
+def _adapter(source: Source, found: Found) -> list[tuple[str, str]]:
+    """The line of the adapter, if there is one."""
+    if (adapter := found.adapter) is None:
+        return []
+    weight, base = size(sum(adapter.files.values())), base_of(source, adapter).model
+    return [("adapter", f"{adapter.model}, {weight}, merged into {base}")]
+
+
+def _theirs(variant: Variant) -> tuple[str, str]:
+    """The line of somebody else's checkpoint."""
+    weight = size(look(variant.source, quantized=True).bytes)
+    return variant.label, f"{variant.checkpoint}, {weight}, is measured and not published"
 
 
 def _outlook(

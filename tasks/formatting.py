@@ -84,14 +84,14 @@ def points(metrics: list[dict[str, float]]) -> list[str]:
 def outcome(result: Result) -> str:
     """The release in a word, the worst of its variants': Failed, Rejected, Passed or Published."""
     statuses = {variant.status for variant in result.variants}
-    return next(word.title() for word in ("failed", "rejected", "passed", "published") if word in statuses)
+    return next(word.title() for word in ("failed", "rejected", "passed", "published", "measured") if word in statuses)
 
 
 def headline(result: Result) -> str:
     """The release in a line, the worst first: `Rejected: KL up to 0.131 > limit 0.1 for nf4. Published: int8`."""
     parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
     told = [variant for variant in result.variants if not result.error or variant.error != result.error]
-    for status in ("failed", "rejected", "passed", "published"):
+    for status in ("failed", "rejected", "passed", "published", "measured"):
         variants = [variant for variant in told if variant.status == status]
         if variants:
             parts.append(f"{status.title()}: {'; '.join(map(_why, variants))}")

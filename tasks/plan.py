@@ -9,12 +9,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError
-from configs.schema import Recipe, Source
+from configs.schema import Recipe, Source, Variant
 from configs.settings import home
 from tasks.download.architectures import check_language_model
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.look import local_path, look, tokenizer_folder
 from tasks.download.text import LoadedText
+from tasks.download.tokenizer_files import chat_template, check_bos
 from tasks.fleet.work_queues import check_fits
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
@@ -69,7 +70,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     from tasks.evaluate.lm_eval_index import check_tasks
 
     found = look_at(recipe.source) if path is not None else None
-    where = targets(recipe, found.name if found else recipe.source.model.rsplit("/", 1)[-1], out)
+    where = targets(recipe, found.name if found else _last(recipe.source), out)
     # The token before a repo: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None) if where else []
     if recipe.publish.to == "hub":
@@ -82,11 +83,16 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         if recipe.evaluate.task_limit is None:
             benchmarks = find_benchmarks(recipe.evaluate.tasks)
     text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
+    for variant in recipe.variants:
+        if variant.checkpoint is not None:
+            _check_theirs(variant, found)
     if any(variant.calibrate for variant in recipe.variants):
         _check_calibration(recipe, found, text)
     tokens = None
     if folder := tokenizer_folder(recipe.source, found):
         tokens = check_text(text, window, folder, recipe.source.trust_remote_code)
+        check_bos(folder, recipe.evaluate.bos)
+        chat_template(folder, recipe.evaluate.chat)
     elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
         raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
     check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
@@ -109,6 +115,22 @@ def look_at(source: Source) -> Found:
     return found
 
 
+def _check_theirs(variant: Variant, ours: Found) -> None:
+    """See that somebody else's checkpoint is there, and has our model's vocabulary, as far as its config.json tells.
+
+    Raises:
+        BadInputError, TameError: as `look`; or it is of another model.
+    """
+    theirs = look(variant.source, quantized=True)
+    sizes = [(each.config.get("text_config") or each.config).get("vocab_size") for each in (ours, theirs)]
+    kinds = [each.config.get("model_type") for each in (ours, theirs)]
+    if None not in sizes and (sizes[0] != sizes[1] or kinds[0] != kinds[1]):
+        raise BadInputError(
+            f"variants {variant.label}: {variant.checkpoint} is a {kinds[1]} of {sizes[1]} tokens, the source a {kinds[0]} of "
+            f"{sizes[0]}; give a checkpoint of the same model"
+        )
+
+
 def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> None:
     """Check that there is a calibration text, that it is not also evaluated, and that the model can be calibrated.
 
@@ -127,3 +149,8 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> N
         check_apart(load_texts(recipe.calibration), evaluated)
     if folder := tokenizer_folder(recipe.source, found):
         check_length(recipe.calibration, folder)
+
+
+def _last(source: Source) -> str:
+    """What a Hub source is called before it was looked at: as its adapter, if it has one."""
+    return (source.adapter or source.model).rstrip("/").rsplit("/", 1)[-1]

@@ -19,7 +19,18 @@ from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
 from tasks.runtime.device import hardware, versions
 from tasks.runtime.files import write_text
-from tasks.values import Calibration, Evaluation, Protocol, Published, Quantized, Sample, Snapshot, Unquantized, Verdict
+from tasks.values import (
+    AdapterOf,
+    Calibration,
+    Evaluation,
+    Protocol,
+    Published,
+    Quantized,
+    Sample,
+    Snapshot,
+    Unquantized,
+    Verdict,
+)
 
 
 class _Value(BaseModel):
@@ -34,6 +45,8 @@ class ResultSource(_Value):
     commit: str | None
     digest: str
     files: dict[str, str]
+    adapter: AdapterOf | None = None
+    """The LoRA adapter that was merged into it; `digest` and `files` are then those of the merged model."""
     licence: str | None = None
     """The base model's licence id from its card, if it has one."""
     card: dict[str, Any] = {}
@@ -70,7 +83,8 @@ class Measured(_Value):
 class ResultVariant(Measured):
     """One variant and what became of it."""
 
-    status: Literal["published", "passed", "rejected", "failed"]
+    status: Literal["published", "passed", "rejected", "measured", "failed"]
+    """`measured`: somebody else's checkpoint, which the gate does not judge and nobody publishes."""
     spec: Variant
     gate: Verdict | None = None
     artifact: ResultArtifact | None = None
@@ -130,6 +144,7 @@ class Result(_Value):
             commit=snapshot.commit,
             digest=snapshot.digest,
             files=snapshot.files,
+            adapter=snapshot.adapter,
             licence=licence,
             card=card or {},
         )
@@ -203,8 +218,25 @@ def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
     )
 
 
-def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict) -> ResultVariant:
-    """A variant that was measured and judged."""
+def found(before: ResultVariant, snapshot: Snapshot) -> ResultVariant:
+    """Somebody else's checkpoint, on this disk."""
+    folder = Path(snapshot.path)
+    sizes = sizes_of(folder, list(snapshot.files))
+    size = sum((folder / name).stat().st_size for name in snapshot.files)
+    return before.model_copy(
+        update={
+            "artifact": ResultArtifact(path=snapshot.path, digest=snapshot.digest, bytes=size, files=snapshot.files),
+            "metrics": sizes,
+            "notes": [
+                f"{before.name} is {snapshot.model}{f' at {snapshot.commit[:12]}' if snapshot.commit else ''}, not tame's"
+            ],
+            "cached": ["quantize"],
+        }
+    )
+
+
+def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict | None) -> ResultVariant:
+    """A variant that was measured and judged; `verdict` is None for somebody else's."""
     numbers = measured(evaluation, before.metrics)
     return before.model_copy(
         update={
@@ -212,7 +244,7 @@ def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict) -> R
             "notes": [*before.notes, *numbers.notes],
             "cached": [*before.cached, *numbers.cached],
             "gate": verdict,
-            "status": "passed" if verdict.passed else "rejected",
+            "status": "measured" if verdict is None else "passed" if verdict.passed else "rejected",
             "error": None,
         }
     )

@@ -13,6 +13,31 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class FoundAdapter(_Value):
+    """What a look at a LoRA adapter told."""
+
+    model: str
+    """As the recipe names it: a Hub repo or a folder."""
+    path: str | None
+    """The folder; None for a Hub repo."""
+    commit: str | None
+    revision: str
+    files: dict[str, int]
+    """Size in bytes of each file that will be taken."""
+    sha256: dict[str, str] = {}
+    base: str | None
+    """The model that it says it was trained on."""
+    base_revision: str = "main"
+
+
+class AdapterOf(_Value):
+    """An adapter that was merged into a snapshot. `digest` covers all its files."""
+
+    model: str
+    commit: str | None
+    digest: str
+
+
 class Found(_Value):
     """What a look at a source told, before anything is downloaded."""
 
@@ -33,6 +58,10 @@ class Found(_Value):
     gated: bool = False
     sha256: dict[str, str] = {}
     """What the Hub says of its large files."""
+    adapter: FoundAdapter | None = None
+    """What is merged into it on the way in."""
+    quantized: bool = False
+    """Whether it may be quantized already: to be measured, and not quantized again."""
 
     @property
     def bytes(self) -> int:
@@ -54,6 +83,7 @@ class Snapshot(_Value):
     files: dict[str, str]
     digest: str
     """sha256 over `files`: what every key downstream is made from."""
+    adapter: AdapterOf | None = None
     trust_remote_code: bool = False
     cached: bool = False
 
@@ -161,6 +191,9 @@ class Sample(_Value):
     baseline: str
     answer: str
     diverges_at: int | None
+    baseline_thought: str | None = None
+    """What the baseline thought before it answered; None where it thought nothing."""
+    thought: str | None = None
 
 
 class Checkpoint(_Value):

@@ -28,12 +28,12 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
 
 
-def in_process(hub: Hub, tmp_path: Path, **environment: str) -> Any:
-    """Download org/model in a fresh process, as the Hub client reads its settings when it is imported."""
+def in_process(hub: Hub, tmp_path: Path, model: str = "org/model", **environment: str) -> Any:
+    """Download `model` in a fresh process, as the Hub client reads its settings when it is imported."""
     program = (
         "import sys, json\nfrom configs.schema import Source\nfrom configs.errors import TameError\n"
         "from tasks.download.task import download\n"
-        "try: print(download(Source(model='org/model')).model_dump_json())\n"
+        f"try: print(download(Source(model={model!r})).model_dump_json())\n"
         "except TameError as e: print(json.dumps({'code': e.exit_code, 'error': str(e)}))"
     )
     environment = {
@@ -110,7 +110,7 @@ def damage(model: Path, how: str) -> None:
         weights.rename(model / "model.fp16.safetensors")
     elif how in ("adapter", "adapter with config"):
         weights.rename(model / "adapter_model.safetensors")
-        change(model / "adapter_config.json", base_model_name_or_path="org/base")
+        change(model / "adapter_config.json", peft_type="LORA", base_model_name_or_path="/nowhere/base")
         if how == "adapter":
             config.unlink()
     elif how == "gguf inside":
@@ -136,8 +136,8 @@ def damage(model: Path, how: str) -> None:
         ("no header", 1, "truncated?"),
         ("wrapped", 2, "begins with module., as torch's DataParallel saves them"),
         ("fp16", 2, "model.fp16.safetensors, which transformers loads with variant='fp16' alone"),
-        ("adapter", 2, "an adapter of org/base alone"),
-        ("adapter with config", 2, "an adapter of org/base alone"),
+        ("adapter", 2, "an adapter of /nowhere/base, which cannot be used"),
+        ("adapter with config", 2, "an adapter of /nowhere/base, which cannot be used"),
         ("gguf inside", 2, "it holds x-q4.gguf and no config.json"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.errors import BadInputError, TameError
-from configs.schema import TextSource
+from configs.schema import Evaluate, TextSource
 from tasks.download.text import load_text
 from tests.models import VOCABULARY, tiny, with_own_code
 
@@ -39,6 +39,11 @@ def variants(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return made
 
 
+def spec_of(batch: int = 4, **more) -> Evaluate:
+    """How the windows of TEXT are scored."""
+    return Evaluate(window=WINDOW, max_tokens=TOKENS, batch_size=batch, **more)
+
+
 def loaded_of(path: Path):
     from tasks.evaluate.model import load
 
@@ -52,7 +57,7 @@ def score_pair(base: Path, variant: Path | None, folder: Path, batch: int = 4):
 
     for name in ("base", "variant"):
         (folder / name).mkdir(parents=True)
-    score_baseline(loaded_of(base), TEXT, WINDOW, TOKENS, batch, folder / "base")
+    score_baseline(loaded_of(base), TEXT, spec_of(batch), folder / "base")
     if variant is not None:
         loaded = loaded_of(variant)
         dequantize(loaded)
@@ -181,7 +186,7 @@ def test_a_baseline_with_code_of_its_own_is_read_again_for_its_head(tmp_path: Pa
     folders = [tmp_path / "scores" / name for name in ("base", "other")]
     for folder in folders:
         folder.mkdir(parents=True)
-    score_baseline(load(base, "cpu", trust_remote_code=True), TEXT, WINDOW, TOKENS, 4, folders[0])
+    score_baseline(load(base, "cpu", trust_remote_code=True), TEXT, spec_of(4), folders[0])
     variant = load(other, "cpu", trust_remote_code=True)
     score_variant(variant, folders[0], base, 4, folders[1], trust_remote_code=True)
     assert "its output head differs from the baseline's" in variant.notes
@@ -205,7 +210,7 @@ def test_logits_that_are_not_finite_are_blamed_on_a_layer(tiny_llama: Path, tmp_
     with pytest.raises(
         TameError, match=r"not finite at window 0, position 0; .* that of model.layers.1.mlp.down_proj;"
     ):
-        score_baseline(loaded, TEXT, WINDOW, TOKENS, 4, tmp_path)
+        score_baseline(loaded, TEXT, spec_of(4), tmp_path)
 
 
 def test_less_memory_means_smaller_batches(
@@ -224,13 +229,13 @@ def test_less_memory_means_smaller_batches(
 
     loaded.model.model.embed_tokens.register_forward_pre_hook(short_of_memory)
     with caplog.at_level(logging.INFO, "tame"):
-        score_baseline(loaded, TEXT, WINDOW, TOKENS, 8, tmp_path)
+        score_baseline(loaded, TEXT, spec_of(8), tmp_path)
     assert json.loads((tmp_path / "result.json").read_text())["protocol"]["batch_size"] == 2
     assert "trying 4 at a time (window of 64 tokens)" in caplog.text
     assert "trying 2 at a time" in caplog.text
     limit = 0
     with pytest.raises(TameError, match="no memory for one window of 64 tokens"):
-        score_baseline(loaded, TEXT, WINDOW, TOKENS, 8, tmp_path)
+        score_baseline(loaded, TEXT, spec_of(8), tmp_path)
 
 
 def test_models_that_cannot_be_measured_are_refused_in_one_line(tiny_llama: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from configs.errors import BadInputError
-from configs.schema import Samples, Speed
+from configs.schema import Evaluate, Samples, Speed
 from tasks.evaluate.model import Loaded, load
-from tasks.evaluate.speed import answer_samples, measure_speed
+from tasks.evaluate.samples import answer_samples
+from tasks.evaluate.speed import measure_speed
 from tests.models import VOCABULARY, tiny
 
 PROMPT, NEW = "The import statement", 8
@@ -108,10 +109,11 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_said_to_be(tmp_path: P
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
     )
     loaded = load(tiny(tmp_path / "model", config), "cpu")
+    spec = Evaluate(window=16, max_tokens=None, batch_size=4)
     said = r"the tokenizer makes token \d+, but the model has embeddings for 300 tokens only, 0 to 299"
     with pytest.raises(BadInputError, match=said):
         answer(loaded, tmp_path / "samples")
     with pytest.raises(BadInputError, match=said):
         measure_speed(loaded, Speed(prompt_tokens=16, new_tokens=2, repeats=1), tmp_path)
     with pytest.raises(BadInputError, match=said):
-        score_baseline(loaded, "The import statement " * 20, 16, None, 4, tmp_path)
+        score_baseline(loaded, "The import statement " * 20, spec, tmp_path)

@@ -218,7 +218,14 @@ def test_in_json_a_result_is_what_was_put_in(result: Result) -> None:
     assert content["recipe"] == Recipe.model_validate(RECIPE).model_dump(mode="json")
     assert (content["baseline"]["protocol"], content["variants"][1]["protocol"]) == (PROTOCOL, PROTOCOL)
     assert (content["variants"][2]["protocol"], content["variants"][1]["left"]) == ({}, LEFT)
-    assert list(content["variants"][0]["samples"][0]) == ["prompt", "baseline", "answer", "diverges_at"]
+    assert list(content["variants"][0]["samples"][0]) == [
+        "prompt",
+        "baseline",
+        "answer",
+        "diverges_at",
+        "baseline_thought",
+        "thought",
+    ]
     assert content["variants"][1]["spec"]["double_quant"] is True
     assert Result.model_validate(content) == result
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from configs.errors import BadInputError, TameError, line
+from configs.errors import AdapterError, BadInputError, TameError, line
 from configs.schema import Source
 from tasks.download.architectures import is_native
 from tasks.download.checkpoint import INDEX, WEIGHTS, read_config, read_header, read_tensors, top_tensors, weight_files
@@ -89,7 +89,7 @@ def select(source: Source, names: list[str], small: dict[str, dict[str, Any]]) -
     where, config = f"source.model {source.model}", small.get("config.json")
     if config is None:
         if ADAPTER in names:
-            raise BadInputError(_adapter(where, small))
+            raise AdapterError(_adapter(where, small))
         if files := [name for name in names if name.endswith(".gguf")]:
             raise BadInputError(
                 f"{where}: it holds {files[0]} and no config.json; download that file, and give its path"
@@ -143,6 +143,8 @@ def _weights(where: str, names: list[str], small: dict[str, dict[str, Any]]) -> 
     if WEIGHTS in names:  # transformers looks for it first
         return [WEIGHTS]
     if (index := small.get(INDEX)) is None:
+        if ADAPTER in names:
+            raise AdapterError(_adapter(where, small))
         raise BadInputError(_no_weights(where, names, small))
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
@@ -158,8 +160,6 @@ def _weights(where: str, names: list[str], small: dict[str, dict[str, Any]]) -> 
 def _no_weights(where: str, names: list[str], small: dict[str, dict[str, Any]]) -> str:
     """Why a folder or repo has no weights that can be taken, and what to do about it."""
     top = [name for name in names if "/" not in name]
-    if ADAPTER in names:
-        return _adapter(where, small)
     variants = [match for name in top if (match := re.fullmatch(r"model\.(\w+)(?:-\d+-of-\d+)?\.safetensors", name))]
     if variants:
         return (

@@ -6,13 +6,14 @@ It imports neither Prefect nor torch, so that `tame plan` can refuse at once.
 import importlib.util
 from pathlib import Path
 
-from configs.errors import BadInputError
+from configs.errors import AdapterError, BadInputError
 from configs.schema import Source
 from tasks.download import hub
+from tasks.download.adapter import base_of, explained, look_adapter, name_of
 from tasks.download.folder import look_folder
 from tasks.download.gguf_source import dequantized_before, look_gguf
 from tasks.download.hub_source import look_hub
-from tasks.values import Found
+from tasks.values import Found, FoundAdapter
 
 
 def look(source: Source, quantized: bool = False) -> Found:
@@ -22,9 +23,30 @@ def look(source: Source, quantized: bool = False) -> Found:
 
     Raises:
         BadInputError: it does not exist, may not be read, has no config.json or safetensors, cannot be loaded without its
-            own code, is an adapter alone, or is already quantized.
+            own code, is an adapter whose base is not known, or is already quantized.
         TameError: it is damaged; or the Hub cannot be reached and nothing complete is cached.
     """
+    if source.adapter is not None:
+        return _with(look_adapter(source.adapter, source.adapter_revision), source, quantized)
+    try:
+        return _look(source, quantized).model_copy(update={"quantized": quantized})
+    except AdapterError:
+        adapter = look_adapter(source.model, source.revision)
+    try:
+        return _with(adapter, source, quantized)
+    except BadInputError as error:
+        raise explained(adapter, error) from None
+
+
+def _with(adapter: FoundAdapter, source: Source, quantized: bool) -> Found:
+    """The base of an adapter, and the adapter beside it."""
+    found = _look(base_of(source, adapter), quantized)
+    if found.kind == "gguf":
+        raise BadInputError(f"source.adapter {adapter.model}: a .gguf takes no adapter; give the base's safetensors")
+    return found.model_copy(update={"quantized": quantized, "adapter": adapter, "name": name_of(adapter, found)})
+
+
+def _look(source: Source, quantized: bool) -> Found:
     path = local_path(source.model)
     if path is None:
         return look_hub(source, quantized)
@@ -56,6 +78,8 @@ def tokenizer_folder(source: Source, found: Found) -> Path | None:
 
     None for a .gguf that has not been dequantized yet.
     """
+    if found.adapter is not None:
+        source = base_of(source, found.adapter)
     if found.kind == "gguf":
         return dequantized_before(Path(str(found.path)))
     if found.path is not None:

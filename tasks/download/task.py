@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.errors import ChangedError, TameError
 from configs.schema import Source
+from tasks.download.adapter import base_of, merged
 from tasks.download.folder import check_weights
 from tasks.download.gguf_source import dequantized
 from tasks.download.hub_source import compare, fetch
@@ -32,6 +33,11 @@ def download(
         TameError: a download that does not match its digest, a damaged .gguf, no space.
     """
     found = found or look(source, quantized)
+    quantized = quantized or found.quantized
+    if found.adapter is not None:
+        alone = found.model_copy(update={"adapter": None})
+        base = download(base_of(source, found.adapter), alone, quantized=quantized, progress=progress)
+        return merged(base, found.adapter, found.name, progress)
     if found.kind == "gguf":
         return dequantized(source, Path(str(found.path)), progress)
     if found.kind == "folder":

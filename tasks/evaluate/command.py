@@ -6,6 +6,7 @@ from configs.schema import Evaluate, Source
 from tasks.download.look import look, tokenizer_folder
 from tasks.download.task import download
 from tasks.download.text import check_text, load_text
+from tasks.download.tokenizer_files import chat_template, check_bos
 from tasks.evaluate.lm_eval_index import check_tasks
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.result import Measured, measured, sizes_of
@@ -24,6 +25,8 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
     for source in [model, *([baseline] if baseline else [])]:
         if folder := tokenizer_folder(source, found[source.model]):
             check_text(text, spec.window, folder, source.trust_remote_code)
+            check_bos(folder, spec.bos)
+            chat_template(folder, spec.chat)
     check_tasks(spec.tasks, spec.task_path)
     snapshot = download(model, found[model.model], quantized=True)
     sizes = sizes_of(Path(snapshot.path), list(snapshot.files))

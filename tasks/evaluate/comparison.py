@@ -102,7 +102,9 @@ def assemble(
         )
     if "layers" in pairs:
         found.append(_layers(pairs["layers"]))
-    samples = _samples(spec, pairs.get("samples"), baseline is not None)
+    samples = _samples(pairs.get("samples"), baseline is not None)
+    if samples:
+        found.append(Outcome({}, [], {"samples": pairs["samples"].ours.result["protocol"]}))
     found.append(_missing(failed, spec))
     notes = dict.fromkeys([*told, *(note for outcome in found for note in outcome.notes)])
     content = {
@@ -276,15 +278,21 @@ def _layers(pair: Pair) -> Outcome:
     return Outcome({"weight_error_mean": float(np.mean(errors)), "weight_error_max": max(errors)}, [], {})
 
 
-def _samples(spec: Evaluate, pair: Pair | None, compared: bool) -> list[dict[str, Any]]:
+def _samples(pair: Pair | None, compared: bool) -> list[dict[str, Any]]:
     """Prompts and answers, side by side; none where the baseline's could not be had."""
-    if pair is None or spec.samples is None or (compared and pair.theirs is None):
+    if pair is None or (compared and pair.theirs is None):
         return []
-    answers = pair.ours.result["answers"]
-    befores = (pair.theirs or pair.ours).result["answers"]
+    ours, theirs = pair.ours.result, (pair.theirs or pair.ours).result
     return [
-        {"prompt": prompt, "baseline": before, "answer": answer, "diverges_at": _diverges_at(before, answer)}
-        for prompt, before, answer in zip(spec.samples.prompts, befores, answers, strict=True)
+        {
+            "prompt": prompt,
+            "baseline": theirs["answers"][i],
+            "answer": ours["answers"][i],
+            "diverges_at": _diverges_at(theirs["answers"][i], ours["answers"][i]),
+            "baseline_thought": theirs["thoughts"][i],
+            "thought": ours["thoughts"][i],
+        }
+        for i, prompt in enumerate(ours["prompts"])
     ]
 
 

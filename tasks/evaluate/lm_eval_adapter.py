@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import BadInputError, TameError, line
+from configs.schema import Evaluate
 from tasks.evaluate.model import Loaded
 from tasks.evaluate.output_head import backbone_of
+from tasks.evaluate.samples import THOUGHTS
 
 BUILDERS = ("json", "csv", "text", "parquet", "arrow", "pandas", "webdataset", "imagefolder", "audiofolder", "xml")
 """What a task may name as its data set when it means files: the loaders that `datasets` has."""
+MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What a task may call the most tokens of an answer, in lm-evaluation-harness's order."""
 FEWSHOT_SEED = 1234  # lm-evaluation-harness's own default: its published scores use it
 Request = tuple[Any, list[int], list[int]]
 """Texts, and the tokens of a context and of its continuation."""
@@ -104,9 +108,11 @@ def load_tasks(names: list[str], include: list[str], fewshot: int | None) -> Any
 
 
 def evaluate_tasks(
-    loaded: Loaded, found: Any, batch_size: int, limit: int | None = None, only: dict[str, list[int]] | None = None
+    loaded: Loaded, found: Any, batch_size: int, spec: Evaluate, only: dict[str, list[int]] | None = None
 ) -> Any:
-    """Run what `load_tasks` returned, or the first `limit` items of each, or `only` the items of these numbers.
+    """Run what `load_tasks` returned, or the first items of each, as `spec` has it, or `only` the items of these numbers.
+
+    Where the tokenizer has a chat template, prompts go through it, the examples in them as turns of the conversation.
 
     Returns what lm_eval.evaluate does: results, samples, versions, n-shot.
     """
@@ -121,17 +127,26 @@ def evaluate_tasks(
     torch.manual_seed(1234)
     for task in found["tasks"].values():
         task._instances = None  # of a run that had no memory for its batches
+    chat = loaded.tokenizer.chat_template is not None
     with torch.inference_mode():
         return evaluate(
-            adapter(loaded, batch_size), found, limit=limit, samples=only, bootstrap_iters=0, log_samples=True
+            adapter(loaded, batch_size, spec.task_new_tokens),
+            found,
+            limit=None if only else spec.task_limit,
+            samples=only,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
         )
 
 
-def adapter(loaded: Loaded, batch_size: int) -> Any:
+def adapter(loaded: Loaded, batch_size: int, new_tokens: int | None = None) -> Any:
     """lm-evaluation-harness's own model class, with what it does not do, or does at length.
 
     It computes logits for the tokens that are scored and for no others: those of the question and of the padding would be
-    thrown away. Prompts and choices that it stops at are scored: see `_split` and `_pieces`.
+    thrown away. Prompts and choices that it stops at are scored: see `_split` and `_pieces`. No answer has more than
+    `new_tokens` tokens, nor more than half of the model's window, where lm-evaluation-harness would stop.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -148,6 +163,10 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
             some = [request for request in requests if request.args[1] != ""]
             found = iter(super().loglikelihood(some, disable_tqdm=True))
             return [(0.0, True) if request.args[1] == "" else next(found) for request in requests]
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            _cap(requests, [new_tokens or self.max_length, self.max_length // 2, self.max_gen_toks])
+            return list(super().generate_until(requests, disable_tqdm=True))
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             before, after = super()._encode_pair(context, continuation)
@@ -175,7 +194,18 @@ def adapter(loaded: Loaded, batch_size: int) -> Any:
     if tokenizer.pad_token is None and tokenizer.unk_token is None and tokenizer.eos_token is None:
         # HFLM would add a token that the model has no embedding for. What pads is masked, so any token will do.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    return Adapter(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size, device=loaded.device)
+    thought = next((mark for mark in THOUGHTS if mark in (tokenizer.chat_template or "")), None)
+    options = {"batch_size": batch_size, "device": loaded.device, "think_end_token": thought}
+    return Adapter(pretrained=loaded.model, tokenizer=tokenizer, **options)
+
+
+def _cap(requests: Sequence[Any], limits: list[int]) -> None:
+    """Give no answer more tokens than `limits`; the last of them is for requests that ask for no number."""
+    for request in requests:
+        options = dict(request.args[1])
+        asked = [int(options.pop(name)) for name in MOST_TOKENS if options.get(name) is not None]
+        options["max_gen_toks"] = min([*limits[:-1], *(asked[:1] or limits[-1:])])
+        request.arguments = (request.args[0], options)
 
 
 def _score(

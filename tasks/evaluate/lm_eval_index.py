@@ -98,6 +98,7 @@ def inputs_of(spec: Evaluate, found: dict[str, Definition]) -> dict[str, dict[st
         "limit": spec.task_limit,
         "fewshot": spec.task_fewshot,
         "batch_size": spec.batch_size,
+        **({"new_tokens": spec.task_new_tokens} if spec.task_new_tokens else {}),
         "definitions": own,
         "lm_eval": version("lm_eval"),
         "datasets": version("datasets"),

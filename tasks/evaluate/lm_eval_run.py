@@ -41,7 +41,7 @@ def run_tasks(
     asked = f"task {', '.join(work.names)}"
     progress(asked, 0, 1)
     results, batch = backing_off(
-        lambda size: evaluate_tasks(loaded, loaded_tasks, size, spec.task_limit), spec.batch_size, "item of a task"
+        lambda size: evaluate_tasks(loaded, loaded_tasks, size, spec), spec.batch_size, "item of a task"
     )
     summary: dict[str, dict[str, Any]] = {}
     for name, items in results["samples"].items():
@@ -69,16 +69,23 @@ def run_tasks(
         if name not in results["samples"]
     }
     if floor:
-        for name, flips in _floor(loaded, loaded_tasks, batch, results["samples"]).items():
+        for name, flips in _floor(loaded, loaded_tasks, batch, spec, results["samples"]).items():
             summary[name]["floor"] = flips
     progress(asked, 1, 1)
-    protocol = {
+    protocol = _protocol(loaded, spec, batch)
+    (folder / RESULT).write_text(json.dumps({"tasks": summary, "groups": groups, "protocol": protocol}, indent=1))
+
+
+def _protocol(loaded: Loaded, spec: Evaluate, batch: int) -> dict[str, Any]:
+    """What makes the scores of tasks comparable."""
+    return {
         "batch_size": batch,
         "limit": spec.task_limit,
+        "chat_template": "the model's, examples as turns" if loaded.tokenizer.chat_template else "none",
+        **({"new_tokens": spec.task_new_tokens} if spec.task_new_tokens else {}),
         "weights": loaded.weights,
         "dtype": loaded.dtype,
     }
-    (folder / RESULT).write_text(json.dumps({"tasks": summary, "groups": groups, "protocol": protocol}, indent=1))
 
 
 def _row(item: dict[str, Any]) -> dict[str, Any]:
@@ -125,12 +132,14 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _floor(loaded: Loaded, found: Any, batch: int, samples: dict[str, Any]) -> dict[str, dict[str, int]]:
+def _floor(
+    loaded: Loaded, found: Any, batch: int, spec: Evaluate, samples: dict[str, Any]
+) -> dict[str, dict[str, int]]:
     """For each task: of how many items, and how many change between right and wrong in another batch shape."""
     other = 1 if batch > 1 else 2
     counts = {name: len({item["doc_id"] for item in items}) for name, items in samples.items()}
     few = {name: list(range(max(1, min(FLOOR_ITEMS, count // FLOOR_SHARE)))) for name, count in counts.items()}
-    results, used = backing_off(lambda size: evaluate_tasks(loaded, found, size, only=few), other, "item of a task")
+    results, used = backing_off(lambda size: evaluate_tasks(loaded, found, size, spec, few), other, "item of a task")
     if used == batch:  # there is memory for one batch shape only
         return {}
     floors = {}

@@ -50,6 +50,18 @@ class Loaded:
         """
         return find_head(self.model, self.device)
 
+    def tokens(self, text: str, special: bool = True) -> Any:
+        """The tokens of `text` [1, tokens] on the model's device, at least one; `special`: with what the tokenizer adds.
+
+        Raises:
+            BadInputError: as `check_tokens`.
+        """
+        import torch
+
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"] or [self.tokenizer.eos_token_id or 0]
+        self.check_tokens(ids)
+        return torch.tensor([ids], device=self.device)
+
     def check_tokens(self, ids: ArrayLike) -> None:
         """Check that the model has an embedding for every token. An index out of range would crash without a reason.
 

@@ -9,11 +9,12 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.errors import BadInputError
+from configs.schema import Evaluate
 from tasks.download.text import CHARACTERS_PER_TOKEN
 from tasks.evaluate.model import Loaded, load, vocabulary
 from tasks.evaluate.output_head import Head
@@ -32,9 +33,7 @@ TOKENS, RESULT = "tokens.npy", "result.json"
 def score_alone(
     loaded: Loaded,
     text: str,
-    window: int,
-    max_tokens: int | None,
-    batch_size: int,
+    spec: Evaluate,
     folder: Path,
     progress: Progress = silent,
 ) -> None:
@@ -44,17 +43,15 @@ def score_alone(
         BadInputError: less than one window of text.
         TameError: as `score_baseline`.
     """
-    tokens = _tokens(loaded, text, window, max_tokens)
-    positions, batch = _backing_off(lambda size: score(loaded, tokens, size, None, progress), batch_size, tokens)
-    _write(folder, positions, {"protocol": _protocol(loaded, tokens, window, batch), "notes": loaded.notes})
+    cut = _tokens(loaded, text, spec)
+    positions, batch = _backing_off(lambda size: score(loaded, cut.tokens, size, None, progress), spec.batch_size, cut)
+    _write(folder, positions, {"protocol": _protocol(loaded, cut, batch), "notes": loaded.notes})
 
 
 def score_baseline(
     loaded: Loaded,
     text: str,
-    window: int,
-    max_tokens: int | None,
-    batch_size: int,
+    spec: Evaluate,
     folder: Path,
     progress: Progress = silent,
 ) -> None:
@@ -67,10 +64,11 @@ def score_baseline(
         BadInputError: less than one window of text, or a text whose hidden states would not fit.
         TameError: logits that are not finite, or no memory for one window.
     """
-    tokens = _tokens(loaded, text, window, max_tokens)
+    cut = _tokens(loaded, text, spec)
+    tokens = cut.tokens
     np.save(folder / TOKENS, tokens)
     head, notes = loaded.head, list(loaded.notes)
-    size = tokens.shape[0] * (window - 1) * head.weight.shape[1] * head.weight.element_size()
+    size = tokens.shape[0] * (tokens.shape[1] - 1) * head.weight.shape[1] * head.weight.element_size()
     if size > HIDDEN_LIMIT:
         raise BadInputError(
             f"evaluate.max_tokens {tokens.size}: the baseline's hidden states would take {size / 1e9:.0f} GB, more than "
@@ -82,14 +80,14 @@ def score_baseline(
         with (folder / HIDDEN).open("wb") as file:
             return score(loaded, tokens, batch, None, progress, Kept(file))
 
-    positions, batch = _backing_off(run, batch_size, tokens)
+    positions, batch = _backing_off(run, spec.batch_size, cut)
     np.savez(folder / REFERENCE, log_sum=positions.log_sum, top=positions.top)
     reference = Reference(folder / HIDDEN, head, positions.log_sum, positions.top, head.weight.shape[1])
     _write(
         folder,
         positions,
         {
-            "protocol": _protocol(loaded, tokens, window, batch),
+            "protocol": _protocol(loaded, cut, batch),
             "notes": notes,
             "floor": _floor(loaded, tokens, batch, reference),
             "head": _digest(head),
@@ -123,8 +121,9 @@ def score_variant(
         BadInputError: the two do not share a vocabulary.
         TameError: logits that are not finite, or no memory for one window.
     """
-    tokens = np.load(baseline / TOKENS)
     known = json.loads((baseline / RESULT).read_bytes())
+    tokens = np.load(baseline / TOKENS)
+    cut = Cut(tokens, known["protocol"]["special_tokens"])
     loaded.check_tokens(tokens)
     head = loaded.head
     theirs = _same_vocabulary(loaded, head, known, baseline_model, trust_remote_code)
@@ -134,8 +133,8 @@ def score_variant(
         reference = Reference(baseline / HIDDEN, theirs, kept["log_sum"], kept["top"], known["width"])
         return score(loaded, tokens, batch, reference, progress)
 
-    positions, batch = _backing_off(run, batch_size, tokens)
-    _write(folder, positions, {"protocol": _protocol(loaded, tokens, tokens.shape[1], batch), "notes": loaded.notes})
+    positions, batch = _backing_off(run, batch_size, cut)
+    _write(folder, positions, {"protocol": _protocol(loaded, cut, batch), "notes": loaded.notes})
 
 
 def _floor(loaded: Loaded, tokens: Array, batch: int, reference: Reference) -> dict[str, float]:
@@ -152,33 +151,76 @@ def _floor(loaded: Loaded, tokens: Array, batch: int, reference: Reference) -> d
     }
 
 
-def _tokens(loaded: Loaded, text: str, window: int, max_tokens: int | None) -> Array:
-    """The windows of `text`, int32 [windows, window], all of whose tokens the model knows."""
+class Cut(NamedTuple):
+    """A text in windows, all of whose tokens the model knows."""
+
+    tokens: Array
+    """int32 [windows, window]."""
+    special: str
+    """Which special tokens are among them, and where, for the protocol."""
+
+
+def _tokens(loaded: Loaded, text: str, spec: Evaluate) -> Cut:
+    window = spec.window
     positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < window:  # of a .gguf, it is not known before
         raise BadInputError(f"evaluate.window {window}: the model takes {positions} tokens at most; lower it")
-    tokens = _windows(encode(text, loaded.tokenizer, max_tokens), window)
-    loaded.check_tokens(tokens)
-    return tokens
+    cut = cut_text(text, loaded.tokenizer, spec)
+    loaded.check_tokens(cut.tokens)
+    return cut
 
 
-def _backing_off(run: Callable[[int], Positions], batch_size: int, tokens: Array) -> tuple[Positions, int]:
-    windows, window = tokens.shape
+def _backing_off(run: Callable[[int], Positions], batch_size: int, cut: Cut) -> tuple[Positions, int]:
+    windows, window = cut.tokens.shape
     remedy = "lower evaluate.window, or use a larger device"
     return backing_off(run, min(batch_size, windows), f"window of {window} tokens", remedy)
 
 
-def encode(text: str, tokenizer: Any, limit: int | None) -> list[int]:
-    """Token ids of `text`, special tokens as the tokenizer adds them by itself, the first `limit` of them.
+def cut_text(text: str, tokenizer: Any, spec: Evaluate) -> Cut:
+    """`text` in windows that begin as `spec.bos` says. What begins a window is one of its tokens.
+
+    Raises:
+        BadInputError: less than one window of text, or no BOS token where there must be one.
+    """
+    before = beginning(tokenizer)
+    if spec.bos == "always" and not before:
+        if tokenizer.bos_token_id is None:
+            raise BadInputError("evaluate.bos always: the model's tokenizer has no BOS token; say auto")
+        before = [tokenizer.bos_token_id]
+    if spec.bos == "once" or not before:
+        tokens = _windows(encode(text, tokenizer, spec.max_tokens, special=spec.bos != "never"), spec.window)
+        first = sorted(set(tokenizer.all_special_ids) & set(tokens[0, :1].tolist()))
+        return Cut(tokens, f"{tokenizer.decode(first)} once, before the text" if first else "none")
+    if spec.bos == "never":
+        return Cut(_windows(encode(text, tokenizer, spec.max_tokens, special=False), spec.window), "none")
+    room = spec.window - len(before)
+    if room < 1:
+        raise BadInputError(f"evaluate.window {spec.window}: {len(before)} tokens begin each window; raise it")
+    limit = None if spec.max_tokens is None else spec.max_tokens // spec.window * room
+    texts = _windows(encode(text, tokenizer, limit, special=False), room)
+    start = np.tile(np.array(before, np.int32), (len(texts), 1))
+    return Cut(np.concatenate([start, texts], axis=1), f"{tokenizer.decode(before)} before each window")
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text by itself."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((i for i in starts if bare and list(whole[i : i + len(bare)]) == list(bare)), 0)
+    return list(whole[:start])
+
+
+def encode(text: str, tokenizer: Any, limit: int | None, special: bool = True) -> list[int]:
+    """Token ids of `text`, the first `limit` of them; `special`: with the special tokens that the tokenizer adds by itself.
 
     Of a long text only a start that certainly holds `limit` tokens is tokenized: characters are cut far behind the last
     token that is used, so that the cut does not change it.
     """
     if limit is not None and len(text) > limit * CHARACTERS_PER_TOKEN:
-        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN])["input_ids"]
+        ids = tokenizer(text[: limit * CHARACTERS_PER_TOKEN], add_special_tokens=special)["input_ids"]
         if len(ids) > limit + 1000:
             return list(ids[:limit])
-    return list(tokenizer(text)["input_ids"][:limit])
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"][:limit])
 
 
 def _windows(ids: list[int], window: int) -> Array:
@@ -218,13 +260,13 @@ def _digest(head: Head) -> dict[str, Any]:
             "dtype": str(head.weight.dtype)}  # fmt: skip
 
 
-def _protocol(loaded: Loaded, tokens: Array, window: int, batch: int) -> dict[str, Any]:
-    special = sorted(set(loaded.tokenizer.all_special_ids) & set(tokens[0, :1].tolist()))
+def _protocol(loaded: Loaded, cut: Cut, batch: int) -> dict[str, Any]:
+    windows, window = cut.tokens.shape
     return {
-        "windows": tokens.shape[0],
+        "windows": windows,
         "window": window,
-        "tokens_scored": tokens.shape[0] * (window - 1),
-        "special_tokens": f"{loaded.tokenizer.decode(special)} once, before the text" if special else "none",
+        "tokens_scored": windows * (window - 1),
+        "special_tokens": cut.special,
         "batch_size": batch,
         "dtype": loaded.dtype,
         "weights": loaded.weights,

@@ -32,6 +32,8 @@ class Work(BaseModel):
     trust_remote_code: bool
     spec: Evaluate
     role: Role
+    template: str | None = None
+    """The chat template that samples and tasks go through, the baseline's for a variant; None: through none."""
     text: str | None = None
     """The text itself; a variant takes the baseline's tokens."""
     baseline: str | None = None
@@ -109,10 +111,17 @@ def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[P
     from tasks.evaluate.lm_eval_run import run_tasks
     from tasks.evaluate.memory import reuse_memory
     from tasks.evaluate.model import dequantize, load, repacked
-    from tasks.evaluate.speed import answer_samples, measure_speed
+    from tasks.evaluate.samples import answer_samples
+    from tasks.evaluate.speed import measure_speed
 
     path, spec = Path(work.model), work.spec
-    loaded = load(path, work.device, work.trust_remote_code)
+
+    def loading() -> Loaded:
+        loaded = load(path, work.device, work.trust_remote_code)
+        loaded.tokenizer.chat_template = work.template
+        return loaded
+
+    loaded = loading()
     if (speed := spec.speed) is not None:
         alone("speed", lambda folder: measure_speed(loaded, speed, folder, told))
     if (samples := spec.samples) is not None:
@@ -122,7 +131,7 @@ def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[P
     reuse_memory()
     if repacked(loaded):
         del loaded
-        loaded = load(path, work.device, work.trust_remote_code)
+        loaded = loading()
     dequantize(loaded)
     widen(loaded.model)
     if "scores" in work.folders:
@@ -144,4 +153,4 @@ def _measure_scores(work: Work, loaded: Loaded, folder: Path, told: Progress) ->
         return
     assert work.text is not None
     score = score_baseline if work.role == "baseline" else score_alone
-    score(loaded, work.text, spec.window, spec.max_tokens, spec.batch_size, folder, told)
+    score(loaded, work.text, spec, folder, told)

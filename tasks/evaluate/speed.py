@@ -1,4 +1,4 @@
-"""How fast a model answers and what memory it takes, as its users will run it; and what it answers."""
+"""How fast a model answers and what memory it takes, as its users will run it."""
 
 import json
 import statistics
@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 
-from configs.schema import Samples, Speed
+from configs.schema import Speed
 from tasks.download.text import CHARACTERS_PER_TOKEN
+from tasks.evaluate.generate import generate
 from tasks.evaluate.memory import synchronize
 from tasks.evaluate.model import Loaded
 from tasks.runtime.progress import Progress, silent
@@ -58,55 +59,6 @@ def _repeated(name: str, times: list[float], metric: Callable[[float], float]) -
     return {name: metric(statistics.median(times)), **spread}
 
 
-def answer_samples(loaded: Loaded, spec: Samples, folder: Path, progress: Progress = silent) -> None:
-    """Continue every prompt greedily. Writes result.json: answers, one text for each prompt."""
-    answers = []
-    for index, prompt in enumerate(spec.prompts):
-        ids = _tokens(loaded, prompt)
-        output = _continue(loaded, ids, spec.new_tokens, stop=True)
-        answers.append(loaded.tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True))
-        progress("samples", index + 1, len(spec.prompts))
-    _write(folder, {"answers": answers})
-
-
-def _tokens(loaded: Loaded, text: str) -> Any:
-    """The tokens of `text` [1, tokens] on the model's device; at least one."""
-    import torch
-
-    ids = loaded.tokenizer(text)["input_ids"] or [loaded.tokenizer.eos_token_id or 0]
-    loaded.check_tokens(ids)
-    return torch.tensor([ids], device=loaded.device)
-
-
-def _continue(loaded: Loaded, ids: Any, new_tokens: int, stop: bool, streamer: Any = None) -> Any:
-    """`ids` [1, tokens] and the tokens that the model finds most likely after them, by transformers' own `generate`.
-
-    A model's generation_config.json may ask for beams, penalties or sampling. None of it applies here: greedy is greedy.
-
-    Args:
-        loaded: The model.
-        ids: The prompt.
-        new_tokens: How many tokens to generate.
-        stop: Whether to stop earlier, at the model's end-of-text token.
-        streamer: Told every token as it is made.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    model = loaded.model
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    pad = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends if stop else None, pad_token_id=pad
-    )
-    own, model.generation_config = model.generation_config, greedy
-    try:
-        with torch.inference_mode():
-            return model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer)[0]
-    finally:
-        model.generation_config = own
-
-
 class Clock:
     """A streamer for `generate` that keeps the time at which each token was there, the prompt's first."""
 
@@ -126,7 +78,7 @@ def _prompt(loaded: Loaded, count: int) -> Any:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[key] for key in sorted(topics))[: count * CHARACTERS_PER_TOKEN]
-    ids = _tokens(loaded, text)
+    ids = loaded.tokens(text)
     return ids.repeat(1, count // ids.shape[1] + 1)[:, :count]
 
 
@@ -135,7 +87,7 @@ def _time(loaded: Loaded, prompt: Any, new_tokens: int) -> tuple[float, float]:
     clock = Clock()
     synchronize(loaded.device)
     started = time.perf_counter()
-    _continue(loaded, prompt, new_tokens, stop=False, streamer=clock)
+    generate(loaded, prompt, new_tokens, stop=False, streamer=clock)
     _, first, *_, last = clock.times
     return first - started, last - first
 

@@ -1,5 +1,6 @@
 """Evaluate a baseline and its variants: what is cached, what runs in which process, and the numbers that come of it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,8 @@ from typing import Any, NamedTuple
 from configs.schema import Evaluate
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import LoadedText, load_text
-from tasks.evaluate import comparison, lm_eval_run, weight_error
+from tasks.download.tokenizer_files import chat_template
+from tasks.evaluate import comparison, lm_eval_run, samples, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Role, Work, measure
 from tasks.quantize.methods import described_by
@@ -54,9 +56,11 @@ def evaluate_baseline(
         trust_remote_code=snapshot.trust_remote_code,
         spec=spec,
         role="baseline" if compared else "alone",
+        template=chat_template(Path(snapshot.path), spec.chat),
         text=text.text,
     )
-    scores = {"text": text.digest, "role": work.role, **spec.model_dump(include={"window", "max_tokens", "batch_size"})}
+    scores = {"text": text.digest, "role": work.role}
+    scores |= spec.model_dump(include={"window", "max_tokens", "batch_size", "bos"})
     parts = _parts(work, _wanted(work, snapshot.digest, scores), progress)
     known = {
         "device": name_of(device),
@@ -95,6 +99,7 @@ def evaluate_variant(
         trust_remote_code=snapshot.trust_remote_code,
         spec=spec,
         role="variant",
+        template=chat_template(Path(snapshot.path), spec.chat),
         baseline=theirs.path,
         baseline_model=snapshot.path,
     )
@@ -130,12 +135,14 @@ def _wanted(work: Work, digest: str, scores: dict[str, Any]) -> dict[str, store.
     spec, common = work.spec, _common(work, digest)
     wanted = {"scores": store.Wanted("scores", {**common, **scores})}
     floor = {"floor": work.role == "baseline", "rows": lm_eval_run.STAGE}
+    chat = {"chat": hashlib.sha256(work.template.encode()).hexdigest()} if work.template else {}
     for name, inputs in inputs_of(spec, find_tasks(spec.tasks, spec.task_path)).items():
-        wanted[f"{comparison.TASK}{name}"] = store.Wanted("tasks", {**common, **inputs, **floor})
+        wanted[f"{comparison.TASK}{name}"] = store.Wanted("tasks", {**common, **inputs, **floor, **chat})
     if spec.speed:
         wanted["speed"] = store.Wanted("speed", {**common, **spec.speed.model_dump()})
-    if spec.samples and spec.samples.prompts:
-        wanted["samples"] = store.Wanted("samples", {**common, **spec.samples.model_dump()})
+    if spec.samples and spec.samples.prompts != []:
+        asked = {**spec.samples.model_dump(), **chat, "samples": samples.STAGE}
+        wanted["samples"] = store.Wanted("samples", {**common, **asked})
     return wanted
 
 
@@ -172,7 +179,6 @@ def _assembled(
         "failed": parts.failed,
         "seed": work.spec.seed,
         "protocol": known,
-        "prompts": work.spec.samples.prompts if work.spec.samples else [],
         "stage": comparison.STAGE,
     }
 

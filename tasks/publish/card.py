@@ -55,7 +55,7 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
     artifact = variant.artifact
     content = {
         "format": 1,
-        "source": {**result.source.model_dump(exclude={"card"}), "model": provenance.base_name(result.source.model)},
+        "source": _source(result),
         "variant": {"name": variant.name, "spec": variant.spec.model_dump(mode="json")},
         "artifact": artifact.model_dump(include={"digest", "bytes", "files"}) if artifact else None,
         "metrics": provenance.lasting(variant.metrics),
@@ -77,6 +77,14 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
         },
     }
     return provenance.dump(content)
+
+
+def _source(result: Result) -> dict[str, Any]:
+    """The source as strangers may see it; an adapter only where there is one."""
+    source = result.source.model_dump(exclude={"card", "adapter"})
+    if (adapter := result.source.adapter) is not None:
+        source["adapter"] = {**adapter.model_dump(), "model": provenance.base_name(adapter.model)}
+    return {**source, "model": provenance.base_name(result.source.model)}
 
 
 def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, bytes]:
@@ -107,6 +115,10 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         f" at commit `{result.source.commit}`" if result.source.commit else f" (sha256 `{result.source.digest[:12]}…`)"
     )
     name = f"[{base}]({HUB}/{base})" if result.source.commit else f"`{base}`"
+    if (adapter := result.source.adapter) is not None:
+        called = provenance.base_name(adapter.model)
+        linked = f"[{called}]({HUB}/{called}) at commit `{adapter.commit}`" if adapter.commit else f"`{called}`"
+        commit += f", with the adapter {linked} merged into it"
     lines = [
         f"# {title}",
         f"{name}{commit}, quantized to {method.quantized_to} by tame {result.versions.get('tame', '')}".rstrip() + ".",
@@ -279,7 +291,11 @@ def _reproduce(result: Result) -> list[str]:
 def _repos(result: Result) -> dict[str, str]:
     model = PurePath(provenance.base_name(result.source.model)).name.removesuffix(".gguf")
     template = result.recipe.publish.repo
-    return {v.name: template.format(model=model, variant=v.name, name=result.recipe.name) for v in result.variants}
+    return {
+        v.name: template.format(model=model, variant=v.name, name=result.recipe.name)
+        for v in result.variants
+        if v.spec.checkpoint is None
+    }
 
 
 def _plain_provenance(method: CardText | None) -> str:

@@ -26,6 +26,8 @@ def front_matter(result: Result, variant: ResultVariant, method: CardText, title
     source, files = result.source, variant.artifact.files if variant.artifact else {}
     facts = result.recipe.publish.card
     front = inherited(source.model, source.commit, source.licence, source.card, files, facts)
+    if source.adapter is not None and source.adapter.commit and "base_model" in front:
+        front["base_model"] = [front["base_model"], source.adapter.model]
     front |= {"library_name": "transformers", "tags": list(dict.fromkeys([*facts.tags, *tags(method)]))}
     if results := _model_index(result, variant):
         front["model-index"] = [{"name": title, "results": results}]

@@ -91,7 +91,12 @@ def without_paths(given: Recipe) -> dict[str, Any]:
         evaluate["task_path"] = PurePath(evaluate["task_path"]).name
     if publish["to"] == "folder":
         publish["repo"] = PurePath(publish["repo"]).name
+    for variant in recipe["variants"]:
+        if variant["checkpoint"]:
+            variant["checkpoint"] = base_name(variant["checkpoint"])
     source = {**recipe["source"], "model": base_name(recipe["source"]["model"])}
+    if source["adapter"]:
+        source["adapter"] = base_name(source["adapter"])
     return {**recipe, "source": source, "calibration": calibration, "evaluate": evaluate, "publish": publish}
 
 

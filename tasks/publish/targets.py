@@ -10,7 +10,9 @@ def targets(recipe: Recipe, model: str, out: Path) -> dict[str, str]:
     if recipe.publish.to == "nowhere":
         return {}
     filled = {
-        v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name) for v in recipe.variants
+        v.label: recipe.publish.repo.format(model=model, variant=v.label, name=recipe.name)
+        for v in recipe.variants
+        if v.checkpoint is None  # nobody publishes what is somebody else's
     }
     if recipe.publish.to == "folder":
         return {label: str(out.absolute() / "published" / Path(repo).expanduser()) for label, repo in filled.items()}

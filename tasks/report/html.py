@@ -69,11 +69,13 @@ def render(result: Result) -> str:
 
 @dataclass(frozen=True)
 class _Answers:
-    """A prompt, the baseline's answer, and each variant's: its name and three parts, as the baseline, first difference, rest."""
+    """A prompt, the baseline's answer and thought, and each variant's: its name, three parts, as the baseline, first difference,
+    rest, and its thought."""
 
     prompt: str
     baseline: str
-    answers: list[tuple[str, str, str, str]] = field(default_factory=list)
+    thought: str
+    answers: list[tuple[str, str, str, str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -221,8 +223,10 @@ def _answers(result: Result) -> list[_Answers]:
     prompts: dict[str, _Answers] = {}
     for variant in result.variants:
         for sample in variant.samples:
-            shown = prompts.setdefault(sample.prompt, _Answers(sample.prompt, _cut(sample.baseline)))
-            shown.answers.append((variant.name, *_parts(_cut(sample.answer), sample.diverges_at)))
+            first = _Answers(sample.prompt, _cut(sample.baseline), _cut(sample.baseline_thought or ""))
+            shown = prompts.setdefault(sample.prompt, first)
+            parts = _parts(_cut(sample.answer), sample.diverges_at)
+            shown.answers.append((variant.name, *parts, _cut(sample.thought or "")))
     return list(prompts.values())
 
 

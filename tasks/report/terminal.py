@@ -21,7 +21,7 @@ COLUMNS_AS = {
 COLUMNS = tuple(COLUMNS_AS)
 WIDE = 76
 """Columns of a terminal that has room for all of them."""
-STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "failed": "red"}
+STYLES = {"published": "green", "passed": "green", "rejected": "yellow", "measured": "dim", "failed": "red"}
 
 
 def closing(result: Result, out: Path, width: int, colour: bool) -> str:

@@ -231,7 +231,7 @@ def _release_of(result: Result) -> dict[str, str]:
 
 
 def _release_metrics(result: Result) -> dict[str, float]:
-    counts = dict.fromkeys(("published", "passed", "rejected", "failed"), 0.0)
+    counts = dict.fromkeys(("published", "passed", "rejected", "measured", "failed"), 0.0)
     for variant in result.variants:
         counts[variant.status] += 1
     chosen = _chosen(result)  # so that the release's own row has numbers

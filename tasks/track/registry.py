@@ -23,12 +23,14 @@ def model_name(recipe: Recipe) -> str:
 
 
 def bits(variant: ResultVariant) -> str:
-    """Bits of a quantized weight, by the method."""
+    """Bits of a quantized weight, by the method; empty for somebody else's checkpoint."""
+    if variant.spec.checkpoint is not None:
+        return ""
     return str(method_of(variant.spec).bits(variant.spec))
 
 
 def verdict(variant: ResultVariant) -> str:
-    """Passed, rejected or failed; what was published passed."""
+    """Passed, rejected, measured or failed; what was published passed."""
     return "passed" if variant.status == "published" else variant.status
 
 
@@ -36,7 +38,7 @@ def model(client: Any, result: Result, variant: ResultVariant, experiment_id: st
     """The variant as an MLflow model that lies elsewhere: found or made, never a copy of the weights."""
     from mlflow.entities import LoggedModelOutput
 
-    if variant.artifact is None:
+    if variant.artifact is None or variant.spec.checkpoint is not None:
         return None
     tags = {
         "artifact_digest": variant.artifact.digest,

@@ -1,0 +1,90 @@
+"""Somebody else's checkpoint as a variant: measured in the same table, never published."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from configs.errors import BadInputError
+from configs.schema import Recipe, Variant
+from tasks.describe import describe
+from tasks.plan import preflight
+from tests.models import tiny, zoo
+from tests.test_flow import Place, place
+
+__all__ = ["place"]
+
+EVALUATE = {
+    "text": {"builtin": "python-docs"}, "window": 64, "max_tokens": 512, "batch_size": 4, "speed": None, "samples": None,
+}  # fmt: skip
+
+
+def recipe_of(source: Path, *variants: dict[str, Any], **more: Any) -> Recipe:
+    asked = {
+        "name": "theirs",
+        "source": {"model": str(source)},
+        "variants": list(variants),
+        "evaluate": EVALUATE,
+        **more,
+    }
+    return Recipe.model_validate(asked)
+
+
+def by_transformers(source: Path, folder: Path) -> Path:
+    """nf4 by plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype="auto")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_equal_bytes_have_equal_numbers_and_are_not_published(tiny_llama: Path, place: Place) -> None:
+    theirs = by_transformers(tiny_llama, place.folder / "somebody-nf4")
+    variants = [{"method": "nf4", "compute_dtype": "bfloat16"}, {"checkpoint": str(theirs)}]
+    recipe = place.recipe(
+        tiny_llama,
+        variants=variants,
+        evaluate=EVALUATE,
+        gate={"max_mean_kl": 1e-9},
+        publish={"to": "folder", "repo": "made"},
+    )
+    code, result, told = place.run(recipe)
+    assert code == 3, told
+    ours, same = result["variants"]
+    assert [variant["status"] for variant in result["variants"]] == ["rejected", "measured"], told
+    for name in ("perplexity", "kl_mean", "top1_agreement", "weight_error_mean"):
+        assert same["metrics"][name] == ours["metrics"][name]
+    assert (same["gate"], same["published"]) == (None, None)
+    assert "somebody-nf4" in (place.folder / "out" / "report.html").read_text()
+    assert not list((place.folder / "out").glob("published/*"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ({}, "give exactly one of method"),
+        ({"method": "nf4", "checkpoint": "me/x"}, "give exactly one of method"),
+        ({"checkpoint": "me/x", "double_quant": True}, "double_quant says how to quantize"),
+        ({"checkpoint": "me/x", "skip_modules": ["model"]}, "skip_modules says how to quantize"),
+    ],
+)
+def test_a_variant_is_a_method_or_a_checkpoint(variant: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Variant.model_validate(variant)
+    assert Variant(checkpoint="somebody/Qwen3-1.7B-AWQ").label == "Qwen3-1.7B-AWQ"
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_the_plan(
+    tiny_llama: Path, tmp_path: Path, tame_home: Path
+) -> None:
+    other = tiny(tmp_path / "gpt2", zoo("gpt2"))
+    recipe = recipe_of(tiny_llama, {"method": "nf4"}, {"checkpoint": str(other)})
+    same = recipe_of(tiny_llama, {"method": "nf4"}, {"checkpoint": str(tiny_llama)})
+    assert "is measured and not published" in dict(describe(same, tmp_path / "out"))[tiny_llama.name]
+    with pytest.raises(BadInputError, match=r"variants gpt2: .* is a gpt2 of 512 tokens, the source a llama of 512"):
+        preflight(recipe, tmp_path / "out")
