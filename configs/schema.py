@@ -98,7 +98,7 @@ class Source(Spec):
 
 
 def _known_method(method: Any) -> str:
-    """Return `method` if it is empty or tame has a method of that name. The error reads like Pydantic's for a Literal of all names."""
+    """Return `method` if it is empty or the name of a method. The error reads like Pydantic's for a Literal of all names."""
     if isinstance(method, str) and (not method or method in METHODS):
         return method
     *others, last = map(repr, METHODS)
