@@ -44,7 +44,7 @@ KINDS = {
     ("flips", "floor"): "noise floor of the changes",
     ("items", "value"): "questions",
 }
-ROLES = {"difference": " difference", "p": ", McNemar's p"}
+ROLES = {"difference": " difference", "recovery": ", recovered", "p": ", McNemar's p"}
 
 
 def figure(name: str, value: float | None) -> str:

@@ -11,7 +11,7 @@ Unit = Literal[
     "bytes", "seconds", "tokens/s", "bits", "nats", "share", "share difference", "difference", "ratio", "count",
     "probability", "number",
 ]  # fmt: skip
-Role = Literal["value", "difference", "p", "floor"]
+Role = Literal["value", "difference", "recovery", "p", "floor"]
 
 SHARES = ("acc", "exact_match", "em", "f1", "pass", "prompt_level", "inst_level")
 """How the names of those of lm-eval's metrics begin that are between 0 and 1."""
@@ -46,6 +46,8 @@ def parse(name: str) -> Name:
         return Name(task, quantity.removeprefix("floor_"), "floor")
     if quantity.endswith("_difference"):
         return Name(task, quantity.removesuffix("_difference"), "difference")
+    if task is not None and quantity.endswith("_recovery"):
+        return Name(task, quantity.removesuffix("_recovery"), "recovery")
     if task is not None and quantity.endswith("_p"):
         return Name(task, quantity.removesuffix("_p"), "p")
     return Name(task, quantity, "value")
@@ -56,6 +58,8 @@ def unit_of(name: str) -> Unit:
     task, quantity, role = parse(name.removesuffix("_low").removesuffix("_high"))
     if role == "p":
         return "probability"
+    if role == "recovery":
+        return "share"
     unit = _unit(task, quantity, role)
     if role == "difference":
         return "share difference" if unit == "share" else "difference"
@@ -127,6 +131,7 @@ def pessimistic(metric: Metric) -> float:
     """The end of its interval that limits are held against: the high one of what should be small, the low one of what should
     be large; of what has no interval, the value."""
     large = metric.unit == "share difference" or metric.name == "top1_agreement" or is_score(metric.name)
+    large = large or parse(metric.name).role == "recovery"
     end = metric.low if large else metric.high
     return metric.value if end is None else end
 

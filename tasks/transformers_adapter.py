@@ -121,12 +121,20 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     )
 
 
-def import_modelling(config: Any) -> None:
-    """Import the code of the model that has this configuration, as `from_pretrained` of a causal language model does."""
-    from transformers import AutoModelForCausalLM
+def language_model_class(config: Any) -> Any:
+    """The auto class that loads a language model; one that reads images too is loaded with all of its parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        AutoModelForCausalLM._model_mapping[type(config)]
+    own = getattr(config, "auto_map", None) or {}
+    causal = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in own
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def import_modelling(config: Any) -> None:
+    """Import the code of the model that has this configuration, as `from_pretrained` of a language model does."""
+    mapping = language_model_class(config)._model_mapping
+    if type(config) in mapping:
+        mapping[type(config)]
 
 
 def dtype_of(config: Any, folder: Path, tensors: dict[str, Stored]) -> torch.dtype:

@@ -84,7 +84,7 @@ def test_every_exception_crosses_a_process_with_its_text_and_exit_code(kind: typ
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert (str(copy), copy.__dict__["after"]) == ("what, where, what to do", 3.0)
-    assert copy.exit_code == (2 if kind is BadInputError else 1)
+    assert copy.exit_code == (2 if issubclass(kind, BadInputError) else 1)
 
 
 def test_an_error_is_one_line_and_only_a_foreign_one_is_named_by_its_class() -> None:

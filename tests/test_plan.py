@@ -61,7 +61,7 @@ def plan(folder: Path, source: Path | str, *sets: str, **environment: str) -> To
 
 
 def vlm(model: Path) -> None:
-    change(model / "config.json", model_type="llava", architectures=["LlavaForConditionalGeneration"])
+    change(model / "config.json", model_type="blip-2", architectures=["Blip2ForConditionalGeneration"])
 
 
 def reward(model: Path) -> None:
@@ -89,7 +89,7 @@ def unwritable(model: Path) -> None:
 
 
 REFUSED = [
-    (vlm, "it is LlavaForConditionalGeneration, which tame cannot measure: it reads images beside text"),
+    (vlm, "it is Blip2ForConditionalGeneration, which tame cannot measure: it writes text of images alone"),
     (reward, "it is LlamaForSequenceClassification, which tame cannot measure: it gives scores"),
     (embedding, "it makes embeddings (modules.json says so)"),
     (llama4, "it is Llama4ForCausalLM, which tame cannot release"),

@@ -19,8 +19,15 @@ HEADLESS = "MODEL_MAPPING_NAMES"
 ENCODER_DECODER = "it is an encoder-decoder, for which perplexity over a text has no meaning"
 SCORES = "it gives scores, as reward models do, not text"
 LABELS = "it labels tokens, and writes none"
+IMAGES = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"
+"""Models that read images beside text: their language model is measured by text alone."""
+NO_TEXT = (
+    "blip", "blip-2", "instructblip", "instructblipvideo", "git", "kosmos-2", "kosmos-2.5", "pix2struct",
+    "vision-encoder-decoder", "udop", "florence2", "fuyu", "got_ocr2", "idefics", "mllama",
+)  # fmt: skip
+"""Those of them that write no text without an image, or with encoders of their own between."""
 OTHERS = {
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "it reads images beside text",
+    IMAGES: "it writes text of images alone",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "it reads sound or images beside text",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "it turns speech into text",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": ENCODER_DECODER,
@@ -109,6 +116,8 @@ def _other(kind: str, name: str | None) -> str | None:
         return None
     for known, reason in OTHERS.items():
         is_class = table(known).get(kind) == name if name else causal is None and kind in table(known)
+        if is_class and known == IMAGES and kind not in NO_TEXT:
+            return None
         if is_class and (causal is None or ("IMAGE" not in known and "MULTIMODAL" not in known)):
             return reason
     if causal is None:

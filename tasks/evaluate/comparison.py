@@ -1,5 +1,6 @@
 """Turns the measured parts of a model into metrics with intervals, paired with the baseline's. Imports no torch."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,14 +13,16 @@ import numpy as np
 from configs.errors import TameError
 from configs.schema import Evaluate
 from tasks.evaluate.evidence import WHICH
-from tasks.evaluate.statistics import interval, mcnemar
+from tasks.evaluate.statistics import interval, mcnemar, recovery
 from tasks.metrics import nats
 
-STAGE = 5
+STAGE = 6
 RESULT = "evaluation.json"
 TASK = "tasks/"
 """How the names of the parts that are tasks begin."""
 FEW_WINDOWS = 10
+TOO_GOOD = "{} {} than the baseline's beyond its interval, which quantizing does not do: look for what differs in the measurement"
+LONG, LONG_PARTS = 2049, (0, 2048, 8192, 32_768)  # scored positions of a long window, and where its parts begin
 EXAMPLES = 10  # of the answers of a task that changed, kept with their question in each direction
 Metrics = dict[str, float]
 Folders = dict[str, Path]
@@ -133,6 +136,8 @@ def _scores(pair: Pair) -> Outcome:
         kl = measured["kl"].astype(np.float64)
         rows["kl"] = kl.mean(axis=1)
         metrics |= _with_interval("perplexity_ratio", rows["loss"] - before, pair.seed, np.exp)
+        if metrics.get("perplexity_ratio_high", 1) < 1:
+            notes.append(TOO_GOOD.format("perplexity is", "lower"))
         metrics |= _with_interval("kl_mean", rows["kl"], pair.seed)
         metrics |= {
             "kl_median": float(np.median(kl)),
@@ -147,15 +152,40 @@ def _scores(pair: Pair) -> Outcome:
             )
     if (count := len(rows["loss"])) < FEW_WINDOWS:
         notes.append(f"only {count} windows: the intervals are rough" if count > 1 else "one window: no intervals")
+    curve = _curve(measured["loss"], measured["kl"] if pair.theirs is not None else None)
+    (pair.evidence / "positions.json").write_text(json.dumps(curve))
+    for part in (long for long in curve if measured["loss"].shape[1] >= LONG and long["from"] in LONG_PARTS):
+        where = f"from_{part['from']}"
+        metrics |= {f"{name}_{where}": part[name] for name in ("perplexity", "kl_mean") if name in part}
     (pair.evidence / "windows.json").write_text(
         json.dumps([dict(zip(rows, map(float, row), strict=True)) for row in zip(*rows.values(), strict=True)])
     )
     return Outcome(metrics, notes, {**pair.ours.result["protocol"], **({"floor": floor} if floor else {})})
 
 
+def _curve(loss: Any, kl: Any) -> list[dict[str, float]]:
+    """Perplexity, and mean KL divergence, by position in a window: quantizing hurts first where the context is long.
+
+    Each part is twice as long as what is before it, from the first 128 positions on; of a window of 8,192 and more they are
+    those up to 2,048, 8,192 and 32,768.
+    """
+    length = loss.shape[1]
+    edges = [0, *(LONG_PARTS[1:] if length >= LONG else [128 << i for i in range(20)])]
+    edges = [*(edge for edge in edges if edge < length), length]
+    return [
+        {
+            "from": start,
+            "to": end,
+            "perplexity": float(np.exp(loss[:, start:end].astype(np.float64).mean())),
+            **({} if kl is None else {"kl_mean": float(kl[:, start:end].astype(np.float64).mean())}),
+        }
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
 def _with_interval(name: str, values: Any, seed: int, statistic: Callable[[Any], Any] = lambda means: means) -> Metrics:
     """`statistic(mean of values)` under `name`, with its interval where there is one."""
-    point = float(statistic(np.mean(values)))
+    point = float(statistic(np.mean(values, axis=0)))
     bounds = interval(values, point, seed, statistic)
     return {name: point} | (dict(zip((f"{name}_low", f"{name}_high"), bounds, strict=True)) if bounds else {})
 
@@ -227,6 +257,10 @@ def _changes(name: str, pair: Pair) -> Changes:
         lost, won = ([keys[i] for i in np.flatnonzero(difference == sign)] for sign in (-1, 1))
         metrics |= _with_interval(f"task/{name}/{metric}_difference", difference, pair.seed)
         metrics[f"task/{name}/{metric}_p"] = mcnemar(len(lost), len(won))
+        if pairs[:, 1].any():
+            metrics |= _with_interval(f"task/{name}/{metric}_recovery", pairs, pair.seed, recovery)
+        if metrics.get(f"task/{name}/{metric}_difference_low", 0) > 0:
+            notes.append(TOO_GOOD.format(f"task {name}: {metric} is", "higher"))
         if changed is None:
             changed = lost, won
             flips, floor = len(lost) + len(won), pair.theirs.result["tasks"][name].get("floor")

@@ -54,6 +54,13 @@ def windows(folder: str | None) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
 
 
+def positions(folder: str | None) -> list[dict[str, Any]]:
+    """Perplexity and mean KL divergence of a variant by position in a window: {from, to, perplexity, kl_mean} a part."""
+    path = Path(folder) / "positions.json" if folder else None
+    found = json.loads(path.read_bytes()) if path and path.is_file() else []
+    return [part for part in found if "kl_mean" in part]
+
+
 def flips(baseline: str | None, variant: str | None) -> list[Flips]:
     """What changed between right and wrong, a task each, by its first score that is 0 or 1 for every item."""
     if not baseline or not variant:

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from configs.errors import BadInputError, TameError, line
+from tasks.download.architectures import IMAGES, table
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import check_loaded_tokenizer
 from tasks.evaluate.cpu_float32 import slow
+from tasks.evaluate.float16 import dtype_on, follow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
 from tasks.quantize.methods import described_by, libraries
@@ -92,7 +94,9 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         TameError: the checkpoint does not load, or there is no memory for it.
     """
     quieten_measuring()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tasks.transformers_adapter import language_model_class
 
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -108,18 +112,19 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
     check_loaded_tokenizer(tokenizer, path)
     quantized = getattr(config, "quantization_config", None) is not None
     _import_modelling(config)
-    spread = _spread(path, device)
+    spread, dtype = _spread(path, device), dtype_on(device, config, notes)
+    auto = language_model_class(config)
     started = time.perf_counter()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             str(path),
-            dtype="auto",
+            dtype=dtype,
             device_map=spread,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
-        model.eval()
+        follow(model.eval(), dtype)
         synchronize(device)
     except Exception as error:
         if out_of_memory(error):
@@ -128,9 +133,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
             ) from None
         raise TameError(f"{path}: the checkpoint does not load ({type(error).__name__}: {line(error)})") from None
     seconds = time.perf_counter() - started
-    if missing := sorted(
-        report["missing_keys"]
-    ):  # transformers would draw them at random, and say no more than a warning
+    if missing := sorted(report["missing_keys"]):  # transformers would draw them at random, and only warn
         raise TameError(f"{path}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all); make it again")
     return Loaded(
         model=model,
@@ -152,9 +155,9 @@ def _check_kind(config: Any, path: Path) -> list[str]:
             f"{path}: {kind} is an encoder-decoder, and perplexity over a text has no meaning for it; tame measures "
             "decoder-only language models"
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "AutoModelForCausalLM" not in (
-        getattr(config, "auto_map", None) or {}
-    ):
+    own = getattr(config, "auto_map", None) or {}
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in table(IMAGES)
+    if not known and "AutoModelForCausalLM" not in own:
         raise BadInputError(
             f"{path}: {kind} is not a causal language model that transformers knows; tame cannot measure it"
         )

@@ -274,6 +274,7 @@ def _blame(loaded: Loaded, tokens: Array, loss: Array) -> TameError:
         for hook in hooks:
             hook.remove()
     where = f"; the first output that is not finite is that of {first[0]}" if first else ""
-    return TameError(
-        f"the logits are not finite at window {window}, position {position}{where}; this model cannot be measured"
-    )
+    why = "this model cannot be measured"
+    if loaded.dtype == "float16":
+        why = "its activations leave float16's range: measure it on a device with bfloat16, or with --device cpu"
+    return TameError(f"the logits are not finite at window {window}, position {position}{where}; {why}")

@@ -16,17 +16,23 @@ def interval(
 ) -> tuple[float, float] | None:
     """A percentile bootstrap interval, 95 %, of `statistic(mean of values)`; None for fewer than two values.
 
-    `values` [n] are of independent units, windows or items; what is paired is subtracted before, so that the same units are
-    drawn for both. The interval always holds `point`, which a percentile interval of a few skewed values may miss.
+    `values` [n], or [n, k] for a statistic of k means, are of independent units, windows or items; what is paired is subtracted
+    before, or in one row, so that the same units are drawn for both. The interval always holds `point`, which a percentile interval of a few skewed values may miss.
     """
     if len(values) < 2:
         return None
     draws = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
+    means = np.empty((RESAMPLES, *values.shape[1:]))
     for i in range(0, RESAMPLES, 100):  # in parts, so that a long text takes no gigabytes
         means[i : i + 100] = values[draws.integers(0, len(values), (100, len(values)))].mean(axis=1)
     low, high = np.quantile(statistic(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return min(float(low), point), max(float(high), point)
+
+
+def recovery(means: Array) -> Array:
+    """The first of two means as a share of the second; of a resample in which that is 0, nothing is known, and it counts as 1."""
+    ours, theirs = means[..., 0], means[..., 1]
+    return np.divide(ours, theirs, out=np.ones_like(ours), where=theirs > 0)
 
 
 def mcnemar(only_baseline: int, only_variant: int) -> float:

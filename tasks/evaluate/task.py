@@ -14,13 +14,13 @@ from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import Role, Work, measure
 from tasks.quantize.methods import described_by
 from tasks.runtime.child_process import isolated
-from tasks.runtime.device import held, name_of, pick, versions
+from tasks.runtime.device import held, instead_of_bfloat16, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Checkpoint, EvaluatedPart, Evaluation, Snapshot
 
-STAGE = 5  # raise it when what a part measures, or how, changes
+STAGE = 6  # raise it when what a part measures, or how, changes
 DECIDING = ("torch", "transformers", "tokenizers")
 """The libraries that decide the numbers of any model. Those that load or place its weights do not change them."""
 
@@ -121,8 +121,10 @@ class _Parts(NamedTuple):
 
 def _common(work: Work, digest: str) -> dict[str, Any]:
     """What decides the numbers of every part: the model, by its digest, the device and the libraries."""
+    other = instead_of_bfloat16(work.device)
     return {
         "model": digest,
+        **({"instead_of_bfloat16": other} if other else {}),
         "trust_remote_code": work.trust_remote_code,
         "device": name_of(work.device),
         "stage": STAGE,

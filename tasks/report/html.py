@@ -35,6 +35,7 @@ QUALITY = (
     "Perplexity, as a ratio to the original's",
     "How often the most likely token is the original's",
     "Divergence by window of the text",
+    "Divergence by position in the window",
 )
 COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_bytes", "load_seconds")
 
@@ -124,7 +125,7 @@ def _drawn(
         quality = [plots.judged(result, "kl_mean", gate.max_mean_kl), plots.judged(result, "perplexity_ratio", ratio)]
         quality.append(plots.judged(result, "top1_agreement", gate.min_top1_agreement))
         cost = [plots.bars(result, name) for name in COST]
-        return [*quality, plots.windows(result), *cost, *map(plots.layers, result.variants)]
+        return [*quality, plots.windows(result), plots.positions(result), *cost, *map(plots.layers, result.variants)]
 
     def make(folder: Path) -> on_disk.Made:
         (folder / "plots.json").write_text(json.dumps(draw()))
@@ -135,7 +136,7 @@ def _drawn(
         for row in formatting.rows(result)
     ]
     inputs = {
-        "stage": 3,
+        "stage": 4,
         "matplotlib": version("matplotlib"),
         "gate": repr(result.recipe.gate.model_dump(mode="json")),
         "shown": repr(shown),

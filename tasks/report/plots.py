@@ -154,6 +154,28 @@ def windows(result: Result) -> Plot | None:
     return _svg(canvas, "windows"), f"KL divergence by window of the text, {len(found[0][1])} windows. {said}."
 
 
+def positions(result: Result) -> Plot | None:
+    """The mean KL divergence by position in the window, a line a variant: does it grow with the context?"""
+    found = [(row, parts) for row in result.variants if len(parts := evidence.positions(row.evidence)) > 1]
+    if not found:
+        return None
+    canvas, axes = _axes(3.2)
+    for i, (row, parts) in enumerate(found):
+        ends, values = [part["to"] for part in parts], [part["kl_mean"] for part in parts]
+        axes.plot(ends, values, marker="osD^v"[i % 5], color=_ink(row), label=_short(row.name))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("KL divergence (nats) up to this position in the window", fontsize=12)
+    axes.legend(frameon=False, fontsize=11, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    said = "; ".join(
+        f"{row.name}: {figure('kl_mean', parts[0]['kl_mean'])} up to {parts[0]['to']}, "
+        f"{figure('kl_mean', parts[-1]['kl_mean'])} from {parts[-1]['from']} on"
+        for row, parts in found
+    )
+    return _svg(canvas, "positions"), f"KL divergence by position in the window. {said}."
+
+
 def layers(row: ResultVariant) -> Plot | None:
     """The relative error of a variant's weights over depth, a line a kind of layer; experts of a depth as their mean."""
     found = evidence.layers(row.evidence)

@@ -23,6 +23,7 @@ from tasks.runtime.retry import retry
 log = logging.getLogger("tame.device")
 
 DECIDING = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "lm_eval", "datasets")
+AMPERE, COMPUTE_CAPABILITY_MAJOR = 8, 75  # the latter a CUdevice_attribute of cuda.h
 LEASE = 60.0
 """Seconds after which Prefect takes back the device of a process that died with it."""
 
@@ -34,6 +35,8 @@ class Gpu(BaseModel):
 
     name: str
     memory_bytes: int
+    bfloat16: bool = Field(True, exclude=True)
+    """Whether it computes in bfloat16 by itself: those before Ampere, such as the T4, only pretend to, slowly."""
     uuid: str | None = Field(None, exclude=True)
     """GPU-…, as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
 
@@ -53,12 +56,15 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for index in range(count.value):
         device, size, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        major = ctypes.c_int(AMPERE)
         uuid = ctypes.create_string_buffer(16)
         cuda.cuDeviceGet(ctypes.byref(device), index)
         cuda.cuDeviceGetName(name, len(name), device)
         cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
         known = None if cuda.cuDeviceGetUuid(uuid, device) else f"GPU-{UUID(bytes=uuid.raw)}"
-        found.append(Gpu(name=name.value.decode(errors="replace"), memory_bytes=size.value, uuid=known))
+        called = name.value.decode(errors="replace")
+        found.append(Gpu(name=called, memory_bytes=size.value, bfloat16=major.value >= AMPERE, uuid=known))
     return tuple(found)
 
 
@@ -85,6 +91,13 @@ def pick(device: str = "auto") -> str:
 def pick_all(device: str) -> str:
     """The same for work that all GPUs can share: `cuda` means all that this process sees, and stays `cuda`."""
     return pick(device) if device != "cuda" else pick(device).partition(":")[0]
+
+
+def instead_of_bfloat16(device: str) -> str | None:
+    """The dtype that a model in bfloat16 is measured in on `device`: float16 where it has no bfloat16; None for its own."""
+    if not device.startswith("cuda"):
+        return None
+    return None if gpus()[int(device.partition(":")[2] or 0)].bfloat16 else "float16"
 
 
 def name_of(device: str) -> str:
