@@ -17,7 +17,8 @@ def interval(
     """A percentile bootstrap interval, 95 %, of `statistic(mean of values)`; None for fewer than two values.
 
     `values` [n], or [n, k] for a statistic of k means, are of independent units, windows or items; what is paired is subtracted
-    before, or in one row, so that the same units are drawn for both. The interval always holds `point`, which a percentile interval of a few skewed values may miss.
+    before, or in one row, so that the same units are drawn for both. The interval always holds `point`, which a percentile
+    interval of a few skewed values may miss.
     """
     if len(values) < 2:
         return None
