@@ -1,6 +1,7 @@
 """Families of models: each goes from its plan to its numbers, or is refused in the plan in one line."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from configs.errors import BadInputError
 from configs.schema import Evaluate, Source, TextSource, Variant
 from tasks.download.text import load_text
-from tasks.evaluate.model import load
+from tasks.evaluate.model import dequantize, load
 from tasks.evaluate.perplexity import score_baseline, score_variant
 from tasks.plan import look_at
 from tests.models import VOCABULARY, quantize, tiny, zoo
@@ -52,7 +53,9 @@ def test_a_family_goes_from_plan_to_numbers(name: str, tmp_path: Path) -> None:
     (tmp_path / "variant").mkdir()
     loaded = load(source, "cpu")
     score_baseline(loaded, TEXT, SPEC, tmp_path / "base")
-    score_variant(load(tmp_path / "nf4", "cpu"), tmp_path / "base", source, 4, tmp_path / "variant")
+    variant = load(tmp_path / "nf4", "cpu")
+    dequantize(variant)
+    score_variant(variant, tmp_path / "base", source, 4, tmp_path / "variant")
     ids = torch.from_numpy(np.load(tmp_path / "base" / "tokens.npy")).long()
     with torch.no_grad():
         logits = loaded.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
@@ -64,10 +67,22 @@ def test_a_family_goes_from_plan_to_numbers(name: str, tmp_path: Path) -> None:
         assert any("only its language model was measured" in note for note in notes)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
-def test_others_are_refused_in_the_plan_in_one_line(name: str, tmp_path: Path) -> None:
-    source = tiny(tmp_path / "source", zoo(name))
-    with pytest.raises(BadInputError) as refused:
+@pytest.mark.parametrize(
+    ("kind", "architecture", "said"),
+    [
+        ("t5", "T5ForConditionalGeneration", "an encoder-decoder"),
+        ("whisper", "WhisperForConditionalGeneration", "turns speech into text"),
+        ("llama", "LlamaForSequenceClassification", "gives scores, as reward models do"),
+        ("qwen3", "Qwen3Model", "has no output head, as embedding models have none"),
+    ],
+)
+def test_others_are_refused_in_the_plan_in_one_line(
+    kind: str, architecture: str, said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": kind, "architectures": [architecture]}))
+    with pytest.raises(BadInputError, match=said) as refused:
         look_at(Source(model=str(source)))
     assert "\n" not in str(refused.value)
 

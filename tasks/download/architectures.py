@@ -58,7 +58,7 @@ def is_native(config: dict[str, Any]) -> bool:
     if not isinstance(kind, str) or kind not in table(CONFIGS):
         return False
     if not name:
-        return kind in table(CAUSAL)
+        return kind in table(CAUSAL) or kind in table(IMAGES)
     return any(table(known).get(kind) == name for known in (CAUSAL, HEADLESS, *OTHERS))
 
 
