@@ -219,17 +219,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from configs.load import explain
     from configs.schema import Evaluate, Source
 
-    given = {
-        "window": options.window,
-        "max_tokens": options.max_tokens,
-        "tasks": options.tasks,
-        "task_path": options.task_path,
-        "task_limit": options.task_limit,
-        "task_new_tokens": options.task_new_tokens,
-        "batch_size": options.batch_size,
-        "bos": options.bos,
-        "chat": options.chat,
-    }
+    names = ("window", "max_tokens", "tasks", "task_path", "task_limit", "task_new_tokens", "batch_size", "bos", "chat")
+    given = {name: getattr(options, name) for name in names}
     asked = {key: value for key, value in given.items() if value is not None}
     for part in ("speed", "samples"):  # seconds to minutes of work that a recipe asks for, and here a flag
         asked |= {} if getattr(options, part) else {part: None}

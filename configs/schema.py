@@ -190,7 +190,7 @@ class Variant(Spec):
     def label(self) -> str:
         """The given name, a checkpoint's, or the method's with what was chosen: `nf4`, `nf4-dq-cal-fast`, `w4a16-g64`, …."""
         if self.checkpoint is not None:
-            return self.name or _name(self.checkpoint.rstrip("/").rsplit("/", 1)[-1])
+            return self.name or name_of(self.checkpoint.rstrip("/").rsplit("/", 1)[-1])
         chosen = ["dq"] if self.double_quant else []
         if self.group_size is not None:
             chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
