@@ -14,8 +14,8 @@ from configs.method_names import INTEGER_METHODS, WITH_EXPERTS
 from configs.schema import Recipe, Source, Variant
 from configs.settings import home
 from tasks.calibrate.prepare import calibrate
-from tasks.download.facts import Facts, facts_of
 from tasks.download.adapter import base_of
+from tasks.download.facts import Facts, facts_of
 from tasks.download.look import look, tokenizer_folder
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
