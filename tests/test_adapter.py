@@ -1,6 +1,7 @@
 """LoRA adapters: the bytes of PEFT's merge_and_unload, tensor by tensor, and a source that is an adapter alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_adapters_that_cannot_be_merged_are_refused_by_name(
     adapter = write_adapter(tmp_path / "mine", str(tiny_llama), **config)
     with pytest.raises(BadInputError, match=said):
         look(Source(model=str(tiny_llama), adapter=str(adapter)))
+
+
+def test_a_base_that_is_quantized_takes_no_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    adapter = write_adapter(tmp_path / "mine", str(base))
+    with pytest.raises(BadInputError, match="quantized"):
+        look(Source(model=str(base), adapter=str(adapter)))
+    with pytest.raises(BadInputError, match=r"its base .* is quantized; give the base in 16 or 32 bits"):
+        look(Source(model=str(base), adapter=str(adapter)), quantized=True)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, tiny_llama: Path, tame_home: Path) -> None:
