@@ -44,8 +44,9 @@ def _with(adapter: FoundAdapter, source: Source, quantized: bool) -> Found:
     if found.kind == "gguf":
         raise BadInputError(f"source.adapter {adapter.model}: a .gguf takes no adapter; give the base's safetensors")
     if found.config.get("quantization_config") or found.config.get("compression_config"):
+        base = base_of(source, adapter).model
         raise BadInputError(
-            f"source.adapter {adapter.model}: its base {base_of(source, adapter).model} is quantized; give the base in 16 or 32 bits"
+            f"source.adapter {adapter.model}: its base {base} is quantized; give the base in 16 or 32 bits"
         )
     return found.model_copy(update={"quantized": quantized, "adapter": adapter, "name": name_of(adapter, found)})
 
