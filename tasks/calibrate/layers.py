@@ -18,12 +18,12 @@ class Effort:
     """Of the mean of the Hessian's diagonal."""
     share: float = 0.75
     """How much of the error of the blocks before is made up for: GPTAQ's alpha."""
-    factors: tuple[float, ...] = tuple(0.6 + 0.05 * step for step in range(11))
+    factors: tuple[float, ...] = tuple(0.8 + 0.05 * step for step in range(7))
     """What a block's largest magnitude is multiplied with to find its scale; with both signs, where levels are no mirror of
     each other."""
-    refine: int = 2
+    refine: int = 0
     """Least-squares steps of each scale after that, for its own codes."""
-    rounds: int = 3
+    rounds: int = 4
     """How often scales are then fitted to the codes, by least squares with the whole Hessian, and the codes to the scales."""
     tunings: int = 0
     """How often all of the text is then gone through to tune the scales of a block together."""
@@ -50,9 +50,22 @@ def nearest(weight: torch.Tensor, found: torch.Tensor, grid: Grid) -> Codes:
     return Codes(grid.order[grid.ranks(torch.where(spread != 0, weight / spread, 0))], found)
 
 
-def searched(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, effort: Effort) -> Codes:
-    """The nearest codes with scales that are searched for: F32 [rows, columns], and [columns] as `scales.search` takes it."""
-    return nearest(weight, scales.search(weight, importance, grid, effort.factors, effort.refine), grid)
+def searched(weight: torch.Tensor, hessian: torch.Tensor, name: str, grid: Grid, effort: Effort) -> Codes:
+    """Codes that are chosen together within each block of columns, with scales that are searched for.
+
+    `hessian` has the blocks of the Hessian on its diagonal, F32 [blocks, columns of a block, the same], not damped.
+    """
+    rows = len(weight)
+    made = solve.local_form(hessian, effort.damping, name)
+    importance = hessian.diagonal(dim1=1, dim2=2).reshape(-1)
+    found = scales.search(weight, importance, grid, effort.factors, effort.refine)
+    spread = grid.spread(grid.as_stored(found), (rows, weight.shape[1]))
+    several = ROWS[weight.device.type]
+    pieces = [slice(start, start + several) for start in range(0, rows, several)]
+    ranks = torch.cat([solve.local_loop(weight[piece], spread[piece], made, grid) for piece in pieces])
+    if hessian.shape[1] == grid.block:
+        found = solve.local_refit(weight, found, ranks, made, grid)
+    return Codes(grid.order[ranks], found)
 
 
 def solved(

@@ -19,9 +19,14 @@ from tasks.runtime.progress import Progress
 log = logging.getLogger("tame.calibrate")
 
 Level = Literal["fast", "true", "best"]
-EFFORTS: dict[Level, Effort] = {"fast": Effort(refine=3), "true": Effort(), "best": Effort(rounds=6, tunings=4)}
-FAST_TOKENS = 8192  # the mean squares of a layer's inputs need no more
-AT_ONCE = {"cpu": 4096, "cuda": 8192}  # tokens that go through a block together
+EFFORTS: dict[Level, Effort] = {
+    "fast": Effort(factors=tuple(0.6 + 0.05 * step for step in range(11))),
+    "true": Effort(),
+    "best": Effort(rounds=8, tunings=4),
+}
+FAST_TOKENS = 8192  # the products of 64 columns need no more
+AT_ONCE = 4096  # tokens that go through a block together
+FAST_AT_ONCE = 1024  # the first of them go through it once more, to see which layers share an input
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     finished = Finished(asked.work, asked.identity)
     fast = asked.level == "fast"
     ids = _spread(asked.ids, FAST_TOKENS) if fast else asked.ids
-    at_once = max(1, AT_ONCE[model.device.type] // ids.shape[1])
+    at_once = max(1, (FAST_AT_ONCE if fast else AT_ONCE) // ids.shape[1])
     streams = Streams(model, ids, at_once, asked.work)
     model.unload_rest()
     wanted = {called[name] for name in asked.weights} - {called[name] for name in outside}

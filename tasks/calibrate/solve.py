@@ -8,6 +8,7 @@ model, one token a row, and H = X^T X, weights Q instead of a target T cost tr((
   (Li et al. 2025, GPTAQ, arXiv 2504.02692), of which a part is taken.
 - `column_loop`: GPTQ's: column after column is rounded, and what was lost is put on the columns to come, by the rows of the
   Cholesky factor of H^-1. Columns go by falling diagonal; scales are static.
+- `local_loop`: the same within each block of columns that share scales, all blocks at once, by the blocks of H on its diagonal.
 - `descend`: every column again, given all others: coordinate descent (Behdin et al. 2023, QuantEase, arXiv 2309.01885).
 - `refit`: the scales again, given the codes: least squares, block by block.
 """
@@ -21,6 +22,7 @@ from tasks.calibrate.grid import Grid
 
 log = logging.getLogger("tame.calibrate")
 
+RAISED = "the Hessian of %s cannot be inverted; its damping is raised to %g of the mean diagonal"
 STEP = 128  # columns between two products with all that come after
 
 
@@ -50,16 +52,14 @@ def form(hessian: torch.Tensor, damping: float, name: str) -> Form:
     mean = float(diagonal.mean())
     while True:
         hessian.diagonal().copy_(diagonal).add_(damping * mean if mean > 0 else 1.0)
-        lower, failed = torch.linalg.cholesky_ex(hessian[reverse][:, reverse])
+        lower, failed = torch.linalg.cholesky_ex(hessian[reverse[:, None], reverse])
         if not failed:
             break
         damping *= 10
-        log.warning(
-            "the Hessian of %s cannot be inverted; its damping is raised to %g of the mean diagonal", name, damping
-        )
-    identity = torch.eye(len(hessian), device=hessian.device)
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    del lower, identity
+        log.warning(RAISED, name, damping)
+    factor = torch.eye(len(hessian), device=hessian.device)
+    torch.linalg.solve_triangular(lower, factor, upper=False, out=factor)  # in place: such a matrix can have 0.6 GB
+    del lower
     return Form(order, hessian, factor.flip(0, 1), damping)
 
 
@@ -87,6 +87,69 @@ def column_loop(goal: torch.Tensor, scales: torch.Tensor, made: Form, grid: Grid
     out = torch.empty_like(ranks)
     out[made.order] = ranks
     return out.T.contiguous()
+
+
+@dataclass
+class LocalForm:
+    """The blocks of a Hessian on its diagonal, damped, F32 [blocks, columns, columns], and their factors, as in `Form`.
+
+    `order` is that of the columns within each block, Int64 [blocks, columns].
+    """
+
+    order: torch.Tensor
+    hessian: torch.Tensor
+    factor: torch.Tensor
+
+
+def local_form(hessian: torch.Tensor, damping: float, name: str) -> LocalForm:
+    """Damp and factor the blocks, F32 [blocks, columns, columns], as `form` does with a whole Hessian."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    reverse = order.flip(1)
+    mean = float(diagonal.mean())
+    identity = torch.eye(hessian.shape[1], device=hessian.device)
+    while True:
+        damped = hessian + (damping * mean if mean > 0 else 1.0) * identity
+        turned = damped.gather(1, reverse[:, :, None].expand_as(damped))
+        lower, failed = torch.linalg.cholesky_ex(turned.gather(2, reverse[:, None, :].expand_as(damped)))
+        if not bool(failed.any()):
+            break
+        damping *= 10
+        log.warning(RAISED, name, damping)
+    factor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    return LocalForm(order, damped, factor.flip(1, 2))
+
+
+def local_loop(goal: torch.Tensor, scales: torch.Tensor, made: LocalForm, grid: Grid) -> torch.Tensor:
+    """As `column_loop`, with what was lost put on the later columns of the same block alone."""
+    rows = len(goal)
+    blocks, width = made.order.shape
+    place = made.order[:, :, None].expand(blocks, width, rows)
+
+    def turned(values: torch.Tensor) -> torch.Tensor:
+        """[rows, columns] as [blocks, columns of a block in their order, rows]."""
+        return values.T.view(blocks, width, rows).gather(1, place)
+
+    rest, scale = turned(goal), turned(scales)
+    kept, ranks = torch.empty_like(rest), torch.empty(rest.shape, dtype=torch.int32, device=goal.device)
+    for j in range(width):
+        wanted, own = rest[:, j], scale[:, j]
+        if j:
+            wanted = wanted - (made.factor[:, None, :j, j] @ kept[:, :j])[:, 0]
+        ranks[:, j] = grid.ranks(torch.where(own != 0, wanted / own, 0))
+        kept[:, j] = (wanted - grid.sorted[ranks[:, j]] * own) / made.factor[:, j, j, None]
+    out = torch.empty_like(ranks).scatter_(1, place, ranks)
+    return out.view(-1, rows).T.contiguous()
+
+
+def local_refit(goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: LocalForm, grid: Grid) -> torch.Tensor:
+    """As `refit`, with each block by itself."""
+    blocks, width = made.order.shape
+    levels = grid.sorted[ranks].view(len(goal), blocks, width).transpose(0, 1)
+    weighted = levels @ made.hessian
+    over = (weighted * levels).sum(2)
+    least = (weighted * goal.view(len(goal), blocks, width).transpose(0, 1)).sum(2) / over
+    return torch.where(over > 0, least, scales.view(len(goal), blocks).T).T.reshape(-1)
 
 
 def descend(goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: Form, grid: Grid) -> torch.Tensor:

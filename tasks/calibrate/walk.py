@@ -112,25 +112,29 @@ class Walk:
             self.streams.put("original", piece, self.run(index, "original", piece))
 
     def search(self, index: int, module: nn.Module) -> dict[str, Codes]:
-        """Nearest codes with searched scales, by what the original block gives its layers: one pass through it."""
+        """Codes chosen within each block of columns, by what the original block gives its layers: one pass through it."""
         block = self._look(index, module)
-        squares: dict[str, torch.Tensor] = {}
+        groups = {group.layers[0]: group for group in block.groups}
+        products: dict[str, torch.Tensor] = {}
         tokens: dict[str, int] = {}
 
         def look(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
-            flat = given.reshape(-1, given.shape[-1]).float()
-            squares[name] = squares.get(name, 0) + flat.square().sum(0)
-            tokens[name] = tokens.get(name, 0) + len(flat)
+            if name in groups:
+                flat = given.reshape(-1, given.shape[-1]).float()
+                products[name] = products.get(name, 0) + _local_products(flat, self.grid.block)
+                tokens[name] = tokens.get(name, 0) + len(flat)
             return run(given)
 
         with looking(module, block.layers, look):
             for piece in range(len(self.streams.pieces)):
                 self.streams.put("original", piece, self.run(index, "original", piece))
         chosen = {}
-        for name, total in squares.items():
-            if tokens[name]:
-                self._check(block, name, total)
-                chosen[name] = searched(block.weight(name), total / tokens[name], self.grid, self.effort)
+        for first, total in products.items():
+            if tokens[first]:
+                self._check(block, first, total.diagonal(dim1=1, dim2=2))
+                total /= tokens[first]
+                for name in groups[first].layers:
+                    chosen[name] = searched(block.weight(name), total, f"{block.name}.{first}", self.grid, self.effort)
         chosen |= self._rest(block, chosen)
         return {f"{block.name}.{name}.weight": codes for name, codes in chosen.items()}
 
@@ -278,3 +282,12 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
             total[start:end, before:] += torch.mm(left[:, start:end].T, right[:, before:], out_dtype=torch.float32)
         else:
             total[start:end, before:].addmm_(left[:, start:end].float().T, right[:, before:].float())
+
+
+def _local_products(given: torch.Tensor, block: int) -> torch.Tensor:
+    """X^T X of X, F32 [tokens, columns], for each `block` columns by themselves, or for each where blocks cross rows:
+    F32 [blocks, columns of a block, the same]."""
+    tokens, columns = given.shape
+    width = block if columns % block == 0 else 1
+    parts = given.view(tokens, columns // width, width).transpose(0, 1)
+    return parts.transpose(1, 2) @ parts
