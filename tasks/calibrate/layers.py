@@ -14,16 +14,14 @@ ROWS = {"cpu": 1 << 10, "cuda": 1 << 13}  # of weights, worked on at once
 class Effort:
     """How codes and scales are chosen; the numbers are those that did best on texts that were not calibrated on (RESULTS)."""
 
-    damping: float = 0.01
+    damping: float = 0.1
     """Of the mean of the Hessian's diagonal."""
     share: float = 0.75
     """How much of the error of the blocks before is made up for: GPTAQ's alpha."""
     factors: tuple[float, ...] = tuple(0.8 + 0.05 * step for step in range(7))
     """What a block's largest magnitude is multiplied with to find its scale; with both signs, where levels are no mirror of
     each other."""
-    refine: int = 0
-    """Least-squares steps of each scale after that, for its own codes."""
-    rounds: int = 4
+    rounds: int = 3
     """How often scales are then fitted to the codes, by least squares with the whole Hessian, and the codes to the scales."""
     tunings: int = 0
     """How often all of the text is then gone through to tune the scales of a block together."""
@@ -58,7 +56,7 @@ def searched(weight: torch.Tensor, hessian: torch.Tensor, name: str, grid: Grid,
     rows = len(weight)
     made = solve.local_form(hessian, effort.damping, name)
     importance = hessian.diagonal(dim1=1, dim2=2).reshape(-1)
-    found = scales.search(weight, importance, grid, effort.factors, effort.refine)
+    found = scales.search(weight, importance, grid, effort.factors)
     spread = grid.spread(grid.as_stored(found), (rows, weight.shape[1]))
     several = ROWS[weight.device.type]
     pieces = [slice(start, start + several) for start in range(0, rows, several)]
@@ -93,7 +91,7 @@ def solved(
     goal = weight
     if shift is not None:
         goal = torch.cat([solve.target(weight[piece], shift[piece], made, effort.share) for piece in pieces])
-    found = scales.search(goal, importance, grid, effort.factors, effort.refine)
+    found = scales.search(goal, importance, grid, effort.factors)
     stored = grid.as_stored(found)
     ranks = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
 

@@ -12,9 +12,7 @@ def largest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     return _blocks(weight, grid.block).abs().amax(1)
 
 
-def search(
-    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, factors: tuple[float, ...], refine: int = 0
-) -> torch.Tensor:
+def search(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, factors: tuple[float, ...]) -> torch.Tensor:
     """Scales with the least squared error of the weights, each weighted by its column's importance.
 
     Args:
@@ -22,7 +20,6 @@ def search(
         importance: F32 [columns], the mean square of what each column is multiplied with: the Hessian's diagonal.
         grid: The format's levels.
         factors: What each block's largest magnitude is multiplied with.
-        refine: How often the best scale is then replaced by the least-squares one for its codes, if that is better.
 
     Returns:
         F32 [blocks].
@@ -33,41 +30,29 @@ def search(
     several = max(1, PIECE[weight.device.type] // grid.block)
     for start in range(0, len(blocks), several):
         part, mass = blocks[start : start + several], weights[start : start + several]
-        best[start : start + several] = _search(part, mass, grid, factors, refine)
+        best[start : start + several] = _search(part, mass, grid, factors)
     return best
 
 
-def _search(
-    part: torch.Tensor, mass: torch.Tensor, grid: Grid, factors: tuple[float, ...], refine: int
-) -> torch.Tensor:
+def _search(part: torch.Tensor, mass: torch.Tensor, grid: Grid, factors: tuple[float, ...]) -> torch.Tensor:
     top = part.abs().amax(1)
     best, least = top.clone(), torch.full_like(top, torch.inf)
     if grid.signed and not grid.mirrored:
         factors = (*factors, *(-factor for factor in factors))
     for factor in factors:
         scale = top * factor
-        error, _ = _error(part, mass, scale, grid)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    for _ in range(refine):
-        _, levels = _error(part, mass, best, grid)
-        weighted = mass * levels
-        over = (weighted * levels).sum(1)
-        scale = torch.where(over > 0, (weighted * part).sum(1) / over, best)
-        error, _ = _error(part, mass, scale, grid)
+        error = _error(part, mass, scale, grid)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
 
 
-def _error(
-    part: torch.Tensor, mass: torch.Tensor, scale: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each block's weighted squared error with these scales, and the levels that its weights get."""
+def _error(part: torch.Tensor, mass: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Each block's weighted squared error with these scales."""
     inverse = torch.where(scale != 0, 1 / scale, 0)
     levels = grid.roughly(part * inverse[:, None])
     lost = torch.addcmul(part, levels, scale[:, None], value=-1)
-    return lost.square_().mul_(mass).sum(1), levels
+    return lost.square_().mul_(mass).sum(1)
 
 
 def _blocks(values: torch.Tensor, block: int) -> torch.Tensor:

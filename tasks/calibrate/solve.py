@@ -142,7 +142,9 @@ def local_loop(goal: torch.Tensor, scales: torch.Tensor, made: LocalForm, grid: 
     return out.view(-1, rows).T.contiguous()
 
 
-def local_refit(goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: LocalForm, grid: Grid) -> torch.Tensor:
+def local_refit(
+    goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: LocalForm, grid: Grid
+) -> torch.Tensor:
     """As `refit`, with each block by itself."""
     blocks, width = made.order.shape
     levels = grid.sorted[ranks].view(len(goal), blocks, width).transpose(0, 1)
