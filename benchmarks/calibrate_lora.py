@@ -24,7 +24,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    ids = AutoTokenizer.from_pretrained(options.folder)(Path(options.text).read_text(encoding="utf-8"))["input_ids"][:512]
+    ids = AutoTokenizer.from_pretrained(options.folder)(Path(options.text).read_text(encoding="utf-8"))["input_ids"][
+        :512
+    ]
     batch = torch.tensor(ids).view(4, -1)
     adam = torch.optim.Adam((one for one in model.parameters() if one.requires_grad), lr=1e-3)
     for step in range(options.steps + 1):
