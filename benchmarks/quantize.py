@@ -263,7 +263,7 @@ def exactness(options: argparse.Namespace) -> None:
     """Compare every tensor, and the file, with what transformers saves."""
     import transformers
 
-    from tasks.quantize.quiet import quieten
+    from tasks.runtime.quiet import quieten
     from tests.models import ZOO, quantize, tiny, zoo
 
     quieten()
