@@ -162,7 +162,10 @@ def _check_kind(config: Any, path: Path) -> list[str]:
             f"{path}: {kind} is not a causal language model that transformers knows; tame cannot measure it"
         )
     if config.get_text_config() is not config:
-        return [f"{kind} takes more than text; only its language model was measured"]
+        return [
+            f"{kind} takes more than text; only its language model was measured, and not what quantizing did to "
+            "its other parts"
+        ]
     return []
 
 
