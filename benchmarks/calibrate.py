@@ -97,6 +97,7 @@ def quality(options: argparse.Namespace) -> None:
         text=CalibrationSource(files=options.calibrate), sequences=options.sequences, length=options.length
     )
     made = calibrate(snapshot, spec)
+    print(f"sequences: {made.path}", flush=True)
     judged = {
         Path(text).name: _windows(snapshot.path, Path(text), options.window, options.tokens) for text in options.text
     }
