@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import configs.early  # noqa: F401  before the rest
 from configs.command_line import NEXT, is_recipe, parser_of
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.method_names import METHODS
 from configs.settings import unknown
-from tasks.runtime.environment import check_addresses, set_up, stop_at_interrupts
+from tasks.runtime.environment import check_addresses, end_interrupted, set_up, stop_at_interrupts
 from tasks.runtime.progress import begin, say, width
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _say(f"{named_line(error, limit=None)} (--debug shows where)", options.debug, 1)
     sys.stdout.flush()
     if code == 130:
-        os._exit(code)  # libraries have nothing to say at the end
+        end_interrupted()  # libraries have nothing to say at the end
     sys.exit(code)
 
 

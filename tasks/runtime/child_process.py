@@ -113,13 +113,16 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if not _preloaded_under:
+        from multiprocessing import resource_tracker
         from multiprocessing.forkserver import ensure_running
 
         _preloaded_under.update(settings)
         context.set_forkserver_preload(PRELOADED)
         given = {name: os.environ.get(name) for name in always}
         os.environ.update(always)
-        # It would say that Ctrl-C, which a terminal sends to all processes, has interrupted its imports.
+        # It would say that Ctrl-C, which a terminal sends to all processes, has interrupted its imports. The tracker first: when
+        # it is started it lets signals through again.
+        resource_tracker.ensure_running()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             ensure_running()

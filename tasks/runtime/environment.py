@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from configs.errors import BadInputError, bare_address
 from tasks.runtime import progress
@@ -110,19 +111,33 @@ def stop_at_interrupts() -> None:
         return
 
     def at_once(_number: int, _frame: FrameType | None) -> None:
-        os._exit(130)
+        end_interrupted()
 
     def in_order(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, at_once)
         clear = b"\r\x1b[2K" if progress.is_terminal() else b""
         os.write(2, clear + b"tame: stopped; the next run goes on from what is finished\n")
         _hear_no_more()
-        ending = threading.Timer(GRACE, os._exit, [130])
+        ending = threading.Timer(GRACE, end_interrupted)
         ending.daemon = True
         ending.start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, in_order)
+
+
+def end_interrupted() -> NoReturn:
+    """End this process now, and the stages that it has started, which would else go on until they look whether it is there.
+
+    What has a session of its own, as Prefect's temporary server has, ends in good order by itself.
+    """
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):
+            if os.getsid(child.pid) == os.getsid(0) and "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+    os._exit(130)
 
 
 def _hear_no_more() -> None:
