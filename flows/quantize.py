@@ -66,16 +66,7 @@ def quantize(
     ] = None,
     private: Annotated[bool, Field(description="Visible to you alone on the Hub.")] = True,
 ) -> State[Result]:
-    """Quantize a model, measure what that costs, and publish what is close enough to the original.
-
-    Args:
-        model: What to start from.
-        formats: What to make of it.
-        calibrate: Whether codes are chosen on a text where the format can.
-        most_damage: The gate's limit.
-        publish_to: Owner on the Hub.
-        private: Whether only the owner sees it.
-    """
+    """Quantize a model, measure what that costs, and publish what is close enough to the original."""
     try:
         recipe = recipe_of(model, formats, calibrate, most_damage, publish_to, private)
     except TameError as error:

@@ -112,10 +112,20 @@ def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
             try:
                 waits = kind == "process" and name != work_queues.DEFAULT  # Prefect's own workers do not wake a queue
                 about = work_queues.UNSERVED if waits else None
-                client.create_work_queue(name, about, is_paused=waits, work_pool_name=work_queues.POOL)
+                made = client.create_work_queue(name, about, is_paused=waits, work_pool_name=work_queues.POOL)
+                if waits:  # the pages show a queue as paused only if it has become so
+                    client.update_work_queue(made.id, is_paused=True)
                 yield f"queue {name}"
             except ObjectAlreadyExists:
                 pass
+
+
+def _titled(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a form, its fields named as people write them: Prefect takes the names of the parameters."""
+    for name, field in schema.get("properties", {}).items():
+        if field.get("title") == name:
+            field["title"] = name.replace("_", " ").capitalize()
+    return schema
 
 
 def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[str]:
@@ -131,7 +141,7 @@ def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[s
         "description": spec["description"],
         "tags": spec.get("tags", []),
         "parameters": spec.get("parameters", {}),
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+        "parameter_openapi_schema": _titled(parameter_schema(flow).model_dump(exclude_unset=True)),
         "enforce_parameter_schema": True,
         "work_pool_name": spec["work_pool"]["name"],
         "work_queue_name": spec["work_pool"]["work_queue_name"],

@@ -28,6 +28,7 @@ ANSWER_WITHIN = 10.0
 """Seconds that a server has for saying that it is there: one that hangs would else cost each call most of a minute."""
 
 SETTINGS = {
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
