@@ -14,7 +14,7 @@ from flows.release import release
 from tasks.result import Result
 from tasks.suggest import suggest
 
-OWNER = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+OWNER = r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
 
 def _in_form(**bounds: str | float) -> dict[str, list[dict[str, str | float]]]:
@@ -23,50 +23,25 @@ def _in_form(**bounds: str | float) -> dict[str, list[dict[str, str | float]]]:
 
 
 @flow(name="quantize", flow_run_name="{model}: {formats}")
-def quantize(
-    model: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=4096,
-            description="A Hub repo such as Qwen/Qwen3-0.6B, or the path of a folder or .gguf on the worker.",
-            examples=["Qwen/Qwen3-0.6B"],
-            json_schema_extra=_in_form(minLength=1),
-        ),
-    ],
-    formats: Annotated[
-        list[Method],
-        Field(
-            min_length=1,
-            description="nf4 and fp4 (4 bits) and int8 (8 bits) are for transformers and fine-tuning; the others are for vLLM.",
-        ),
-    ] = ["nf4"],  # noqa: B006  the form shows only defaults that are values
-    calibrate: Annotated[
-        bool, Field(description="Choose 4-bit codes on a text: same size, about a fifth of the damage, minutes more.")
-    ] = True,
-    most_damage: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            title="Most damage allowed",
-            description="KL divergence in nats a token; what is further from the original is not published. 0.1 is hardly "
-            "noticed. Empty: what suits the model's size.",
-            json_schema_extra=_in_form(minimum=0),
-        ),
-    ] = None,
-    publish_to: Annotated[
-        str | None,
-        Field(
-            pattern=OWNER,
-            max_length=96,
-            description="Your name or organization on the Hub; the workers need HF_TOKEN with write access. Empty: it is "
-            "measured, and published nowhere.",
-            json_schema_extra=_in_form(pattern=OWNER),
-        ),
-    ] = None,
-    private: Annotated[bool, Field(description="Visible to you alone on the Hub.")] = True,
+def quantize(  # the fields of the form
+    model: Annotated[str, Field(min_length=1, max_length=4096, json_schema_extra=_in_form(minLength=1))],
+    formats: Annotated[list[Method], Field(min_length=1)] = ["nf4"],  # noqa: B006  the form shows only defaults that are values
+    calibrate: bool = True,
+    most_damage: Annotated[float, Field(ge=0, json_schema_extra=_in_form(minimum=0))] = 0.0,
+    publish_to: Annotated[str, Field(pattern=OWNER, max_length=96, json_schema_extra=_in_form(pattern=OWNER))] = "",
+    private: bool = True,
 ) -> State[Result]:
-    """Quantize a model, measure what that costs, and publish what is close enough to the original."""
+    """Quantize a model, measure what that costs, and publish what is close enough to the original.
+
+    Args:
+        model: A Hub repo such as Qwen/Qwen3-0.6B, or the path of a folder or .gguf on the worker.
+        formats: nf4 and fp4 (4 bits) and int8 (8 bits) are for transformers and fine-tuning; the others are for vLLM.
+        calibrate: Choose 4-bit codes on a text: the same size, about a fifth of the damage, minutes more.
+        most_damage: KL divergence from the original, nats a token; what is further from it is not published. 0.1 is hardly
+            noticed. 0 takes what suits the model's size.
+        publish_to: Your name or organization on the Hub; the workers need HF_TOKEN with write access. Empty publishes nowhere.
+        private: Visible to you alone on the Hub.
+    """
     try:
         recipe = recipe_of(model, formats, calibrate, most_damage, publish_to, private)
     except TameError as error:
@@ -78,8 +53,8 @@ def recipe_of(  # the fields of the form
     model: str,
     formats: list[Method],
     calibrate: bool = True,
-    most_damage: float | None = None,
-    publish_to: str | None = None,
+    most_damage: float = 0.0,
+    publish_to: str = "",
     private: bool = True,
 ) -> Recipe:
     """The recipe that the form asks for.
@@ -89,6 +64,11 @@ def recipe_of(  # the fields of the form
     """
     level = "true" if calibrate and any("calibrate" in METHODS[name] for name in formats) else None
     made = suggest(
-        model.strip(), to=",".join(formats), calibrate=level, publish=publish_to, limit=most_damage, private=private
+        model.strip(),
+        to=",".join(formats),
+        calibrate=level,
+        publish=publish_to or None,
+        limit=most_damage or None,
+        private=private,
     )
     return settled(made.recipe, [])
