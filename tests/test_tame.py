@@ -114,7 +114,7 @@ def test_a_recipe_from_flags_is_the_one_that_it_shows(tiny_llama: Path, tmp_path
     code, shown, errors = tame("run", *asked, "--set", "evaluate.window=64", "--show-recipe", TAME_HOME=str(tmp_path))
     assert code == 0, errors
     recipe = Recipe.model_validate(yaml.safe_load(shown))
-    assert [variant.label for variant in recipe.variants] == ["nf4-cal-fast", "w4a16-g64"]
+    assert [variant.label for variant in recipe.variants] == ["nf4-cal-fast", "w4a16-g64-cal-fast"]
     assert (recipe.evaluate.window, recipe.gate.max_mean_kl) == (64, 0.3)
     assert (recipe.publish.to, recipe.publish.repo, recipe.publish.private) == ("hub", "me/{model}-{variant}", True)
     file = tmp_path / "shown.yaml"
