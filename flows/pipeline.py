@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import NotCachedError
+from configs.errors import NotCachedError, named_line
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from tasks import result as results
 from tasks.calibrate.prepare import calibrate
@@ -95,6 +95,7 @@ def make(
     except NotCachedError:
         raise
     except Exception as error:
+        told.failed(error)
         return result.ended_by(error)
     for variant in recipe.variants:
         before()
@@ -174,7 +175,7 @@ class _Told:
 
     def begin(self, what: str) -> None:
         """A stage begins."""
-        self.started, self.how = time.monotonic(), []
+        self.what, self.started, self.how = what, time.monotonic(), []
         progress.begin(f"{self.done + 1}/{self.stages + self.published} {what}")
 
     def downloaded(self, snapshot: Snapshot) -> None:
@@ -214,6 +215,10 @@ class _Told:
             self._say("✗", variant.name, ["not published", str(variant.error)])
         else:
             self._say("✓", variant.name, [f"published {self._seconds()}", str(variant.published)])
+
+    def failed(self, error: Exception) -> None:
+        """A stage that all others need has failed."""
+        self._say("✗", self.what, [f"failed after {self._seconds()}", named_line(error, limit=None)])
 
     def skipped(self) -> None:
         """A variant that is not published."""
