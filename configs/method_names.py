@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Each method's name, and those of OPTIONS that it takes."""
 
-WITH_EXPERTS = ("w4a16", "w8a16", "w8a8", "fp8", "fp8-block", "mxfp4", "nvfp4")
+WITH_EXPERTS = ("w4a16", "w8a16", "fp8", "fp8-block", "mxfp4")
 """The methods that quantize the experts of a mixture, too."""
 INTEGER_METHODS = ("w4a16", "w8a16", "w8a8")
 """The methods with one scale for many integers, which takes next to no space."""
