@@ -18,7 +18,7 @@ demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
 	@$(BIN)/tame run configs/demo.yaml --out out/demo
 
 test: $(READY)  ## the test suite
-	@$(BIN)/python -m pytest -n 2 -m "not e2e"
+	@$(BIN)/python -m pytest -n 3 -m "not e2e"
 
 e2e: $(READY)   ## what needs a browser or minutes; installs Chromium where there is none
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }

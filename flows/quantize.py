@@ -4,7 +4,7 @@ from typing import Annotated
 
 from prefect import flow
 from prefect.states import Failed, State
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from configs.errors import TameError
 from configs.load import settled
@@ -14,6 +14,8 @@ from flows.release import release
 from tasks.result import Result
 from tasks.suggest import suggest
 
+Format = Annotated[Method, WithJsonSchema({"enum": [*METHODS], "type": "string"})]
+"""A method by its name; a recipe's variant that names a checkpoint has none."""
 OWNER = r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
 
@@ -25,7 +27,7 @@ def _in_form(**bounds: str | float) -> dict[str, list[dict[str, str | float]]]:
 @flow(name="quantize", flow_run_name="{model}: {formats}")
 def quantize(  # the fields of the form
     model: Annotated[str, Field(min_length=1, max_length=4096, json_schema_extra=_in_form(minLength=1))],
-    formats: Annotated[list[Method], Field(min_length=1)] = ["nf4"],  # noqa: B006  the form shows only defaults that are values
+    formats: Annotated[list[Format], Field(min_length=1)] = ["nf4"],  # noqa: B006  the form shows only defaults that are values
     calibrate: bool = True,
     most_damage: Annotated[float, Field(ge=0, json_schema_extra=_in_form(minimum=0))] = 0.0,
     publish_to: Annotated[str, Field(pattern=OWNER, max_length=96, json_schema_extra=_in_form(pattern=OWNER))] = "",
@@ -51,7 +53,7 @@ def quantize(  # the fields of the form
 
 def recipe_of(  # the fields of the form
     model: str,
-    formats: list[Method],
+    formats: list[Format],
     calibrate: bool = True,
     most_damage: float = 0.0,
     publish_to: str = "",

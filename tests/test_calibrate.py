@@ -360,5 +360,5 @@ def test_names_and_keys() -> None:
     assert labels == ["nf4-dq", "nf4-dq-cal-fast", "nf4-dq-cal", "nf4-dq-cal-best"]
     assert "calibrate" not in VARIANTS["nf4"].identity
     assert calibrating(VARIANTS["nf4"]).identity != calibrating(VARIANTS["nf4"], "best").identity
-    with pytest.raises(ValueError, match="calibrate belongs to the 4-bit methods nf4 and fp4, not to int8"):
+    with pytest.raises(ValueError, match="calibrate belongs to nf4, fp4 and w4a16, not to int8"):
         Variant(method="int8", calibrate=True)

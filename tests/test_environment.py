@@ -49,18 +49,21 @@ def with_server(folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+ANOTHER_SERVERS = {
+    "PREFECT_SERVER_API_AUTH_STRING": "ann:secret",
+    "PREFECT_SERVER_API_BASE_PATH": "/prefect/api",
+    "PREFECT_MESSAGING_BROKER": "prefect_redis.messaging",
+}
+
+
 @pytest.mark.parametrize(
     "environment",
     [
-        {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"},
-        {
-            "PREFECT_SERVER_API_AUTH_STRING": "ann:secret",
-            "PREFECT_SERVER_API_BASE_PATH": "/prefect/api",
-            "PREFECT_MESSAGING_BROKER": "prefect_redis.messaging",
-        },
-        {**ASCII},
+        {**PROXY, **ANOTHER_SERVERS, **ASCII},
+        *(pytest.param(one, marks=pytest.mark.e2e) for one in (PROXY, ANOTHER_SERVERS, ASCII)),
     ],
-    ids=["proxy", "another server's settings", "ASCII"],
+    ids=["all of it", "proxy", "another server's settings", "ASCII"],
 )
 def test_a_temporary_server_answers_whatever_the_environment_says(tmp_path: Path, environment: dict[str, str]) -> None:
     folder = tmp_path / "it's 100 % #1"

@@ -199,6 +199,7 @@ def test_a_text_that_cannot_be_measured_is_refused_before_anything_is_made(place
     assert not (place.folder / "home" / "artifacts").exists()
 
 
+@pytest.mark.e2e
 def test_two_runs_at_once_build_everything_once(place: Place, tiny_llama: Path) -> None:
     recipe = place.recipe(tiny_llama)
     runs = [place.start("run", recipe, "--out", place.folder / f"out{i}") for i in range(2)]

@@ -61,6 +61,7 @@ def run_cell(source: str, folder: Path, environment: dict[str, str]) -> str:
     return "\n".join(printed)
 
 
+@pytest.mark.e2e
 def test_the_notebook_runs(tiny_llama: Path, tmp_path: Path, prefect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub() as hub:
         hub.add_model("Qwen/Qwen3-0.6B", tiny_llama)

@@ -57,7 +57,7 @@ def test_a_commit_is_released_once(prefect: SyncPrefectClient, hub: Hub, owner: 
     assert fire(spec(model)).name == "Completed"
     [run] = runs(prefect, model)
     recipe = run.parameters["recipe"]
-    assert recipe["source"] == {"model": model, "revision": first, "trust_remote_code": False}
+    assert {**recipe["source"], "model": model, "revision": first, "trust_remote_code": False} == recipe["source"]
     assert run.state.is_scheduled()
     assert run.work_queue_name == "default"  # no GPU was ever seen here
 
