@@ -19,21 +19,20 @@ def positive(text: str) -> int:
 
 def days(text: str) -> float:
     """A number of days, 0 or more."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of days, 0 or more")
-    return number
+    return _number(text, "a number of days, 0 or more")
 
 
 def limit(text: str) -> float:
     """A number of nats, 0 or more."""
+    return _number(text, "a number of nats, 0 or more, such as 0.1")
+
+
+def _number(text: str, expected: str) -> float:
+    """A finite number, 0 or more."""
     try:
         number = float(text)
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of nats, 0 or more, such as 0.1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
     return number

@@ -78,7 +78,7 @@ def make(
         say: Given what each stage came to, in a line.
 
     Raises:
-        NotCachedError: something is missing within `tasks.store.artifacts.nothing_made`. Whatever `before` raises.
+        NotCachedError: something is missing within `tasks.store.cache_only.nothing_made`. Whatever `before` raises.
     """
     told = _Told(recipe, stages, say)
     try:

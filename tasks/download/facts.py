@@ -1,11 +1,11 @@
 """What a look at a source tells of its model, from config.json and the sizes of its files, without transformers: about how large
 it is, whether most of it are experts, and whether it was made to chat."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tasks.runtime.files import read_object
 from tasks.values import Found
 
 GGUF_BITS = 5.0
@@ -69,10 +69,7 @@ def facts_of(found: Found, tokenizer: Path | None = None) -> Facts:
 def _chat(found: Found, tokenizer: Path | None) -> bool:
     if "chat_template.jinja" in found.files or re.search(r"(?i)(^|[-_.])(instruct|chat|it)([-_.]|$)", found.name):
         return True
-    try:
-        return bool(tokenizer and "chat_template" in json.loads((tokenizer / "tokenizer_config.json").read_bytes()))
-    except (OSError, ValueError):
-        return False
+    return tokenizer is not None and "chat_template" in read_object(tokenizer / "tokenizer_config.json")
 
 
 def _number(config: dict[str, Any], *names: str) -> int:

@@ -1,10 +1,10 @@
 """What the files of a tokenizer say, read without transformers: the chat template, and whether there is a BOS token."""
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from configs.errors import BadInputError
+from tasks.runtime.files import read_object
 
 TEMPLATE, CONFIG, OLDER = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 THINKING = ("</think", "enable_thinking", "[THINK]", "<|channel|>", "END_THINKING", "seed:think")
@@ -29,11 +29,11 @@ def check_bos(folder: Path, bos: str) -> None:
     Raises:
         BadInputError: the tokenizer has no such token.
     """
-    config = _json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     if (
         bos == "always"
         and config
-        and not any(_json(folder / name).get("bos_token") for name in (CONFIG, "special_tokens_map.json"))
+        and not any(read_object(folder / name).get("bos_token") for name in (CONFIG, "special_tokens_map.json"))
     ):
         raise BadInputError("evaluate.bos always: the model's tokenizer has no BOS token; say auto")
 
@@ -47,18 +47,10 @@ def _template(folder: Path) -> str | None:
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
     for name in (CONFIG, OLDER):
-        found = _json(folder / name).get("chat_template")
+        found = read_object(folder / name).get("chat_template")
         if isinstance(found, list):  # several, by name
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
             found = named.get("default")
         if isinstance(found, str):
             return found
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

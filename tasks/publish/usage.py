@@ -1,11 +1,10 @@
 """What the card says on using a model: a snippet that runs as it stands, what to install, and how much memory it takes."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tasks.formatting import figure
 from tasks.quantize.protocols import CardText
+from tasks.runtime.files import read_object
 
 CONTEXTS = (2048, 8192)
 """Lengths of the context, in tokens, that the memory is told for."""
@@ -37,7 +36,7 @@ def usage(repo: str, method: CardText | None, folder: Path | None = None, size: 
 def has_chat_template(folder: Path) -> bool:
     """Whether a model's tokenizer brings a template for chats, in a file of its own or in tokenizer_config.json."""
     return (folder / "chat_template.jinja").is_file() or bool(
-        _json(folder / "tokenizer_config.json").get("chat_template")
+        read_object(folder / "tokenizer_config.json").get("chat_template")
     )
 
 
@@ -45,7 +44,7 @@ def memory(folder: Path, size: int) -> dict[int, int]:
     """Bytes for each length of CONTEXTS that the model takes: its weights, and two numbers (a key and a value) per layer, head and
     dimension for each token. Empty for models that cache something else, such as states or compressed keys.
     """
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     config = config.get("text_config") or config
     layers, heads, width = (config.get(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     kinds = set(config.get("layer_types") or PLAIN_LAYERS)
@@ -72,11 +71,3 @@ def _snippet(repo: str, chat: bool) -> str:
         f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
         f"{asked}```"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

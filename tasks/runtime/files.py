@@ -1,14 +1,25 @@
-"""Files of tame's own: written whole or not at all, in folders that can be written."""
+"""Files: written whole or not at all, in folders that can be written; and small ones that may be missing, read."""
 
 import errno
+import json
 import os
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from configs.errors import TameError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may be missing; empty where there is no such file, or no object in it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_text(path: Path, text: str) -> Path:
