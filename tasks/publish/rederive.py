@@ -109,7 +109,7 @@ def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> 
             if name not in stored:
                 continue  # `_names` has said so
             file, start, end = stored[name].file, stored[name].start + job.at, stored[name].end
-            whole = job.quantized or len(pieces) == len(layout.jobs)
+            whole = job in layout.jobs  # and no piece of a larger tensor
             if start + len(data) > end or (whole and start + len(data) != end):
                 problems.append(f"{name} has {end - stored[name].start} bytes; the source gives {job.at + len(data)}")
             elif (there := release.read(file, start, len(data))) != data:
