@@ -1,6 +1,7 @@
 """The sha256 of every output file, computed in threads of its own while other files are written."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,5 +80,6 @@ def _sha256(shard: Shard, spans: Sequence[Span], stopped: threading.Event) -> st
                     raise TameError(f"{shard.path}: ends at byte {at}; it was changed while it was written, run again")
                 digest.update(piece[:count])
                 at += count
+        os.fsync(file.fileno())  # it is wanted on the disk at the end, where nothing else would be done meanwhile
     digest.update(shard.tail())
     return digest.hexdigest()

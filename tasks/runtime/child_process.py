@@ -15,7 +15,9 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar
@@ -49,6 +51,7 @@ log = logging.getLogger("tame.process")
 
 _preloaded_under: dict[str, str] = {}
 _said: set[str] = set()
+_environment = threading.Lock()
 
 
 class Pipe(logging.Handler):
@@ -73,12 +76,28 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     Raises:
         TameError: the process was killed, or crashed; `what` names it. Whatever `function` raises is raised here.
     """
-    context: Any = _context()
+    return _call(_context(), what, function, args, kwargs)
+
+
+def alone(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The same for the only call of a command: its process imports what it needs itself, and that is less than all.
+
+    Raises:
+        TameError: as `isolated`.
+    """
+    return _call(multiprocessing.get_context("spawn"), what, function, args, kwargs)
+
+
+def _call(context: Any, what: str, function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     receiving, sending = context.Pipe(duplex=False)
     level = logging.getLogger("tame").getEffectiveLevel()
     call = (sending, level, dict(os.environ), function, args, kwargs)
     process = context.Process(target=_child, args=call, name=what, daemon=False)
-    process.start()
+    if context.get_start_method() == "spawn":
+        with _starting():
+            process.start()
+    else:
+        process.start()
     sending.close()
     try:
         outcome = _listen(receiving)
@@ -113,24 +132,33 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if not _preloaded_under:
-        from multiprocessing import resource_tracker
         from multiprocessing.forkserver import ensure_running
 
         _preloaded_under.update(settings)
         context.set_forkserver_preload(PRELOADED)
+        with _starting():
+            ensure_running()
+    return context
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """The settings that a new interpreter begins with. Ctrl-C, which a terminal sends to all processes, does not reach it.
+
+    It would say that its imports were interrupted. The tracker first: when it is started it lets signals through again.
+    """
+    always = CALM | ONLY_INSTALLED
+    resource_tracker.ensure_running()
+    with _environment:
         given = {name: os.environ.get(name) for name in always}
         os.environ.update(always)
-        # It would say that Ctrl-C, which a terminal sends to all processes, has interrupted its imports. The tracker first: when
-        # it is started it lets signals through again.
-        resource_tracker.ensure_running()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            ensure_running()
+            yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             for name, value in given.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return context
 
 
 def _say_what_changed(settings: dict[str, str]) -> None:

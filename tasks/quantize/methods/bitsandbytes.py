@@ -1,5 +1,6 @@
 """bitsandbytes' 4-bit and 8-bit formats, as the rest of tame sees them. What is stored for a weight is in the files beside this."""
 
+import importlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,7 +54,7 @@ class EightBit:
 
     def tensor_format(self) -> TensorFormat:
         """What is stored for a weight."""
-        _quieten()
+        _import()
         from tasks.quantize.methods import bitsandbytes_8bit
 
         return bitsandbytes_8bit
@@ -115,7 +116,7 @@ class FourBit:
 
     def tensor_format(self) -> TensorFormat:
         """What is stored for a weight."""
-        _quieten()
+        _import()
         from tasks.quantize.methods import bitsandbytes_4bit
 
         return bitsandbytes_4bit
@@ -180,8 +181,24 @@ class FourBit:
         return any(getattr(state, "packing_format_for_cpu", False) for state in states)
 
 
-def _quieten() -> None:
+def _import() -> None:
+    """Import the library, which says nothing then, and has none of its functions prepared for `torch.compile`.
+
+    Those are optimizers, and plain versions of kernels for devices that have none. Preparing them imports the compiler: 2.5 s.
+    """
+    import torch
+
     logging.getLogger(FAMILY).setLevel(logging.ERROR)
+    compiling = torch.compile
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    try:
+        importlib.import_module(FAMILY)
+    finally:
+        torch.compile = compiling
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return function or (lambda plain: plain)
 
 
 def _skipped(quantization_config: dict[str, Any]) -> list[str]:
