@@ -256,6 +256,7 @@ QWEN3_30B = {
 }  # fmt: skip
 
 
+@pytest.mark.e2e
 def test_what_a_mixture_of_experts_will_weigh(tmp_path: Path) -> None:
     """Qwen3-30B-A3B, of 61 GB, from its config.json alone."""
     from tasks.quantize.preview import preview

@@ -14,6 +14,7 @@ def place(tmp_path: Path, prefect_url: str) -> Place:
     return Place(tmp_path, prefect_url)
 
 
+@pytest.mark.e2e
 def test_a_mixture_of_experts_is_released_in_formats_for_vllm(place: Place) -> None:
     from transformers import AutoModelForCausalLM
 

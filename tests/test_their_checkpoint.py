@@ -43,6 +43,7 @@ def by_transformers(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.e2e
 def test_equal_bytes_have_equal_numbers_and_are_not_published(tiny_llama: Path, place: Place) -> None:
     theirs = by_transformers(tiny_llama, place.folder / "somebody-nf4")
     variants = [{"method": "nf4", "compute_dtype": "bfloat16"}, {"checkpoint": str(theirs)}]
