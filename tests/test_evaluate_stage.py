@@ -151,16 +151,17 @@ def test_a_part_that_fails_leaves_the_other_numbers_and_is_tried_again(tmp_path:
     base = snapshot_of(tiny(tmp_path / "base", config))
     other = snapshot_of(tiny(tmp_path / "other", config, seed=1))
     definition = "task: {}\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {}}}}}\nvalidation_split: "
-    definition += 'validation\noutput_type: multiple_choice\ndoc_to_text: "{}"\ndoc_to_choice: ["one", "two"]\n'
+    definition += 'validation\noutput_type: multiple_choice\ndoc_to_text: {}\ndoc_to_choice: ["one", "two"]\n'
     definition += "doc_to_target: label\nmetric_list: [{{metric: acc}}]\n"
     (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.py").write_text("import os\n\ndef end(row):\n    os.kill(os.getpid(), 9)\n")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"label": i % 2}) + "\n" for i in range(20)))
-    for name, prompt in {"good": "Say", "broken": "{{ no.such.column }}"}.items():
+    for name, prompt in {"good": '"Say"', "broken": '"{{ no.such.column }}"', "killed": "!function own.end"}.items():
         (tmp_path / "tasks" / f"{name}.yaml").write_text(definition.format(name, data, prompt))
     spec = SPEC.model_copy(
         update={
-            "tasks": ["broken", "good"],
+            "tasks": ["broken", "killed", "good"],
             "task_path": str(tmp_path / "tasks"),
             "speed": Speed(prompt_tokens=200, new_tokens=2, repeats=1),  # more than it has positions for
         }
@@ -175,13 +176,17 @@ def test_a_part_that_fails_leaves_the_other_numbers_and_is_tried_again(tmp_path:
         said = "\n".join(evaluation.notes)
         assert "speed was not measured: " in said
         assert "task broken was not measured: " in said
+        assert "task killed was not measured: evaluate " in said
+        assert "was killed (SIGKILL), most likely for want of memory" in said
     assert result.metrics["perplexity_ratio"] > 0
     assert "task/good/acc_difference" in result.metrics
     verdict = judge(result.metrics, Gate(max_task_drop=1))
-    assert verdict.reasons == ["broken drop was not measured (limit 1)"]
+    assert verdict.reasons == [f"{task} drop was not measured (limit 1)" for task in ("broken", "killed")]
     before = len(list(store.artifacts()))
     text = (tmp_path / "tasks" / "broken.yaml").read_text().replace("{{ no.such.column }}", "Say")
-    good = spec.model_copy(update={"task_path": str(shutil.copytree(tmp_path / "tasks", tmp_path / "mended"))})
+    good = spec.model_copy(
+        update={"tasks": ["broken", "good"], "task_path": str(shutil.copytree(tmp_path / "tasks", tmp_path / "mended"))}
+    )
     (tmp_path / "mended" / "broken.yaml").write_text(text)
     mended = evaluate_variant(checkpoint(other), evaluate_baseline(base, good), base, good)
     assert mended.metrics["task/broken/items"] == 20

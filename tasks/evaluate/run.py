@@ -1,7 +1,7 @@
 """Runs in a process of its own: loads one model once and measures everything that was asked for."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,8 @@ from tasks.evaluate.model import Loaded
 from tasks.runtime.progress import Progress, silent
 
 log = logging.getLogger("tame.evaluate")
+
+FAILED = "failed.txt"  # why a part could not be measured, in its folder
 
 Role = Literal["baseline", "variant", "alone"]
 """What a model is measured for: to be compared with, to be compared, or neither."""
@@ -46,19 +48,22 @@ class Work(BaseModel):
     """Of the parts that are wanted: scores, tasks/NAME, speed, samples, layers."""
 
 
-def measure(work: Work, *, progress: Progress = silent) -> dict[str, str]:
-    """Measure one model. Each part writes its result.json when it is complete, whatever becomes of the next.
+def in_order(parts: Iterable[str]) -> list[str]:
+    """Parts in the order in which `measure` does them."""
+    order = ["speed", "samples", "scores", TASK, "layers"]
+    return sorted(parts, key=lambda part: order.index(TASK if part.startswith(TASK) else part))
+
+
+def measure(work: Work, *, progress: Progress = silent) -> None:
+    """Measure one model. Each part writes its result.json when it is complete, whatever becomes of the next; one that cannot be
+    measured writes why into FAILED, but for the scores.
 
     Speed and samples come first: they are of the weights as stored, and peak memory is that of a fresh process.
-
-    Returns:
-        The parts that could not be measured, and why; never the scores.
 
     Raises:
         BadInputError: a model, text or task that cannot be measured.
         TameError: the model does not load, or its scores cannot be measured, in one line.
     """
-    failed: dict[str, str] = {}
 
     def told(what: str, done: int, total: int) -> None:
         progress(f"{work.label}: {what}", done, total)
@@ -72,8 +77,9 @@ def measure(work: Work, *, progress: Progress = silent) -> dict[str, str]:
                 raise
             except Exception as error:
                 log.debug("measuring %s of %s failed", part, work.label, exc_info=True)
-                failed[part] = _reason(work, error)
-                log.warning("%s: %s could not be measured: %s", work.label, part, failed[part])
+                why = _reason(work, error)
+                (work.folders[part] / FAILED).write_text(why)
+                log.warning("%s: %s could not be measured: %s", work.label, part, why)
 
     try:
         if work.folders.keys() - {"layers"}:
@@ -84,7 +90,6 @@ def measure(work: Work, *, progress: Progress = silent) -> dict[str, str]:
     except Exception as error:
         log.debug("evaluating %s failed", work.label, exc_info=True)
         raise TameError(f"{work.label}: {_reason(work, error)}") from None
-    return failed
 
 
 def _reason(work: Work, error: Exception) -> str:

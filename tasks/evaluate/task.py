@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs.errors import KilledError
 from configs.schema import Evaluate
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import LoadedText, load_text
 from tasks.download.tokenizer_files import chat_template
 from tasks.evaluate import comparison, lm_eval_run, samples, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
-from tasks.evaluate.run import Role, Work, measure
+from tasks.evaluate.run import FAILED, Role, Work, in_order, measure
 from tasks.quantize.methods import described_by
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, instead_of_bfloat16, name_of, pick, versions
@@ -20,7 +22,12 @@ from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Checkpoint, EvaluatedPart, Evaluation, Snapshot
 
+log = logging.getLogger("tame.evaluate")
+
 STAGE = 6  # raise it when what a part measures, or how, changes
+COMPLETE = "result.json"
+"""What a part writes last."""
+ENDED = (COMPLETE, FAILED)
 DECIDING = ("torch", "transformers", "tokenizers")
 """The libraries that decide the numbers of any model. Those that load or place its weights do not change them."""
 
@@ -152,13 +159,28 @@ def _parts(work: Work, wanted: dict[str, store.Wanted], progress: Progress) -> _
     failed: dict[str, str] = {}
 
     def run(folders: dict[str, Path]) -> None:
+        """A part whose process is killed is left out, as one that fails is; without scores there is nothing."""
         found = find_tasks(work.spec.tasks, work.spec.task_path)
         asked = {name: work_of([name], found) for name in work.spec.tasks}
-        todo = work.model_copy(update={"folders": folders, "tasks": asked})
+        left = in_order(folders)
         with held():
-            failed.update(isolated(f"evaluate {work.label}", measure, todo, progress=progress))
+            while left:
+                todo = work.model_copy(update={"folders": {part: folders[part] for part in left}, "tasks": asked})
+                try:
+                    isolated(f"evaluate {work.label}", measure, todo, progress=progress)
+                    left = []
+                except KilledError as error:
+                    left = [part for part in left if not any((folders[part] / name).is_file() for name in ENDED)]
+                    if not left or left[0] == "scores":
+                        raise
+                    (folders[left[0]] / FAILED).write_text(str(error))
+                    log.warning("%s: %s could not be measured: %s", work.label, left[0], error)
+                    left = left[1:]
+        failed.update(
+            {part: (folder / FAILED).read_text() for part, folder in folders.items() if (folder / FAILED).is_file()}
+        )
 
-    made, cached = store.build_many(wanted, run, last="result.json")
+    made, cached = store.build_many(wanted, run, last=COMPLETE)
     parts = {name: EvaluatedPart(path=artifact.path, digest=artifact.digest) for name, artifact in made.items()}
     return _Parts(parts, failed, cached)
 
