@@ -63,12 +63,15 @@ def run(options: argparse.Namespace) -> int:
 
     out = folder_of(recipe, options.out)
     begin("looking what is there, and what is to do")
+    from flows.approve import refusal
     from flows.cached import from_cache
 
     result = from_cache(recipe, out)
     if result is None:
         from tasks.describe import columns, describe
 
+        if why := refusal(recipe):
+            raise BadInputError(why)
         for told in columns(describe(recipe, out), width()):
             say(told)
         begin("")
@@ -95,10 +98,13 @@ def plan(options: argparse.Namespace) -> int:
         print(as_yaml(recipe), end="")
         return 0
     begin("looking what is there, and what is to do")
+    from flows.approve import refusal
     from tasks.describe import columns, describe
     from tasks.result import folder_of
 
     lines = describe(recipe, folder_of(recipe, options.out), options.exact)
+    if why := refusal(recipe):
+        lines.append(("note", why))
     begin("")
     if options.json:
         import json

@@ -514,7 +514,8 @@ class Publish(Spec):
                     "repo": {"pattern": r"^([A-Za-z0-9_{}-][A-Za-z0-9_.{}-]*/)?[A-Za-z0-9_{}-][A-Za-z0-9_.{}-]*$"}
                 }
             },
-        }
+        },
+        {"if": {"properties": {"to": {"const": "nowhere"}}}, "then": {"properties": {"approve": {"const": False}}}},
     ]
     to: Literal["hub", "folder", "nowhere"] = Field(
         "nowhere",
@@ -536,6 +537,11 @@ class Publish(Spec):
         False,
         description="Switch this on to leave the pull request to an existing repo open, for a person to merge.",
     )
+    approve: bool = Field(
+        False,
+        description="Switch this on to be asked before anything is published: the run then waits in Prefect, without a "
+        "worker, until somebody has chosen the variants. A run of the command line asks on its terminal.",
+    )
     card: CardFacts = Field(
         default=CardFacts(),
         description="Fill this in for a source that is not on the Hub, or whose card says too little.",
@@ -555,6 +561,10 @@ class Publish(Spec):
         bare = re.sub(r"\{(model|variant|name)\}", "x", self.repo)
         if self.to == "hub" and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", bare, re.ASCII):
             raise ValueError(f"repo {self.repo!r} is not a Hub repo id; write it as owner/name, letters, digits, - _ .")
+        if self.approve and self.to == "nowhere":
+            raise ValueError(
+                "approve asks before publishing, but to is nowhere; give hub or folder, or leave approve out"
+            )
         if self.to == "folder" and ".." in bare.replace("\\", "/").split("/"):
             raise ValueError(f"repo {self.repo!r} climbs out with '..'; give the folder itself")
         return self

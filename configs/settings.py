@@ -49,6 +49,11 @@ SIGNING_PUBLIC_KEY = Setting(
     "none",
     "a PEM file with the public key; `tame publish --check` verifies signatures with it",
 )
+APPROVAL_HOURS = Setting(
+    "TAME_APPROVAL_HOURS",
+    "168",
+    "hours that a run with publish.approve waits for an answer, which is then a no; give `tame provision` and workers the same",
+)
 DEVICE_LIMIT = Setting(
     "TAME_DEVICE_LIMIT",
     "none",
@@ -59,7 +64,17 @@ UP = Setting(
     "none",
     "set by `tame up` for the processes that it starts, which are known by it when they are to be ended",
 )
-SETTINGS = (HOME, STORE, STORE_PATIENCE, LEASE_SECONDS, SIGNING_KEY, SIGNING_PUBLIC_KEY, DEVICE_LIMIT, UP)
+SETTINGS = (
+    HOME,
+    STORE,
+    STORE_PATIENCE,
+    LEASE_SECONDS,
+    SIGNING_KEY,
+    SIGNING_PUBLIC_KEY,
+    APPROVAL_HOURS,
+    DEVICE_LIMIT,
+    UP,
+)
 OF_SCRIPTS = (
     "TAME_DATABASE_PASSWORD",
     "TAME_ENV",
@@ -111,6 +126,15 @@ def lease_seconds() -> float:
     return _seconds(LEASE_SECONDS)
 
 
+def approval_hours() -> float:
+    """TAME_APPROVAL_HOURS.
+
+    Raises:
+        BadInputError: the value is not a number of hours above 0.
+    """
+    return _seconds(APPROVAL_HOURS, "hours")
+
+
 def device_limit() -> str | None:
     """The name in TAME_DEVICE_LIMIT; None outside of a worker that has a device."""
     return os.environ.get(DEVICE_LIMIT.name) or None
@@ -151,7 +175,7 @@ def table() -> str:
     return "\n".join(["| variable | without it | means |", "| --- | --- | --- |", *rows])
 
 
-def _seconds(setting: Setting) -> float:
+def _seconds(setting: Setting, unit: str = "seconds") -> float:
     given = os.environ.get(setting.name) or setting.default
     try:
         seconds = float(given)
@@ -159,6 +183,6 @@ def _seconds(setting: Setting) -> float:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
         raise BadInputError(
-            f"{setting.name} is {given!r}: expected a number of seconds above 0, such as {setting.default}"
+            f"{setting.name} is {given!r}: expected a number of {unit} above 0, such as {setting.default}"
         )
     return seconds

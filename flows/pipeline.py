@@ -6,6 +6,7 @@ It says what each stage came to, a line each: on the screen of `tame run`, and i
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,16 @@ from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.formatting import figure
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
+from tasks.publish.approval import Shown
 from tasks.publish.card import release_files
 from tasks.publish.task import publish
 from tasks.quantize.task import quantize
 from tasks.result import Result, ResultVariant
 from tasks.runtime import progress
+from tasks.store import cache_only
 from tasks.store.names import remember
-from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+from tasks.store.recall import recalled
+from tasks.values import Answer, Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
 
 log = logging.getLogger("tame.release")
 
@@ -41,7 +45,17 @@ class Stages(NamedTuple):
     quantize: Callable[[Snapshot, Variant, Calibration | None], Quantized]
     evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
     gate: Callable[[str, dict[str, float], Gate], Verdict]
+    approve: Callable[[Shown], Answer]
     publish: Callable[[str, Path, dict[str, str], dict[str, bytes], str, Publish], Published]
+
+
+def nobody_to_ask(shown: Shown) -> Answer:
+    """For a run that makes nothing: it ends here, as something would have to be published.
+
+    Raises:
+        NotCachedError: always.
+    """
+    raise NotCachedError(f"{', '.join(shown.targets)} would have to be approved")
 
 
 DIRECT = Stages(
@@ -52,6 +66,7 @@ DIRECT = Stages(
     quantize=quantize,
     evaluate=evaluate_variant,
     gate=lambda _variant, metrics, gate: judge(metrics, gate),
+    approve=nobody_to_ask,
     publish=lambda _label, *given: publish(*given),
 )
 """The plain functions."""
@@ -80,7 +95,7 @@ def make(
     Raises:
         NotCachedError: something is missing within `tasks.store.cache_only.nothing_made`. Whatever `before` raises.
     """
-    told = _Told(recipe, stages, say)
+    told = Told(recipe, stages, say)
     try:
         plan = stages.plan(recipe, folder)
         told.published = len(plan.targets)
@@ -104,20 +119,59 @@ def make(
         told.measured(made)
         result = result.with_variant(made)
         after(variant.label, result)
-    for label, target in plan.targets.items():
-        if result.variant(label).status != "passed":
-            told.skipped()
+    passed = {label: to for label, to in plan.targets.items() if result.variant(label).status == "passed"}
+    told.published = len(passed)
+    if not recipe.publish.approve:
+        for label, target in passed.items():
+            before()
+            documents = partial(release_files, result, label, plan.targets, plan.benchmarks)
+            result = _publish(told, result, label, target, documents)
+        return result
+    shown = _to_show(result, passed, plan)
+    return _publish_shown(shown, told, before) if shown.targets else shown.result
+
+
+def go_on(
+    shown: Shown, stages: Stages, before: Callable[[], None] = lambda: None, say: Callable[[str], None] = log.info
+) -> Result:
+    """Go on with a release that another process has measured and asked about; as `make`, from there."""
+    told = Told(shown.result.recipe, stages, say)
+    told.done = told.stages
+    return _publish_shown(shown, told, before)
+
+
+def _publish_shown(shown: Shown, told: "Told", before: Callable[[], None]) -> Result:
+    """Ask what of `shown` is to be published, publish that, and return the result with what came of it."""
+    answer, result, began = told.by.approve(shown), shown.result, time.monotonic()
+    result = result.model_copy(update={"approval": answer})
+    told.published = len(answer.variants)
+    for label, target in shown.targets.items():
+        if label not in answer.variants:
+            result = result.with_variant(results.refused(result.variant(label), answer))
             continue
         before()
-        told.begin(f"publishing {label}")
-        done = _publish(result, label, target, plan, recipe, stages)
-        told.publishing(done)
-        result = result.with_variant(done)
-    return result
+        result = _publish(told, result, label, target, partial(shown.documents.__getitem__, label))
+    return result.model_copy(update={"seconds": round(shown.result.seconds + time.monotonic() - began, 3)})
+
+
+def _to_show(result: Result, passed: dict[str, str], plan: Plan) -> Shown:
+    """What somebody has to be asked about: all that passed but what is published already, just as it would be."""
+    documents: dict[str, dict[str, bytes]] = {}
+    for label, target in passed.items():
+        try:
+            made = release_files(result, label, plan.targets, plan.benchmarks)
+            with cache_only.nothing_made():
+                done = _published(result, label, target, made, partial(DIRECT.publish, label))
+            result = result.with_variant(results.published(result.variant(label), done))
+        except NotCachedError:
+            documents[label] = made
+        except Exception as error:
+            result = result.with_variant(results.failed(result.variant(label), error))
+    return Shown(result=result, targets={label: passed[label] for label in documents}, documents=documents)
 
 
 def _measure(
-    told: "_Told",
+    told: "Told",
     known: ResultVariant,
     variant: Variant,
     snapshot: Snapshot,
@@ -146,26 +200,38 @@ def _measure(
         return results.failed(known, error)
 
 
-def _publish(result: Result, label: str, target: str, plan: Plan, recipe: Recipe, stages: Stages) -> ResultVariant:
-    variant = result.variant(label)
-    assert variant.artifact is not None
+def _publish(
+    told: "Told", result: Result, label: str, target: str, documents: Callable[[], dict[str, bytes]]
+) -> Result:
+    """`result` with the variant `label` published, or failed."""
+    told.begin(f"publishing {label}")
     try:
-        done = stages.publish(
-            label,
-            Path(variant.artifact.path),
-            variant.artifact.files,
-            release_files(result, label, plan.targets, plan.benchmarks),
-            target,
-            recipe.publish,
-        )
-        return results.published(variant, done)
+        by = partial(told.by.publish, label)
+        done = results.published(result.variant(label), _published(result, label, target, documents(), by))
     except NotCachedError:
         raise
     except Exception as error:
-        return results.failed(variant, error)
+        done = results.failed(result.variant(label), error)
+    told.publishing(done)
+    return result.with_variant(done)
 
 
-class _Told:
+def _published(
+    result: Result,
+    label: str,
+    target: str,
+    documents: dict[str, bytes],
+    by: Callable[[Path, dict[str, str], dict[str, bytes], str, Publish], Published],
+) -> Published:
+    artifact, spec, answer = result.variant(label).artifact, result.recipe.publish, result.approval
+    assert artifact is not None
+    if answer is None:
+        return by(Path(artifact.path), artifact.files, documents, target, spec)
+    spec = spec.model_copy(update={"private": answer.private})
+    return by(recalled(artifact.path), artifact.files, documents, target, spec)
+
+
+class Told:
     """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
 
     def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
@@ -219,10 +285,6 @@ class _Told:
     def failed(self, error: Exception) -> None:
         """A stage that all others need has failed."""
         self._say("✗", self.what, [f"failed after {self._seconds()}", named_line(error, limit=None)])
-
-    def skipped(self) -> None:
-        """A variant that is not published."""
-        self.published -= 1
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self.started:.1f} s"

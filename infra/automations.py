@@ -3,6 +3,8 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from configs.settings import approval_hours
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.events.schemas.automations import AutomationCore
@@ -25,20 +27,24 @@ TAKEN = "prefect.flow-run.Pending"
 # ("database is locked"); then it hands the event to no automation, or to some of them again and again, and holds back
 # what follows it: of 20 runs that crashed at once 13 were started again, most of them four times. An end that was not
 # counted is harmless: what has ended cannot be marked as crashed.
-ENDS = [f"prefect.flow-run.{name}" for name in ("Completed", "Cached", "Unchanged", "Cancelled")]
+ENDS = [f"prefect.flow-run.{name}" for name in ("Completed", "Cached", "Unchanged", "Cancelled", "Suspended")]
+ASKS, ANSWERED = "prefect.flow-run.Suspended", "prefect.flow-run.Resuming"
+"""A run waits for somebody's approval; it was given, or refused."""
 
 
-def create_automations(dead_after: int = DEAD_AFTER) -> None:
+def create_automations(dead_after: int = DEAD_AFTER, answer_within: float | None = None) -> None:
     """Create the automations of a server, or bring them up to date: to be called again after a new `tame-notify` block.
 
     Args:
         dead_after: Seconds without a heartbeat after which a run is dead; at least two heartbeats.
+        answer_within: Seconds after which an approval that nobody gave is a no; None: TAME_APPROVAL_HOURS.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         known = {automation.name: automation.id for automation in client.read_automations(limit=200)}
-        wanted = [*_restarts(dead_after), *_notifications(client)]
+        within = int(3600 * approval_hours() if answer_within is None else answer_within)
+        wanted = [*_restarts(dead_after), _no_answer(within), *_notifications(client)]
         for automation in wanted:
             if automation.name in known:
                 client.update_automation(known[automation.name], automation)
@@ -98,6 +104,14 @@ def _restarts(dead_after: int) -> list["AutomationCore"]:
     ]
 
 
+def _no_answer(seconds: int) -> "AutomationCore":
+    """A run whose approval nobody gave goes on, with nothing filled in: that is a no, which it logs like any other."""
+    from prefect.events.actions import ResumeFlowRun
+
+    ends = {ANSWERED, "prefect.flow-run.Cancelled", "prefect.flow-run.Cancelling"}
+    return _automation("an approval that nobody gives is a no", _silence({ASKS}, seconds, ends), [ResumeFlowRun()])
+
+
 def _notifications(client: "SyncPrefectClient") -> list["AutomationCore"]:
     """One for each kind of news, with an action for each block that is called `tame-notify`."""
     from prefect.events.actions import CallWebhook, SendNotification
@@ -125,6 +139,7 @@ def _notifications(client: "SyncPrefectClient") -> list["AutomationCore"]:
     failed = {"prefect.flow-run.Failed", "prefect.flow-run.TimedOut"}
     return [
         _automation("people are told of a failure", _event(failed, {}), actions),
+        _automation("people are told of a question", _event({ASKS}, {}), actions),
         _automation("people are told of a rejection", _event({"prefect.flow-run.Rejected"}, {}), actions),
     ]
 

@@ -91,7 +91,7 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     lines = [("source", f"{source.model}{pinned}: {facts.told}, {there}"), ("device", name_of(pick()))]
     lines[1:1] = _adapter(source, found)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
-        lines += _of_variant(variant, outlook, plan)
+        lines += _of_variant(variant, outlook, plan, recipe.publish.approve)
     lines += theirs
     text = recipe.evaluate.text
     name = text.dataset or text.builtin or ", ".join(text.files or [])
@@ -158,14 +158,15 @@ def _outlook(
     return Outlook(_written(kept), "the cache", measured is not None)
 
 
-def _of_variant(variant: Variant, outlook: Outlook, plan: Plan) -> list[tuple[str, str]]:
+def _of_variant(variant: Variant, outlook: Outlook, plan: Plan, approve: bool) -> list[tuple[str, str]]:
     expected, about = outlook.size, "" if outlook.size.exact else "about "
     told = [f"{about}{size(expected.weight_bytes)}"]
     if expected.parameters:
         told.append(f"{about}{expected.quantized / expected.parameters:.1%} of its parameters quantized")
     if outlook.where:
         told.append(f"{'quantized and measured' if outlook.measured else 'quantized'}: in {outlook.where}")
-    told.append(f"goes to {plan.targets[variant.label]}" if plan.targets else "is published nowhere")
+    asked = ", if a person approves it" if approve else ""
+    told.append(f"goes to {plan.targets[variant.label]}{asked}" if plan.targets else "is published nowhere")
     return [
         (variant.label, ", ".join(told)),
         *(("note", f"{variant.label}: {note}") for note in expected.notes),

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import BadInputError, TameError, named_line
+from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Variant
 from configs.settings import home
 from tasks.download.checkpoint import read_tensors
@@ -21,6 +21,7 @@ from tasks.runtime.device import hardware, versions
 from tasks.runtime.files import write_text
 from tasks.values import (
     AdapterOf,
+    Answer,
     Calibration,
     Evaluation,
     Protocol,
@@ -113,6 +114,8 @@ class Result(_Value):
     seconds: float
     prefect_run: str | None = None
     mlflow_run: str | None = None
+    approval: Answer | None = None
+    """What a person said before anything was published, where the recipe asks for that."""
     error: str | None = None
     """What ended the run before its variants, in one line."""
     exit_code: int = 1
@@ -253,6 +256,13 @@ def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict | Non
 def published(before: ResultVariant, done: Published) -> ResultVariant:
     """A variant that is where the recipe wants it."""
     return before.model_copy(update={"status": "published", "published": done.url})
+
+
+def refused(before: ResultVariant, answer: Answer) -> ResultVariant:
+    """A variant that kept the limits, and that a person did not choose: their no counts as the gate's."""
+    checked = before.gate.checked if before.gate else []
+    verdict = Verdict(passed=False, reasons=[line(answer.no, limit=500)], checked=checked)
+    return before.model_copy(update={"status": "rejected", "gate": verdict})
 
 
 def measured(evaluation: Evaluation, sizes: dict[str, float]) -> Measured:

@@ -239,6 +239,24 @@ class Verdict(_Value):
     checked: list[str] = []
 
 
+class Answer(_Value):
+    """What a person said to the question what to publish."""
+
+    variants: list[str]
+    """Labels of those to publish; none of them is a no."""
+    private: bool
+    note: str = ""
+    answered: bool = True
+    """Whether somebody answered in time: if nobody did, that is a no."""
+
+    @property
+    def no(self) -> str:
+        """Why a variant that was not chosen is not published."""
+        if not self.answered:
+            return "nobody approved it in time"
+        return f"a person did not approve it: {self.note}" if self.note else "a person did not approve it"
+
+
 class Published(_Value):
     """What was published, and where. `commit` is None for folders; `uploaded` names the files that the target did not have yet."""
 

@@ -40,7 +40,7 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
-ON_A_SERVER = {"automations", "flow", "infra", "second_method", "sweep", "watch"}
+ON_A_SERVER = {"approval", "automations", "flow", "infra", "second_method", "sweep", "watch"}
 """Files whose tests need the session's Prefect server, by their names without test_ and .py."""
 
 

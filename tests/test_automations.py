@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.events import Event
 from prefect.events.clients import PrefectEventsClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Crashed, Failed, Pending, Running, State
+from prefect.states import Completed, Crashed, Failed, Pending, Running, State, Suspended
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from infra.automations import ATTEMPTS, create_automations
@@ -27,7 +27,7 @@ DEAD_AFTER = 10
 def client(prefect_url: str) -> Iterator[SyncPrefectClient]:
     """A server with our automations; deleted afterwards, for the tests that share it."""
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
-        create_automations(DEAD_AFTER)
+        create_automations(DEAD_AFTER, answer_within=DEAD_AFTER)
         yield client
         for automation in client.read_automations():
             client.delete_automation(automation.id)
@@ -76,6 +76,10 @@ def test_a_run_without_heartbeats_is_crashed_and_scheduled_again(client: SyncPre
     dead, alive, done, other = deployed(client), deployed(client), deployed(client), deployed(client, "somebody-elses")
     never_began = deployed(client)
     move(client, never_began, Pending())
+    unanswered = deployed(client)  # its process ends, and with it the heartbeats
+    move(client, unanswered, Pending(), Running())
+    beat(client, unanswered)
+    move(client, unanswered, Suspended(timeout_seconds=None, pause_key="approval"))
     for run in (dead, alive, done, other):
         move(client, run, Pending(), Running())
         beat(client, run)
@@ -90,6 +94,8 @@ def test_a_run_without_heartbeats_is_crashed_and_scheduled_again(client: SyncPre
     assert client.read_flow_run(alive.id).state_name == "Running"
     assert client.read_flow_run(done.id).state_name == "Completed"
     assert client.read_flow_run(other.id).state_name == "Running"  # not ours to judge
+    wait(client, unanswered, "Resuming")  # with nothing filled in: that is a no
+    assert names(client, unanswered)[-3:] == ["Running", "Suspended", "Resuming"]
 
 
 def test_a_crashed_run_is_started_again_up_to_a_limit(client: SyncPrefectClient) -> None:
@@ -133,10 +139,10 @@ def test_a_failed_run_is_not_started_again(client: SyncPrefectClient) -> None:
 
 def test_creating_them_again_changes_nothing_and_drops_those_of_an_older_version(client: SyncPrefectClient) -> None:
     first = {automation.name: automation for automation in client.read_automations()}
-    create_automations(DEAD_AFTER)
+    create_automations(DEAD_AFTER, DEAD_AFTER)
     again = {automation.name: automation for automation in client.read_automations()}
     assert again == first
-    assert len(first) == 4  # without a block to notify
+    assert len(first) == 5  # without a block to notify
 
 
 @pytest.fixture
@@ -167,7 +173,7 @@ def test_people_are_told_of_failures_and_rejections_through_every_block_of_that_
     form = {"text": "{{subject}}: {{body}}"}
     blocks.append(CustomWebhookNotificationBlock(name="n", url=url, json_data=form).save("tame-notify"))
     blocks.append(Webhook(url=url, allow_private_urls=True).save("tame-notify"))
-    create_automations(DEAD_AFTER)
+    create_automations(DEAD_AFTER, DEAD_AFTER)
     failed, rejected, crashed = deployed(client), deployed(client), deployed(client)
     move(client, failed, Pending(), Running(), Failed(message='nf4: "no" space'))
     move(client, rejected, Pending(), Running(), Completed(name="Rejected", message="the gate rejected nf4"))
@@ -188,5 +194,5 @@ def test_people_are_told_of_failures_and_rejections_through_every_block_of_that_
     assert "verysecret" not in "".join(automation.model_dump_json() for automation in client.read_automations())
     for block in blocks:
         client.delete_block_document(block)
-    create_automations(DEAD_AFTER)
-    assert len(client.read_automations()) == 4
+    create_automations(DEAD_AFTER, DEAD_AFTER)
+    assert len(client.read_automations()) == 5

@@ -15,6 +15,7 @@ from configs.settings import home
 from tasks.publish import provenance
 from tasks.publish.repo import SIGNATURE, Wanted, in_memory
 from tasks.runtime.progress import Progress
+from tasks.store.cache_only import may_make
 from tasks.store.digests import sha256_files
 
 PIECE = 1 << 20
@@ -34,9 +35,11 @@ def put(
 
     Raises:
         TameError: `target` holds something that tame did not put there; a file is not what was measured.
-        OSError: `target` cannot be written.
+        OSError: `target` cannot be written. NotCachedError: it would have to be, within `cache_only.nothing_made`.
     """
     target = target.resolve()  # a link stays one, and what it leads to is replaced
+    if not target.exists():
+        may_make(f"all of {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,7 @@ def put(
                 shutil.rmtree(rubbish, ignore_errors=True)
         if there == {name: file.sha256 for name, file in wanted.items()}:
             return []
+        may_make(f"all of {target}")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             _fill(partial, wanted, progress)

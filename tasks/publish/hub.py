@@ -21,6 +21,7 @@ from tasks.publish.repo import SIGNATURE, Repo, Wanted, has, in_memory, look, no
 from tasks.publish.transfer import Change, content, upload
 from tasks.publish.verify import verify, verify_proposal
 from tasks.runtime.progress import Progress
+from tasks.store.cache_only import may_make
 
 log = logging.getLogger("tame.publish")
 
@@ -66,10 +67,14 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
     Raises:
         TameError: it holds what tame did not put there, changed meanwhile, or does not hold what was uploaded.
         UnreachableError: the Hub does not answer, or not now; `after` is how long it asks to wait, s.
-        BadInputError: the Hub does not let this token do it.
+        BadInputError: the Hub does not let this token do it. NotCachedError: something would have to be done, within
+            `tasks.store.cache_only.nothing_made`.
     """
     api = connect()
-    there = look(api, release.repo) or _create(api, release.repo)
+    there = look(api, release.repo)
+    if there is None:
+        may_make(release.repo)
+        there = _create(api, release.repo)
     not_renamed(release.repo, there.id)
     if not there.ours:
         raise TameError(f"{there.id} holds files that tame did not put there; give another name, or empty it")
@@ -78,6 +83,7 @@ def put(release: Release, sign: Callable[[dict[str, Wanted]], bytes] | None, pro
     removing = _stale(api, there, wanted)
     if not adding and not removing and there.verified and there.private == release.private:
         return Done(url=_url(there.id, there.head), commit=there.head, private=there.private, uploaded=[], already=True)
+    may_make(f"all of {there.id}")
     if release.private and not there.private:
         raise TameError(
             f"{there.id} is public and publish.private is true; set publish.private: false, or make it private on "

@@ -217,12 +217,12 @@ def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> 
     room.remote = remote_store.connect() if shared else None
     if room.remote is not None:
         with contextlib.suppress(CorruptedError):
-            room.artifact = _fetched(room.remote, place)
+            room.artifact = fetched(room.remote, place)
         if room.artifact is not None:
             return
         held.enter_context(lease(room.remote, place.name))
         try:
-            room.artifact = _fetched(room.remote, place)
+            room.artifact = fetched(room.remote, place)
         except CorruptedError as error:
             log.warning("%s; it is made again", error)
             remote_store.discard(room.remote, place.name)
@@ -306,7 +306,7 @@ def sweep() -> int:
     return swept
 
 
-def _fetched(remote: Remote, place: Path) -> on_disk.Artifact | None:
+def fetched(remote: Remote, place: Path) -> on_disk.Artifact | None:
     """The artifact at `place`, brought from the shared store, if it has one."""
     there = remote_store.manifest(remote, place.name)
     if there is None:
@@ -335,6 +335,6 @@ def _published(remote: Remote, made: on_disk.Artifact, partial: Path, place: Pat
         return on_disk.take(partial, place)
     log.warning("%s %s: another machine was done first; its files are taken", made.kind, made.key[:8])
     on_disk.remove_folder(partial)
-    artifact = _fetched(remote, place)
+    artifact = fetched(remote, place)
     assert artifact is not None
     return artifact

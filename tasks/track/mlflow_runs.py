@@ -182,7 +182,7 @@ def _write_measured(client: Any, result: Result, measured: Measured, run: Any, b
     _batch(client, run_id, shown, began, model, dataset)
     _log_windows(client, run_id, measured, began)
     _log_layers(client, run_id, measured, began)
-    if isinstance(measured, ResultVariant) and model is not None and registry.verdict(measured) == "passed":
+    if isinstance(measured, ResultVariant) and model is not None and registry.is_released(result, measured):
         registry.register(client, result, measured, model, run_id)
     status = "FAILED" if isinstance(measured, ResultVariant) and measured.status == "failed" else "FINISHED"
     client.set_terminated(run_id, status, ended)
@@ -214,9 +214,20 @@ def _release_tags(result: Result) -> dict[str, str]:
         "decision": formatting.advice(result),
         "use": chosen.name if (chosen := _chosen(result)) else "",
         "verdict": formatting.outcome(result).lower(),
+        "approval": _approval(result),
         "mlflow.note.content": formatting.markdown(result),
         **_release_of(result),
     }
+
+
+def _approval(result: Result) -> str:
+    """What a person said, in a line; empty where nobody was asked."""
+    if (answer := result.approval) is None:
+        return ""
+    said = (
+        f"approved {', '.join(answer.variants)}" if answer.variants else "refused" if answer.answered else "no answer"
+    )
+    return f"{said}: {answer.note}" if answer.note else said
 
 
 def _release_of(result: Result) -> dict[str, str]:

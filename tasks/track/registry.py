@@ -34,6 +34,11 @@ def verdict(variant: ResultVariant) -> str:
     return "passed" if variant.status == "published" else variant.status
 
 
+def is_released(result: Result, variant: ResultVariant) -> bool:
+    """Whether aliases may point to it: it kept the limits, and, where a person has to approve it, it was published."""
+    return variant.status == "published" if result.recipe.publish.approve else verdict(variant) == "passed"
+
+
 def model(client: Any, result: Result, variant: ResultVariant, experiment_id: str, run_id: str) -> Any:
     """The variant as an MLflow model that lies elsewhere: found or made, never a copy of the weights."""
     from mlflow.entities import LoggedModelOutput

@@ -70,6 +70,20 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     return run_id
 
 
+def attach(run_id: str | None, folder: str, files: dict[str, bytes]) -> bool:
+    """Put `files` (contents by name) below `folder` among the artifacts of a run, and say whether MLflow has them now."""
+    if run_id is None:
+        return False
+    try:
+        client = connection.connect()
+        for name, content in files.items():
+            client.log_text(run_id, content.decode(), f"{folder}/{name}")
+    except Exception as error:  # whatever MLflow throws: Prefect shows them, too
+        logger.warning("%s; %s is not shown there", connection.away(error), ", ".join(files))
+        return False
+    return True
+
+
 def replay() -> int:
     """Log every spooled result, and return how many were logged; one line for each that could not be.
 
