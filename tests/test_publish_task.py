@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,20 +92,32 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
     assert sum("POST /api/models/me/tiny-nf4/commit" in request for request in hub.requests) == 2
 
 
-def test_a_stranger_loads_it_with_plain_transformers_and_it_generates(hub: Hub, quantized: Path) -> None:
+def test_a_stranger_runs_the_cards_program_as_it_stands(hub: Hub, quantized: Path, tmp_path: Path) -> None:
+    """Of a model whose repo was given without an owner, and of one that chats."""
     from tasks.publish.task import publish_folder
 
-    publish_folder(quantized, SPEC.repo, False, silent)
-    assert {
-        name: file.sha256 for name, file in hub.model(SPEC.repo).files().items() if name in files(quantized)
-    } == files(quantized)
-    card = hub.read(SPEC.repo, "README.md").decode()
-    program = card.split("```python\n")[1].split("```")[0]
-    environment = {**os.environ, "HF_HOME": str(quantized.parent / "stranger"), "HF_TOKEN": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    chats = Path(shutil.copytree(quantized, tmp_path / "chats"))
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    settings = json.loads((chats / "tokenizer_config.json").read_bytes())
+    (chats / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    programs = []
+    for folder, repo in ((quantized, "tiny-nf4"), (chats, "tiny-chat-nf4")):
+        publish_folder(folder, repo, False, silent)
+        remote = {name: file.sha256 for name, file in hub.model(f"me/{repo}").files().items()}
+        assert files(folder).items() <= remote.items()
+        card = hub.read(f"me/{repo}", "README.md").decode()
+        programs.append(card.split("```python\n")[1].split("```")[0])
+    assert "messages" not in programs[0]
+    assert 'messages = [{"role": "user"' in programs[1]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "stranger"), "HF_TOKEN": "", "OMP_NUM_THREADS": "1"}
+    fresh = [sys.executable, "-c", "\n".join(programs)]
+    run = subprocess.run(fresh, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.startswith("The capital of France is")
-    assert len(run.stdout) > len("The capital of France is\n") + 8
+    told, answer = run.stdout.split("\n", 1)
+    assert len(told) > len("The capital of France is") + 8
+    assert answer.strip()
+    assert "What is the capital" not in answer  # which is the question
 
 
 def test_what_cannot_be_loaded_is_not_shown(hub: Hub, quantized: Path, tmp_path: Path) -> None:
