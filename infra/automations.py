@@ -109,7 +109,9 @@ def _no_answer(seconds: int) -> "AutomationCore":
     from prefect.events.actions import ResumeFlowRun
 
     ends = {ANSWERED, "prefect.flow-run.Cancelled", "prefect.flow-run.Cancelling"}
-    resume = ResumeFlowRun(type="resume-flow-run")  # updating leaves out what was not given, and then it would do nothing
+    resume = ResumeFlowRun(
+        type="resume-flow-run"
+    )  # updating leaves out what was not given, and then it would do nothing
     return _automation("an approval that nobody gives is a no", _silence({ASKS}, seconds, ends), [resume])
 
 
