@@ -486,6 +486,11 @@ class CardFacts(Spec):
         "fine-tuned.",
         examples=["Qwen/Qwen3-1.7B"],
     )
+    new_version: Text | None = Field(
+        None,
+        description="Enter the Hub repo (owner/name) that replaces what is published; the Hub then points to it.",
+        examples=["me/Qwen3-1.7B-nf4-cal"],
+    )
     license: Text | None = Field(
         None, description="Enter the id of the licence, as the Hub writes it.", examples=["apache-2.0"]
     )
@@ -495,7 +500,7 @@ class CardFacts(Spec):
     datasets: list[Text] = Field([], description="List the Hub data sets that the source was trained on.")
     tags: list[Text] = Field([], description="List more tags for the Hub's search.", examples=[["chat"]])
 
-    @field_validator("base_model")
+    @field_validator("base_model", "new_version")
     @classmethod
     def _is_a_repo(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value, re.ASCII):
@@ -545,6 +550,13 @@ class Publish(Spec):
     card: CardFacts = Field(
         default=CardFacts(),
         description="Fill this in for a source that is not on the Hub, or whose card says too little.",
+    )
+    collection: Text | None = Field(
+        None,
+        max_length=59,
+        description="Enter the title of a Hub collection that all that is published is put in. It is made if the owner "
+        "has none.",
+        examples=["Qwen3 quantized"],
     )
     licence_check: Literal["warn", "refuse"] = Field(
         "warn",

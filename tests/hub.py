@@ -2,7 +2,7 @@
 
 It keeps what the client's requests mean (huggingface_hub 2.4: hf_api.py, _commit_api.py, lfs.py, file_download.py):
 users and tokens, repos of models and data sets with commits, branches, tags and pull requests, private and gated
-access, LFS in one part or in several, files with ranges. It has no Xet storage, and says so by 404. It goes wrong on
+access, collections, LFS in one part or in several, files with ranges. It has no Xet storage, and says so by 404. It goes wrong on
 demand: see `Hub.fail`.
 """
 
@@ -53,6 +53,7 @@ class Hub:
         self.part_size = part_size
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, dict[str, Any]] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.renamed: dict[str, str] = {}
         self.granted: set[tuple[str, str]] = set()
         self.requests: list[str] = []

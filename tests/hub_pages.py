@@ -45,6 +45,59 @@ class Pages(Handler):
             self.hub.repos[f"{kind}s", repo_id] = repo
         raise Answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id, "private": repo.private})
 
+    def collections(self) -> None:
+        """Make one; a title that its owner has already is answered with 409 and its slug."""
+        asked, who = self._json(), self._who()
+        owner, title = asked["namespace"], asked["title"]
+        if who is None or not self._may(f"{owner}/"):
+            raise Answer(403, f"You don't have the rights to create a collection under the namespace {owner}")
+        if len(title) > 59:
+            raise Answer(400, "Title must be at most 59 characters")
+        with self.hub.lock:
+            for slug, one in self.hub.collections.items():
+                if (one["owner"]["name"], one["title"]) == (owner, title):
+                    raise Answer(409, {"error": "You already have a collection with this title", "slug": slug})
+            number = f"{len(self.hub.collections):024x}"
+            slug = f"{owner}/{'-'.join(title.lower().split())}-{number}"
+            made = {
+                "slug": slug,
+                "title": title,
+                "owner": {"name": owner},
+                "items": [],
+                "lastUpdated": DATE,
+                "position": 0,
+            }
+            made |= {
+                "private": asked["private"],
+                "theme": "blue",
+                "upvotes": 0,
+                "description": asked.get("description"),
+            }
+            self.hub.collections[slug] = made
+        raise Answer(200, made)
+
+    def collection(self, slug: str) -> None:
+        raise Answer(200, self._collection(slug))
+
+    def collect(self, slug: str) -> None:
+        """Put an item into one; what is there already is answered with 409."""
+        item = self._json()["item"]
+        found = self._collection(slug)
+        if not self._may(slug):
+            raise Answer(403, "You don't have the rights to change this collection")
+        self._repo(f"{item['type']}s", item["id"])
+        if any((one["type"], one["id"]) == (item["type"], item["id"]) for one in found["items"]):
+            raise Answer(409, "Item is already in the collection")
+        place = len(found["items"])
+        found["items"].append({"_id": f"{place:024x}", "id": item["id"], "type": item["type"], "position": place})
+        raise Answer(200, found)
+
+    def _collection(self, slug: str) -> dict[str, Any]:
+        found = self.hub.collections.get(slug)
+        if found is None or (found["private"] and not self._may(slug)):
+            raise Answer(404, "Collection not found")
+        return found
+
     def delete(self) -> None:
         asked = self._json()
         repo = self._repo(

@@ -182,6 +182,8 @@ def test_results_of_whole_benchmarks_are_told_in_the_hubs_newest_form(result: Re
     files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
     entry = parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"]))[0]
     assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.25)
+    assert (entry.date, entry.source_name) == (result.started[:10], "tame.json")
+    assert entry.source_url == "https://huggingface.co/me/SmolLM2-135M-Instruct-int8/blob/main/tame.json"
     evaluate = evaluate.model_copy(update={"task_limit": 10})  # ten questions are not the benchmark
     recipe = result.recipe.model_copy(update={"evaluate": evaluate})
     files = release_files(changed(result.model_copy(update={"recipe": recipe}), metrics=metrics), "int8", None, known)
@@ -280,8 +282,33 @@ def test_a_chat_model_is_shown_by_messages_and_memory_by_its_layers(result: Resu
     assert 'messages = [{"role": "user"' not in text(result)
 
 
+def test_an_answer_stands_beside_the_base_models_and_cannot_leave_its_block(result: Result) -> None:
+    sample = result.variants[0].samples[0].model_copy(update={"answer": "ends\n```\n# not a title", "diverges_at": 3})
+    card = text(changed(result, samples=[sample]))
+    told = card.split("## An answer of each")[1].split("\n## ")[0]
+    assert f"```text\n{sample.prompt}\n```" in told
+    assert f"```text\n{sample.baseline}\n```" in told
+    assert "````text\nends\n```\n# not a title\n````" in told
+    assert "differ from character 3 on" in told
+    assert "## An answer of each" not in text(changed(result, samples=[]))
+    same = text(changed(result, samples=[sample.model_copy(update={"diverges_at": None})]))
+    assert "Both answered the same." in same
+    assert "This model:" not in same
+
+
+def test_what_each_task_recovered_is_in_per_cent(result: Result) -> None:
+    metrics = {**result.variants[0].metrics, "task/piqa/acc_recovery": 0.9925}
+    assert "| piqa: acc, recovered | – | 99.25 % |" in text(changed(result, metrics=metrics))
+
+
 def test_what_a_local_source_is_can_be_told(result: Result) -> None:
-    facts = {"base_model": "org/base", "license": "mit", "language": ["de"], "tags": ["chat"]}
+    facts = {
+        "base_model": "org/base",
+        "new_version": "org/better",
+        "license": "mit",
+        "language": ["de"],
+        "tags": ["chat"],
+    }
     recipe = Recipe.model_validate(
         {**result.recipe.model_dump(), "publish": {**result.recipe.publish.model_dump(), "card": facts}}
     )
@@ -289,6 +316,7 @@ def test_what_a_local_source_is_can_be_told(result: Result) -> None:
     data = ModelCard(text(result.model_copy(update={"recipe": recipe, "source": local}))).data
     assert isinstance(data, ModelCardData)
     assert (data.base_model, data.license, data.language) == ("org/base", "mit", ["de"])
+    assert data["new_version"] == "org/better"
     assert "chat" in data.tags
     with pytest.raises(ValidationError, match="not a Hub repo id"):
         CardFacts(base_model="my-fine-tune")

@@ -220,6 +220,18 @@ def test_a_lost_answer_to_a_pull_request_does_not_open_another(hub: Hub, folder:
     assert ([d["status"] for d in hub.model(REPO).discussions], remote(hub)) == (["merged"], local(folder, changed))
 
 
+def test_a_release_is_put_into_a_collection_once(hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = PUBLIC.model_copy(update={"collection": "Tiny models"})
+    for _ in range(2):
+        release(folder, spec)
+    [made] = hub.collections.values()
+    assert (made["title"], made["owner"]["name"], made["private"]) == ("Tiny models", "me", spec.private)
+    assert [(item["type"], item["id"]) for item in made["items"]] == [("model", REPO)]
+    hub.fail("POST /api/collections", 500, times=9)
+    assert release(folder, spec).already  # the release stands, whatever becomes of the collection
+    assert f"{REPO} is published, but not in the collection 'Tiny models'" in caplog.text
+
+
 def test_a_hub_without_tags_and_lists_of_pull_requests_will_do(hub: Hub, folder: Path) -> None:
     hub.fail("/refs|/tag/|GET .*/discussions", 404, times=999)
     release(folder)

@@ -9,6 +9,7 @@ front matter have them unrounded.
 import hashlib
 import json
 import math
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,6 +29,8 @@ from tasks.values import Protocol
 
 COMPARED = ("size_bytes", "perplexity", "kl_mean", "top1_agreement")
 """What the card compares the variants of a release by."""
+LONGEST_ANSWER = 800
+"""Characters of a sample on the card."""
 
 
 def release_files(
@@ -46,7 +49,8 @@ def release_files(
         if not math.isfinite(value):
             raise TameError(f"{label}: {name} is {value}, so it is not published; see the report, and set a gate")
     repos = {name: provenance.base_name(repo) for name, repo in (repos or _repos(result)).items()}
-    documents = {"README.md": _card(result, variant, repos).encode(), **eval_results(result, variant, benchmarks or {})}
+    scores = eval_results(result, variant, benchmarks or {}, repos.get(label))
+    documents = {"README.md": _card(result, variant, repos).encode(), **scores}
     return {**documents, provenance.NAME: _provenance(result, variant, documents)}
 
 
@@ -128,6 +132,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *usage(repo, method, *_where(variant)),
         *_quality(result, variant),
+        *_sample(variant),
         *_speed(result, variant),
         *_left(variant),
         *_limits(variant, method),
@@ -174,6 +179,31 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
     if variant.gate and (limits := variant.gate.checked + variant.gate.reasons):
         lines.append(f"Limits, each at the pessimistic end of its interval: {'; '.join(limits)}.")
     return lines
+
+
+def _sample(variant: ResultVariant) -> list[str]:
+    """The first prompt, and what both answered to it."""
+    if not variant.samples:
+        return []
+    first = variant.samples[0]
+    same = first.diverges_at is None
+    told = "Both answered the same." if same else f"The answers differ from character {first.diverges_at} on."
+    return [
+        "## An answer of each",
+        "The first of the prompts in the report, and what followed, always the likeliest token:",
+        _block(first.prompt),
+        "The base model:",
+        _block(first.baseline),
+        *([] if same else ["This model:", _block(first.answer)]),
+        f"{told} One answer shows the style of a model, not its quality.",
+    ]
+
+
+def _block(text: str) -> str:
+    """A model's words as a block of text that they cannot end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    shown = text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} …"
+    return f"{fence}text\n{shown}\n{fence}"
 
 
 def cost_rows(base: dict[str, float], metrics: dict[str, float]) -> list[str]:

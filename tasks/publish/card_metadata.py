@@ -14,7 +14,8 @@ from tasks.quantize.protocols import CardText
 from tasks.result import Result, ResultVariant
 
 ORDER = (
-    "language", "license", "license_name", "license_link", "base_model", "base_model_relation", "library_name",
+    "language", "license", "license_name", "license_link", "base_model", "base_model_relation", "new_version",
+    "library_name",
     "pipeline_tag", "datasets", "tags", "model-index",
 )  # fmt: skip
 HUB = "https://huggingface.co"
@@ -99,8 +100,13 @@ def text_name(variant: ResultVariant) -> str:
     return variant.protocol.text.name if variant.protocol.text else "text"
 
 
-def eval_results(result: Result, variant: ResultVariant, benchmarks: dict[str, Benchmark]) -> dict[str, bytes]:
-    """Scores of whole benchmarks that the Hub knows; a part of a benchmark is not its score."""
+def eval_results(
+    result: Result, variant: ResultVariant, benchmarks: dict[str, Benchmark], repo: str | None = None
+) -> dict[str, bytes]:
+    """Scores of whole benchmarks that the Hub knows, with the day, and `repo`'s tame.json as their source.
+
+    A part of a benchmark is not its score.
+    """
     if result.recipe.evaluate.task_limit is not None:
         return {}
     files = {}
@@ -108,11 +114,14 @@ def eval_results(result: Result, variant: ResultVariant, benchmarks: dict[str, B
         if metric in variant.metrics:
             shots = result.recipe.evaluate.task_fewshot
             notes = f"lm-evaluation-harness {result.versions.get('lm_eval', '')}, {'default' if shots is None else shots} shots"
-            entry = {
+            entry: dict[str, Any] = {
                 "dataset": {"id": benchmark.dataset, "task_id": benchmark.task_id},
                 "value": round(100 * variant.metrics[metric], 4),
+                "date": result.started[:10],
                 "notes": notes,
             }
+            if repo and result.recipe.publish.to == "hub":
+                entry["source"] = {"url": f"{HUB}/{repo}/blob/main/tame.json", "name": "tame.json"}
             name = f".eval_results/{benchmark.dataset.split('/')[1].lower()}.yaml"
             files[name] = yaml.safe_dump([entry], sort_keys=False).encode()
     return files

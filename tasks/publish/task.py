@@ -13,6 +13,7 @@ from tasks.publish import preflight as checks
 from tasks.publish.card import plain_files
 from tasks.publish.check import problems, problems_in_folder
 from tasks.publish.client import again_when_reached, connect
+from tasks.publish.collection import collect
 from tasks.publish.contents import contents, summary
 from tasks.publish.hub import Release
 from tasks.publish.repo import TAG, Wanted
@@ -66,7 +67,10 @@ def publish(
         review=spec.review,
         tag=tag if tag.startswith(TAG) else TAG + tag,
     )
-    return _told(again_when_reached(lambda: _to_hub(release, progress), pauses))
+    done = _told(again_when_reached(lambda: _to_hub(release, progress), pauses))
+    if spec.collection:
+        collect(spec.collection, done.repo, spec.private)
+    return done
 
 
 def _unchanged(folder: Path, files: dict[str, str]) -> None:
