@@ -70,7 +70,7 @@ def test_a_killed_run_takes_its_own_prefect_server_along(tmp_path: Path, tiny_ll
     assert left_running(place) == []
 
 
-def test_a_variant_killed_for_memory_while_measured_costs_itself_alone(
+def test_killed_for_memory_while_measured_a_variant_loses_that_part_alone(
     tmp_path: Path, tiny_llama: Path, prefect_url: str
 ) -> None:
     place = Place(tmp_path, prefect_url)
@@ -85,8 +85,9 @@ def test_a_variant_killed_for_memory_while_measured_costs_itself_alone(
     assert len(workers) == 1
     workers[0].kill()
     output, errors = process.communicate()
-    assert process.returncode == 1, output + errors
+    assert process.returncode == 0, output + errors
     nf4, int8 = json.loads((tmp_path / "out" / "result.json").read_text())["variants"]
-    assert (nf4["status"], int8["status"]) == ("failed", "published")
-    assert "evaluate nf4: its process was killed (SIGKILL), most likely for want of memory" in nf4["error"]
+    assert (nf4["status"], int8["status"]) == ("published", "published")
+    assert nf4["metrics"].keys() == int8["metrics"].keys() - {name for name in int8["metrics"] if "second" in name}
+    assert "evaluate nf4: its process was killed (SIGKILL), most likely for want of memory" in "".join(nf4["notes"])
     assert "Traceback" not in errors
