@@ -107,9 +107,11 @@ def register(client: Any, result: Result, variant: ResultVariant, model: Any, ru
     newest = [other for other in alike if other.tags["release"] == max(each.tags["release"] for each in alike)]
     chosen = {"newest": newest, "best": alike}
     chosen |= {f"best-{kind}bit": [other for other in alike if other.tags["bits"] == kind] for kind in ("4", "8")}
+    aliases = client.get_registered_model(name).aliases
     for alias, among in chosen.items():
-        if among:
-            client.set_registered_model_alias(name, alias, min(among, key=_damage).version)
+        best = min(among, key=_damage).version if among else None
+        if best is not None and str(aliases.get(alias)) != str(best):  # MLflow tells webhooks of every one that is set
+            client.set_registered_model_alias(name, alias, best)
 
 
 def _damage(version: Any) -> tuple[float, float, float]:

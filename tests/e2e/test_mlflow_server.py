@@ -11,7 +11,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +153,48 @@ def test_the_machine_s_load_is_logged_again_when_the_server_is_back(
     server.start()
     before = steps()
     until(lambda: steps() > before)
+
+
+def test_a_webhook_hears_of_an_alias_that_moves_and_of_no_other(
+    tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of docs/results.md, with a receiver on this machine."""
+    heard: list[dict[str, Any]] = []
+    signatures: list[str | None] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            signatures.append(self.headers.get("X-MLflow-Signature"))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
+    monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
+    running, receiver = Server(tmp_path / "server"), ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    running.start()
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
+        page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+        program = page.split("## Deploy what is best now")[1].split("```py\n")[1].split("```")[0]
+        exec(program.replace("https://deploy.example.com", f"http://127.0.0.1:{receiver.server_port}"), {})
+        result = make()
+        run = track.log(result, None, None, final=True)
+        end = time.monotonic() + 60
+        while not {"best", "best-8bit", "newest"} <= {one["data"]["alias"] for one in heard}:
+            assert time.monotonic() < end, heard
+            time.sleep(0.1)
+        assert all(one["entity"] == "model_version_alias" and one["data"]["version"] == "1" for one in heard)
+        assert all(signature and signature.startswith("v1,") for signature in signatures)
+        told = len(heard)
+        again = result.model_copy(update={"started": "2026-01-03T00:00:00+00:00", "prefect_run": "another"})
+        assert track.log(again, None, None, final=True) != run
+        time.sleep(3)
+        assert len(heard) == told  # the same weights are best: nothing moved
+    finally:
+        receiver.shutdown()
+        running.stop()
