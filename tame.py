@@ -165,7 +165,7 @@ def quantize(options: argparse.Namespace) -> int:
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
-    asked |= {"group_size": options.group_size, "scale": options.scale}
+    asked |= {"group_size": options.group_size, "scale": options.scale, "fit": options.fit}
     if options.calibrate is not None:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)
@@ -180,7 +180,7 @@ def quantize(options: argparse.Namespace) -> int:
     found = look(source)
     folder, calibration = found.path, None
     if (
-        found.kind != "folder" or found.adapter or variant.calibrate
+        found.kind != "folder" or found.adapter or variant.calibrate or variant.fit
     ):  # else nothing need be hashed, nor Prefect imported for it
         from tasks.download.task import download
 
@@ -200,6 +200,10 @@ def quantize(options: argparse.Namespace) -> int:
         trust_remote_code=trust,
         calibration=calibration,
     )
+    if variant.fit:
+        from tasks.fit.command import fitted
+
+        request = fitted(request, snapshot, spec)
     made = quantize_folder(request, check=options.check)
     print(f"{options.out}  {made.bytes / 1e6:,.1f} MB, {made.bits_per_weight:.2f} bits a weight, sha256 {made.digest}")
     for note in made.notes:

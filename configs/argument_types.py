@@ -27,6 +27,16 @@ def limit(text: str) -> float:
     return _number(text, "a number of nats, 0 or more, such as 0.1")
 
 
+def fit(text: str) -> dict[str, float | str]:
+    """A limit that a variant is fitted to, as the recipe has it: max_mean_kl=X or max_bytes=X."""
+    name, _, value = text.partition("=")
+    if name == "max_mean_kl":
+        return {name: _number(value, "max_mean_kl=X, X in nats, such as 0.05")}
+    if name == "max_bytes":
+        return {name: value}
+    raise argparse.ArgumentTypeError(f"{text!r}: expected max_mean_kl=X, such as 0.05, or max_bytes=X, such as 1.2GB")
+
+
 def _number(text: str, expected: str) -> float:
     """A finite number, 0 or more."""
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.argument_types import days, index, limit, positive
+from configs.argument_types import days, fit, index, limit, positive
 from configs.method_names import METHODS
 
 NEXT = """\
@@ -155,6 +155,13 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--calibrate-length", metavar="N", type=positive, help="tokens in each; by default 2048")
     command.add_argument(
         "--calibrate-level", default="true", choices=("fast", "true", "best"), help="fast: the scales alone"
+    )
+    command.add_argument(
+        "--fit",
+        metavar="LIMIT",
+        type=fit,
+        help="max_mean_kl=X: the smallest mix with 16 bits whose KL is at most X nats a token; max_bytes=X: the best that fits, "
+        "such as 1.2GB; of nf4 and fp4, measured on the texts of --calibrate or Python's own library",
     )
     command.add_argument(
         "--group-size",

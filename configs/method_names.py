@@ -13,6 +13,7 @@ OPTIONS = {
     "double_quant": FOUR_BIT,
     "compute_dtype": FOUR_BIT,
     "calibrate": "nf4, fp4 and w4a16",
+    "fit": FOUR_BIT,
     "group_size": INTEGERS,
     "scale": FOR_VLLM,
 }
@@ -20,8 +21,8 @@ OPTIONS = {
 
 METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
-    "nf4": ("double_quant", "compute_dtype", "calibrate"),
-    "fp4": ("double_quant", "compute_dtype", "calibrate"),
+    "nf4": ("double_quant", "compute_dtype", "calibrate", "fit"),
+    "fp4": ("double_quant", "compute_dtype", "calibrate", "fit"),
     "w4a16": ("group_size", "scale", "calibrate"),
     "w8a16": ("group_size", "scale"),
     "w8a8": ("scale",),

@@ -108,13 +108,67 @@ def _known_method(method: Any) -> str:
 
 
 Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": [*METHODS, ""], "type": "string"})]
-NOT_GIVEN = {
+NOT_GIVEN: dict[str, Any] = {
     "double_quant": {"const": False},
     "compute_dtype": EMPTY,
     "calibrate": {"const": False},
+    "fit": EMPTY,
     "group_size": EMPTY,
     "scale": EMPTY,
 }
+SIZE = r"^[0-9]+([.][0-9]+)?[ ]?([KMGT]?B)?$"
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def bytes_of(size: str) -> int:
+    """Bytes, from `500MB`, `1.2 GB` or a plain number; 0 for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", size.strip().upper())
+    return int(float(found[1]) * UNITS[found[2]]) if found else 0
+
+
+class Fit(Spec):
+    """A limit that the variant keeps with as little damage, or as few bytes, as can be: exactly one is given."""
+
+    RULES = [
+        {
+            "if": {"properties": {"max_mean_kl": EMPTY}},
+            "then": {"properties": {"max_bytes": {"type": "string"}}, "required": ["max_bytes"]},
+            "else": {"properties": {"max_bytes": EMPTY}},
+        }
+    ]
+    max_mean_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        title="Max Mean KL",
+        description="Enter the largest mean KL divergence from the baseline, in nats per token. The smallest mix of quantized "
+        "and unquantized modules that keeps it is found.",
+        examples=[0.05],
+    )
+    max_bytes: Annotated[str, StringConstraints(pattern=SIZE, max_length=40)] | None = Field(
+        None,
+        description="Enter the most that the weights may take, such as 1.2GB or 500MB (1 GB is 10^9 bytes). The mix with the "
+        "least damage that fits is found.",
+        examples=["1.2GB"],
+    )
+
+    @field_validator("max_bytes", mode="before")
+    @classmethod
+    def _in_units(cls, value: Any) -> Any:
+        """A plain number of bytes, as YAML reads it, is a size too."""
+        return str(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.max_mean_kl is None) == (self.max_bytes is None):
+            given = "neither" if self.max_bytes is None else "both"
+            raise ValueError(f"give exactly one of max_mean_kl and max_bytes; got {given}")
+        if self.max_bytes is not None and bytes_of(self.max_bytes) < 1:
+            raise ValueError(f"max_bytes {self.max_bytes!r} is less than one byte; write it as 500MB or 1.2GB")
+        return self
+
+    @property
+    def bytes(self) -> int | None:
+        """The limit of `max_bytes` in bytes."""
+        return bytes_of(self.max_bytes) if self.max_bytes is not None else None
 
 
 class Variant(Spec):
@@ -157,6 +211,13 @@ class Variant(Spec):
         "remains. fast chooses the scales alone: half the gain in a tenth of the time. best also tunes the scales "
         "afterwards.",
     )
+    fit: Fit | Literal["gate"] | None = Field(
+        None,
+        description="Give a limit, and the modules that matter most stay in 16 bits: the smallest mix that keeps max_mean_kl, "
+        "or the best that keeps max_bytes. gate takes the limits of the recipe's gate. What matters is measured on the "
+        "calibration text.",
+        examples=[{"max_mean_kl": 0.05}, {"max_bytes": "1.2GB"}],
+    )
     group_size: Literal[-1, 32, 64, 128] | None = Field(
         None,
         description="Choose how many weights of w4a16 and w8a16 share one scale; -1 gives each row one scale. If it "
@@ -172,7 +233,7 @@ class Variant(Spec):
         description="List modules that must stay unquantized, by their names in the model. transformers leaves others "
         "unquantized by itself, such as lm_head.",
         examples=[["model.layers.0"]],
-        max_length=1000,
+        max_length=10_000,
     )
     checkpoint: Text | None = Field(
         None,
@@ -198,7 +259,19 @@ class Variant(Spec):
             chosen.append(self.scale)
         if self.calibrate:
             chosen += ["cal", self.calibrate] if isinstance(self.calibrate, str) else ["cal"]
+        if self.fit:
+            chosen.append("fit")
         return self.name or "-".join([self.method, *chosen])
+
+    @property
+    def unfitted(self) -> Self:
+        """The same with all quantized."""
+        return self.model_copy(update={"fit": None, "name": None})
+
+    def keeping(self, modules: list[str]) -> Self:
+        """The same, its fit replaced by what it came to: these modules stay in 16 bits, too."""
+        skip = [*dict.fromkeys([*self.skip_modules, *modules])]
+        return self.model_copy(update={"fit": None, "skip_modules": skip, "name": self.label})
 
     @property
     def source(self) -> Source:
@@ -208,7 +281,7 @@ class Variant(Spec):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
-        unused = {key for key in ("calibrate", "group_size", "scale", "checkpoint") if not getattr(self, key)}
+        unused = {key for key in ("calibrate", "fit", "group_size", "scale", "checkpoint") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
 
     @model_validator(mode="after")
@@ -476,6 +549,12 @@ class Gate(Spec):
         examples=[0.02],
     )
 
+    @property
+    def fitted(self) -> dict[str, float]:
+        """The limits that a text alone can tell, for `fit: gate`."""
+        names = ("max_perplexity_increase", "max_mean_kl", "min_top1_agreement")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
 
 class CardFacts(Spec):
     """What the published card's metadata says where the source's own card does not, or says otherwise."""
@@ -639,6 +718,12 @@ class Recipe(Spec):
                     f"variants.{i} and variants.{first} are both named {variant.label!r}; give one a name:"
                 )
             equal[content] = seen[variant.label.lower()] = i
+        fitted = next((i for i, variant in enumerate(self.variants) if variant.fit == "gate"), None)
+        if fitted is not None and not self.gate.fitted:
+            raise ValueError(
+                f"variants.{fitted}.fit is gate, and the gate has no limit that can be fitted; give gate.max_mean_kl, "
+                "gate.max_perplexity_increase or gate.min_top1_agreement"
+            )
         if self.gate.max_task_drop is not None and not self.evaluate.tasks:
             raise ValueError("gate.max_task_drop needs evaluate.tasks; name a task or remove the limit")
         several = len([variant for variant in self.variants if variant.checkpoint is None]) > 1

@@ -18,6 +18,7 @@ from tasks.download.look import look
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.fit.task import fit
 from tasks.formatting import figure
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
@@ -30,7 +31,18 @@ from tasks.runtime import progress
 from tasks.store import cache_only
 from tasks.store.names import remember
 from tasks.store.recall import recalled
-from tasks.values import Answer, Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+from tasks.values import (
+    Answer,
+    Calibration,
+    Checkpoint,
+    Evaluation,
+    Fitted,
+    Found,
+    Published,
+    Quantized,
+    Snapshot,
+    Verdict,
+)
 
 log = logging.getLogger("tame.release")
 
@@ -42,7 +54,8 @@ class Stages(NamedTuple):
     download: Callable[[Source, Found], Snapshot]
     baseline: Callable[[Snapshot, Evaluate, LoadedText], Evaluation]
     calibrate: Callable[[Snapshot, Calibrate], Calibration]
-    quantize: Callable[[Snapshot, Variant, Calibration | None], Quantized]
+    fit: Callable[[Snapshot, Variant, Gate, Calibrate, Calibration | None], Fitted]
+    quantize: Callable[[Snapshot, Variant, Calibration | None, Fitted | None], Quantized]
     evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
     gate: Callable[[str, dict[str, float], Gate], Verdict]
     approve: Callable[[Shown], Answer]
@@ -63,6 +76,7 @@ DIRECT = Stages(
     download=download,
     baseline=lambda snapshot, spec, text: evaluate_baseline(snapshot, spec, text=text),
     calibrate=calibrate,
+    fit=fit,
     quantize=quantize,
     evaluate=evaluate_variant,
     gate=lambda _variant, metrics, gate: judge(metrics, gate),
@@ -186,8 +200,12 @@ def _measure(
             checkpoint = Checkpoint(path=theirs.path, digest=theirs.digest, label=variant.label)
             return results.judged(known, stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate), None)
         calibration = stages.calibrate(snapshot, recipe.calibration) if variant.calibrate else None
-        quantized = stages.quantize(snapshot, variant, calibration)
-        known = results.quantized(known, quantized)
+        fitted = None
+        if variant.fit is not None:
+            fitted = stages.fit(snapshot, variant, recipe.gate, recipe.calibration, calibration)
+            told.fitted(fitted)
+        quantized = stages.quantize(snapshot, variant, calibration, fitted)
+        known = results.quantized(known, quantized, fitted)
         told.quantized()
         remember(quantized.digest, f"{snapshot.name} {variant.label}")
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
@@ -235,13 +253,13 @@ class Told:
     """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
 
     def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
-        self.by, self.say, self.how = by, say, list[str]()
+        self.by, self.say, self.how, self.fit = by, say, list[str](), list[str]()
         self.done, self.stages, self.published = 0, 2 + len(recipe.variants), 0
         self.begin("looking at the model")
 
     def begin(self, what: str) -> None:
         """A stage begins."""
-        self.what, self.started, self.how = what, time.monotonic(), []
+        self.what, self.started, self.how, self.fit = what, time.monotonic(), [], []
         progress.begin(f"{self.done + 1}/{self.stages + self.published} {what}")
 
     def downloaded(self, snapshot: Snapshot) -> None:
@@ -256,6 +274,13 @@ class Told:
         known = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
         self._say("✓", "baseline", [how, *known])
 
+    def fitted(self, fitted: Fitted) -> None:
+        """The mix that keeps a variant's limit is known; it is written now."""
+        kept = f"{len(fitted.modules)} modules stay in 16 bits" if fitted.modules else "all is quantized"
+        how = "fitted before" if fitted.cached else f"fitted {self._seconds()}"
+        self.fit = [f"{how} to {fitted.limit}: {kept}"]
+        self.started = time.monotonic()
+
     def quantized(self) -> None:
         """A variant was quantized; it is measured now."""
         self.how.append(self._seconds())
@@ -268,7 +293,7 @@ class Told:
             return
         quantized = "before" if "quantize" in variant.cached else self.how[0]
         measured = "before" if "evaluate" in variant.cached else self._seconds()
-        how = [f"quantized {quantized}", f"measured {measured}"]
+        how = [*self.fit, f"quantized {quantized}", f"measured {measured}"]
         damage = variant.metrics.get("kl_mean")
         known = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
         reasons = variant.gate.reasons if variant.gate else []

@@ -17,6 +17,7 @@ from tasks.download import hub
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.fit.task import fit
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
 from tasks.publish.client import seconds_to_wait
@@ -24,7 +25,7 @@ from tasks.publish.task import PAUSES, publish, tell_lineage
 from tasks.quantize.task import quantize
 from tasks.result import Result
 from tasks.track.task import log
-from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+from tasks.values import Calibration, Checkpoint, Evaluation, Fitted, Found, Published, Quantized, Snapshot, Verdict
 
 
 @task(name="plan", task_run_name="plan {recipe.name}")
@@ -48,10 +49,21 @@ def calibrate_task(snapshot: Snapshot, spec: Calibrate) -> State[Calibration]:
     return Completed(name="Cached" if made.cached else "Completed", data=made)
 
 
+@task(name="fit", task_run_name="fit {variant.label}")
+def fit_task(
+    snapshot: Snapshot, variant: Variant, gate: Gate, spec: Calibrate, calibration: Calibration | None = None
+) -> State[Fitted]:
+    """`fit` in the flow."""
+    fitted = fit(snapshot, variant, gate, spec, calibration)
+    return Completed(name="Cached" if fitted.cached else "Completed", data=fitted)
+
+
 @task(name="quantize", task_run_name="quantize {variant.label}")
-def quantize_task(snapshot: Snapshot, variant: Variant, calibration: Calibration | None = None) -> State[Quantized]:
+def quantize_task(
+    snapshot: Snapshot, variant: Variant, calibration: Calibration | None = None, fitted: Fitted | None = None
+) -> State[Quantized]:
     """`quantize` in the flow."""
-    quantized = quantize(snapshot, variant, calibration)
+    quantized = quantize(snapshot, variant, calibration, fitted)
     return Completed(name="Cached" if quantized.cached else "Completed", data=quantized)
 
 
@@ -114,7 +126,8 @@ IN_PREFECT = Stages(
     download=lambda source, found: download_task(source, found).result(),
     baseline=lambda snapshot, spec, text: baseline_task(snapshot, spec, text).result(),
     calibrate=lambda snapshot, spec: calibrate_task(snapshot, spec).result(),
-    quantize=lambda snapshot, variant, calibration: quantize_task(snapshot, variant, calibration).result(),
+    fit=lambda *given: fit_task(*given).result(),
+    quantize=lambda *given: quantize_task(*given).result(),
     evaluate=lambda *given: evaluate_task(*given).result(),
     gate=gate_task,
     approve=nobody_to_ask,  # the flow knows whom

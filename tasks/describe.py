@@ -19,6 +19,7 @@ from tasks.download.facts import Facts, facts_of
 from tasks.download.look import look, tokenizer_folder
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.fit.task import fit
 from tasks.fleet.work_queues import memory_needed, smallest
 from tasks.formatting import figure
 from tasks.plan import Plan, preflight
@@ -36,6 +37,8 @@ from tasks.values import Checkpoint, Evaluation, Found, Snapshot
 T = TypeVar("T")
 FLOPS_OF_A_CORE, FLOPS_OF_A_GPU = 1e11, 1e14
 """What evaluating was seen to reach, in operations a second."""
+FIT_TOKENS = (100_000, 1_000_000)
+"""About the tokens that fitting takes through the whole model, on a CPU and on a GPU."""
 TOKENS = 300_000
 """Of a text whose length nobody has limited."""
 
@@ -149,7 +152,12 @@ def _outlook(
     calibration = cached(lambda: calibrate(snapshot, recipe.calibration)) if variant.calibrate else None
     if variant.calibrate and calibration is None:
         return Outlook(expected, None, False)
-    inputs = quantize_inputs(snapshot, variant, pick_all("auto"), calibration)
+    fitted = None
+    if variant.fit is not None:
+        fitted = cached(lambda: fit(snapshot, variant, recipe.gate, recipe.calibration, calibration))
+        if fitted is None:
+            return Outlook(expected, None, False)
+    inputs = quantize_inputs(snapshot, variant, pick_all("auto"), calibration, fitted)
     kept = store.find("quantized", inputs)
     if kept is None:
         return Outlook(expected, store.where("quantized", inputs), False)
@@ -161,7 +169,9 @@ def _outlook(
 def _of_variant(variant: Variant, outlook: Outlook, plan: Plan, approve: bool) -> list[tuple[str, str]]:
     expected, about = outlook.size, "" if outlook.size.exact else "about "
     told = [f"{about}{size(expected.weight_bytes)}"]
-    if expected.parameters:
+    if variant.fit is not None and not outlook.where:
+        told[0] = f"from {about}{size(expected.weight_bytes)} up: the limit decides what stays in 16 bits"
+    elif expected.parameters:
         told.append(f"{about}{expected.quantized / expected.parameters:.1%} of its parameters quantized")
     if outlook.where:
         told.append(f"{'quantized and measured' if outlook.measured else 'quantized'}: in {outlook.where}")
@@ -203,6 +213,8 @@ def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], baseline: bool)
             variant.calibrate and outlook.where is None
         ):  # each block runs a few times, and its columns one after another
             tokens += 8 * recipe.calibration.sequences * recipe.calibration.length
+        if variant.fit is not None and outlook.where is None:
+            tokens += FIT_TOKENS[bool(gpus())]
     seconds = 2 * facts.parameters * tokens / speed + 15 * to_measure + to_make * facts.parameters / 1e8 + 20
     minutes = max(1, round(seconds / 60))
     told = f"{seconds / 3600:.0f} hours" if minutes > 90 else f"{minutes} minute{'s' * (minutes > 1)}"

@@ -86,7 +86,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     for variant in recipe.variants:
         if variant.checkpoint is not None:
             _check_theirs(variant, found)
-    if any(variant.calibrate for variant in recipe.variants):
+    if any(variant.calibrate or variant.fit for variant in recipe.variants):
         _check_calibration(recipe, found, text)
     tokens = None
     if folder := tokenizer_folder(recipe.source, found):
@@ -142,7 +142,7 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> N
 
     if found.config.get("is_encoder_decoder"):
         kind = (found.config.get("architectures") or [found.config.get("model_type")])[0]
-        raise BadInputError(f"{recipe.source.model}: {kind} is an encoder-decoder; leave calibrate out")
+        raise BadInputError(f"{recipe.source.model}: {kind} is an encoder-decoder; leave calibrate and fit out")
     if not (
         recipe.calibration.text.builtin and recipe.evaluate.text.builtin
     ):  # those are apart, and a test keeps them so

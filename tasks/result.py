@@ -24,6 +24,7 @@ from tasks.values import (
     Answer,
     Calibration,
     Evaluation,
+    Fitted,
     Protocol,
     Published,
     Quantized,
@@ -93,9 +94,16 @@ class ResultVariant(Measured):
     """What its codes were chosen on, if they were."""
     left: list[Unquantized] = []
     """What stayed in 16 bits."""
+    fit: Fitted | None = None
+    """How the mix of quantized and unquantized modules was found, where the variant has a limit."""
     published: str | None = None
     """URL of the Hub commit or the folder."""
     error: str | None = None
+
+    @property
+    def made_as(self) -> Variant:
+        """What it was quantized as: its limit, if it has one, replaced by what that came to."""
+        return self.spec.keeping(self.fit.modules) if self.fit else self.spec
 
 
 class Result(_Value):
@@ -126,8 +134,8 @@ class Result(_Value):
         return next(variant for variant in self.variants if variant.name == label)
 
     def plain_of(self, variant: ResultVariant) -> ResultVariant | None:
-        """The variant that is the same but for calibrating, if the recipe has it."""
-        if not variant.spec.calibrate:
+        """The variant that is the same but for calibrating, if the recipe has it; none of a fitted one, whose size is its own."""
+        if not variant.spec.calibrate or variant.spec.fit:
             return None
         same = variant.spec.model_copy(update={"calibrate": False}).identity
         return next((other for other in self.variants if other.spec.identity == same), None)
@@ -203,7 +211,7 @@ def failed(before: ResultVariant, error: BaseException) -> ResultVariant:
     return before.model_copy(update={"status": "failed", "error": named_line(error, limit=None)})
 
 
-def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
+def quantized(before: ResultVariant, made: Quantized, fitted: Fitted | None = None) -> ResultVariant:
     """A variant whose checkpoint is there."""
     return before.model_copy(
         update={
@@ -215,7 +223,8 @@ def quantized(before: ResultVariant, made: Quantized) -> ResultVariant:
             },
             "calibration": made.calibration,
             "left": made.left,
-            "notes": made.notes,
+            "fit": fitted,
+            "notes": [*made.notes, *([fitted.sentence] if fitted else [])],
             "cached": ["quantize"] if made.cached else [],
         }
     )

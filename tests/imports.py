@@ -30,6 +30,7 @@ ROOMS = (
     "tasks.decision",
     "tasks.formatting",
     "tasks.evaluate",
+    "tasks.fit",
     "tasks.gate",
     "tasks.publish",
     "tasks.track",

@@ -25,6 +25,7 @@ from tasks.transformers_adapter import (
     model_class,
     read_model_config,
     set_dtype,
+    tie,
     transposed_modules,
 )
 
@@ -42,9 +43,17 @@ class BlockModel:
     """
 
     def __init__(
-        self, folder: Path, device: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        head: bool = False,
     ) -> None:
-        """Raises BadInputError for what is no causal language model of blocks; it names the architecture."""
+        """With `head`, what lies behind the blocks is loaded too, for `finish`.
+
+        Raises BadInputError for what is no causal language model of blocks; it names the architecture.
+        """
         self.folder, self.device = folder, torch.device(device)
         tensors = read_tensors(folder)
         self.model = _on_meta(folder, tensors, dtype, trust_remote_code)
@@ -60,11 +69,13 @@ class BlockModel:
         self.linear |= self.of_experts
         self.tuples = False
         make_buffers(self.model, self.device)
-        head = self.model.get_output_embeddings()
-        after = {name for name, module in self.model.named_modules() if module is head}
+        output = None if head else self.model.get_output_embeddings()
+        after = {name for name, module in self.model.named_modules() if module is output}
         self._load(
             lambda name: not name.startswith(f"{self.blocks_name}.") and name.rpartition(".")[0] not in after,
         )
+        if head:
+            tie(self.model, set(self.model.state_dict()) - self.tensors.keys())
 
     def unload_rest(self) -> None:
         """Let go of what lies outside the blocks; nothing can be started after that."""
@@ -129,7 +140,7 @@ class BlockModel:
                 self.tuples = True
                 return self.start(ids)
             raise BadInputError(
-                f"{self.folder}: {self.kind} cannot be run block by block ({line(error)}); leave calibrate out"
+                f"{self.folder}: {self.kind} cannot be run block by block ({line(error)}); leave calibrate and fit out"
             ) from error
         finally:
             for block in self.blocks:
@@ -140,7 +151,7 @@ class BlockModel:
                 self.tuples = True
                 return self.start(ids)
             raise BadInputError(
-                f"{self.folder}: {self.kind} does not run its blocks in their order; leave calibrate out"
+                f"{self.folder}: {self.kind} does not run its blocks in their order; leave calibrate and fit out"
             )
         return first, [arguments for _, arguments in seen]
 
@@ -150,6 +161,21 @@ class BlockModel:
         out = self.blocks[index](hidden, *args, **kwargs)
         states: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return states
+
+    def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits [batch, tokens, vocabulary], of token ids [batch, tokens] whose states behind the last block are `hidden`.
+
+        The model runs what lies behind the blocks itself, so that whatever it does to its logits is done here too.
+        """
+        for block in self.blocks:
+            block.forward = lambda *_args, **_kwargs: (hidden,) if self.tuples else hidden
+        try:
+            with torch.no_grad():
+                logits: torch.Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return logits
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
         """Load the parameters and buffers whose names are `wanted`, by transformers' own conversions."""
@@ -172,7 +198,7 @@ def _on_meta(folder: Path, tensors: dict[str, Stored], dtype: torch.dtype | None
     if getattr(config, "is_encoder_decoder", False):
         raise BadInputError(
             f"{folder}: {config.model_type} is an encoder-decoder; tame calibrates decoder-only language models, leave "
-            "calibrate out"
+            "calibrate and fit out"
         )
     cls = model_class(config, folder, trust_remote_code)
     chosen = dtype or dtype_of(config, folder, tensors)
@@ -191,7 +217,7 @@ def _blocks(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
     within = {name: one for name, one in fitting.items() if decoder is not None and one in decoder.modules()}
     found = within or fitting
     if not found:
-        raise BadInputError(f"{folder}: {type(model).__name__} has no list of blocks; leave calibrate out")
+        raise BadInputError(f"{folder}: {type(model).__name__} has no list of blocks; leave calibrate and fit out")
     name = max(found, key=lambda key: sum(parameter.numel() for parameter in found[key].parameters()))
     return name, found[name]
 

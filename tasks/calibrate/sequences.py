@@ -1,5 +1,6 @@
 """From texts to the token sequences that codes are chosen on."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ def check_length(spec: Calibrate, folder: Path) -> None:
 
 
 def make_sequences(
-    texts: list[LoadedText], spec: Calibrate, folder: Path, trust_remote_code: bool, out: Path
+    texts: list[LoadedText], spec: Calibrate, folder: Path, trust_remote_code: bool, out: Path, shift: float = 0.0
 ) -> list[int]:
     """Tokenize the texts and write their sequences, mixed evenly, to `out`/ids.safetensors. Returns how many each text gave.
 
-    Each sequence begins as the tokenizer begins a text, with BOS where it adds one.
+    Each sequence begins as the tokenizer begins a text, with BOS where it adds one. Those of a long text begin by `shift`, a
+    share of the text, later than without.
 
     Raises:
         BadInputError: no tokenizer, or a text that is shorter than one sequence.
@@ -77,7 +79,8 @@ def make_sequences(
     except Exception as error:
         raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
     start = _start(tokenizer)
-    found = [_of_text(_as_read(text.text, tokenizer), spec, tokenizer, len(start), text.name) for text in texts]
+    rows_of = functools.partial(_of_text, spec=spec, tokenizer=tokenizer, taken=len(start), shift=shift)
+    found = [rows_of(_as_read(text.text, tokenizer), name=text.name) for text in texts]
     mixed = [start + rows[number] for number in range(max(map(len, found))) for rows in found if number < len(rows)]
     save_file({"ids": torch.tensor(mixed, dtype=torch.int32)}, out / "ids.safetensors")
     return [len(rows) for rows in found]
@@ -109,14 +112,14 @@ def _as_read(text: str, tokenizer: Any) -> str:
     return ROW_SEPARATOR.join(str(turn["content"]) for chat in chats for turn in chat)
 
 
-def _of_text(text: str, spec: Calibrate, tokenizer: Any, taken: int, name: str) -> list[list[int]]:
+def _of_text(text: str, spec: Calibrate, tokenizer: Any, taken: int, shift: float, name: str) -> list[list[int]]:
     """Up to `spec.sequences` rows of tokens, without what begins them, evenly from all over the text."""
     length, count = spec.length - taken, spec.sequences
     if len(text) >= count * length * AMPLE:
         rows = []
         for number in range(count):
-            at = len(text) * number // count
-            at = 0 if not number else text.find("\n", at) + 1 or at
+            at = len(text) * number // count + int(shift * len(text))
+            at = 0 if not at else text.find("\n", at) + 1 or at
             piece = text[at : at + length * CHARACTERS_PER_TOKEN]
             rows.append(list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:length]))
         if all(len(row) == length for row in rows):

@@ -60,7 +60,7 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
     content = {
         "format": 1,
         "source": _source(result),
-        "variant": {"name": variant.name, "spec": variant.spec.model_dump(mode="json")},
+        "variant": {"name": variant.name, "spec": variant.made_as.model_dump(mode="json")},
         "artifact": artifact.model_dump(include={"digest", "bytes", "files"}) if artifact else None,
         "metrics": provenance.lasting(variant.metrics),
         "baseline": provenance.lasting(result.baseline.metrics) if result.baseline else None,

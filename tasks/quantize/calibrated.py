@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInputError, TameError
-from tasks.download.checkpoint import quantization_of
+from tasks.download.checkpoint import quantization_of, read_header, weight_files
 from tasks.quantize.protocols import CodedFormat, Request, TensorFormat
 from tasks.runtime.progress import Progress
 
@@ -67,3 +67,20 @@ def calibrated(
         ) from error
     jobs = [replace(job, chosen=chosen.where.get(job.weight)) for job in layout.jobs]
     return jobs, [*calibration.notes, *chosen.notes]
+
+
+def taking(folder: Path, jobs: "list[Job]") -> "list[Job]":
+    """The jobs, those that quantize with the place of their codes and scales in the checkpoint in `folder`.
+
+    Raises:
+        TameError: the checkpoint lacks some.
+    """
+    there = {
+        name: (folder / file, found)
+        for file in weight_files(folder)
+        for name, found in read_header(folder / file, file).items()
+    }
+    lost = [name for job in jobs if job.quantized for name in job.outputs if name not in there]
+    if lost:
+        raise TameError(f"{folder}: {lost[0]} is not there; remove the folder, and run again")
+    return [replace(job, taken={name: there[name] for name in job.outputs}) if job.quantized else job for job in jobs]

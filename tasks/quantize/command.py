@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import re
 import shutil
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from configs.errors import BadInputError, KilledError, TameError
+from configs.schema import bytes_of
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
 from tasks.quantize.methods import method_of, method_of_source
@@ -23,8 +23,6 @@ from tasks.store.digests import sha256_files
 from tasks.values import Quantized
 
 log = logging.getLogger("tame.quantize")
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def quantize_folder(request: Request, *, check: bool = False, progress: Progress = show) -> Quantized:
@@ -113,7 +111,7 @@ def parse_size(text: str) -> int:
     Raises:
         BadInputError: not a size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", text.strip().upper())
-    if not found or float(found[1]) <= 0:
+    size = bytes_of(text)
+    if size < 1:
         raise BadInputError(f"--max-shard-size {text!r} is not a size; write it as 500MB or 5GB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return size

@@ -45,6 +45,8 @@ class Job:
     """The weights of the source, itself included, whose largest magnitude has to be known first; for a `WholeFormat`."""
     chosen: tuple[Path, str] | None = None
     """The file in which calibrating has put its codes and scales, and their name there; None where it has chosen none."""
+    taken: dict[str, tuple[Path, Stored]] = field(default_factory=dict)
+    """For a weight that another checkpoint has quantized alike: where each output lies in it, to be copied as it is."""
 
     @property
     def outputs(self) -> list[str]:

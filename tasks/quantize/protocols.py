@@ -44,6 +44,8 @@ class Request:
     """What reads the source, where that is quantized already."""
     calibration: Calibration | None = None
     """What codes are chosen on, for a variant that is calibrated."""
+    codes: Path | None = None
+    """A checkpoint of the same source and method that has more quantized: its codes and scales are taken as they are."""
 
 
 class Written(BaseModel):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.download.checkpoint import Stored, carried_files, read_config, read_tensors
-from tasks.quantize.calibrated import FOLDER, calibrated
+from tasks.quantize.calibrated import FOLDER, calibrated, taking
 from tasks.quantize.check import check_written
 from tasks.quantize.protocols import Method, Request, TensorFormat, Written
 from tasks.runtime.progress import Progress, silent
@@ -54,7 +54,9 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
     for path in set(request.out.iterdir()) - expected:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     jobs, notes = layout.jobs, layout.notes
-    if request.variant.calibrate:
+    if request.codes is not None:
+        jobs = taking(request.codes, jobs)
+    elif request.variant.calibrate:
         jobs, said = calibrated(request, tensor_format, layout, identity, progress)
         notes = [*notes, *said]
     engine = Engine(request, tensor_format, jobs, files, journal, progress, packed)
@@ -105,6 +107,7 @@ def _identity(
         request.variant.identity,
         request.device.partition(":")[0],
         request.calibration.digest if request.calibration else None,
+        *([str(request.codes)] if request.codes else []),
     ]
 
 

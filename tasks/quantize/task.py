@@ -14,7 +14,7 @@ from tasks.runtime.device import held, pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store import on_disk
-from tasks.values import Calibration, Quantized, Snapshot
+from tasks.values import Calibration, Fitted, Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
 
@@ -24,12 +24,19 @@ CALIBRATE = 2  # of tasks/calibrate: raise it when the same sequences give other
 
 
 def quantize_inputs(
-    snapshot: Snapshot, variant: Variant, device: str, calibration: Calibration | None = None
+    snapshot: Snapshot,
+    variant: Variant,
+    device: str,
+    calibration: Calibration | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the quantized bytes, for the store's key. CPU and CUDA need not round alike."""
     chosen = {"calibration": calibration.digest, "calibrate": CALIBRATE} if variant.calibrate and calibration else {}
+    taken = {"codes": fitted.codes_digest} if variant.calibrate and fitted else {}
+    variant = variant.keeping(fitted.modules) if fitted else variant
     return {
         **chosen,
+        **taken,
         "snapshot": snapshot.digest,
         "variant": variant.identity,
         "trust_remote_code": snapshot.trust_remote_code,
@@ -43,6 +50,7 @@ def quantize(
     snapshot: Snapshot,
     variant: Variant,
     calibration: Calibration | None = None,
+    fitted: Fitted | None = None,
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -50,11 +58,16 @@ def quantize(
 ) -> Quantized:
     """The quantized checkpoint of `snapshot`: from the store, or made now; a killed run is taken up where it was.
 
+    With `fitted`, it is the mix that keeps the variant's limit; calibrated codes are those of the checkpoint that was measured.
+
     Raises:
         BadInputError: the source cannot be quantized, or is quantized already.
         TameError: a damaged or broken source, no space left, no memory left.
     """
     chosen = pick_all(device)
+    inputs = quantize_inputs(snapshot, variant, chosen, calibration, fitted)
+    codes = fitted if variant.calibrate else None
+    variant = variant.keeping(fitted.modules) if fitted else variant
 
     def make(folder: Path) -> on_disk.Made:
         source = Path(snapshot.path)
@@ -68,6 +81,7 @@ def quantize(
             trust_remote_code=snapshot.trust_remote_code,
             source_method=method_of_source(source),
             calibration=calibration if variant.calibrate else None,
+            codes=Path(codes.codes) if codes else None,
         )
         with held():
             started = time.monotonic()
@@ -76,7 +90,6 @@ def quantize(
         meta = written.model_dump(mode="json", exclude={"digests"})
         return on_disk.Made(meta={**meta, "seconds": seconds}, digests=written.digests)
 
-    inputs = quantize_inputs(snapshot, variant, chosen, calibration)
     artifact, cached = store.build("quantized", inputs, make, keep_partial=True)
     written, seconds = Written(digests={}, **artifact.meta), artifact.meta["seconds"]
     quantized = written.quantized_in(artifact.path, artifact.files, artifact.bytes, artifact.digest, seconds, cached)

@@ -120,6 +120,8 @@ class Worker:
 
     def _quantize(self, job: Job) -> int:
         """Quantize a weight a few rows at a time, then write what belongs to it. Returns the checksum of what was written."""
+        if job.taken:
+            return self._take(job)
         if job.chosen is not None:
             return self._write_chosen(job, *job.chosen)
         tensor_format = self.tensor_format
@@ -137,6 +139,20 @@ class Worker:
             at += len(data)
         self._check(job, scale)
         self._write_parts(job, scale, checksum, tensor_format)
+        return checksum.intdigest()
+
+    def _take(self, job: Job) -> int:
+        """Copy the codes and scales of a weight from another checkpoint. Returns the checksum of what was written."""
+        checksum = xxh3_64()
+        for name, (file, stored) in job.taken.items():
+            data = bytearray(stored.end - stored.start)
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(stored.start)
+                if opened.readinto(data) != len(data):
+                    raise TameError(f"{file}: ends within {name}; it changed while it was read, run again")
+            if name not in self.shards[name].late:
+                checksum.update(data)
+            self.shards[name].write(name, 0, memoryview(data))
         return checksum.intdigest()
 
     def _write_chosen(self, job: Job, file: Path, name: str) -> int:

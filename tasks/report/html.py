@@ -16,7 +16,7 @@ from configs.write import as_yaml
 from tasks import formatting
 from tasks.decision import decide
 from tasks.evaluate import evidence
-from tasks.report import plots
+from tasks.report import fit_plots, plots
 from tasks.result import Measured, Result, ResultVariant
 from tasks.store import artifacts as store
 from tasks.store import on_disk
@@ -43,7 +43,7 @@ COST = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_memory_by
 def render(result: Result) -> str:
     """The report of one release, as HTML."""
     measured = formatting.rows(result)
-    quality, cost, layers = _drawn(result)
+    quality, cost, layers, fits = _drawn(result)
     return _page(
         "report.html",
         result=result,
@@ -55,6 +55,8 @@ def render(result: Result) -> str:
         machine=_machine(result),
         cost=[(formatting.label(name), plot) for name, plot in zip(COST, cost, strict=True)],
         layers=[(row.name, plot) for row, plot in zip(result.variants, layers, strict=True)],
+        fits=list(zip([row for row in result.variants if row.fit], *[iter(fits)] * 2, strict=True)),
+        told=fit_plots.told,
         worst=_worst(result),
         answers=_answers(result),
         flips=_flips(result),
@@ -113,8 +115,8 @@ def _calibrated(row: Measured) -> list[str]:
 
 def _drawn(
     result: Result,
-) -> tuple[list[plots.Plot | None], list[plots.Plot | None], list[plots.Plot | None]]:
-    """The plots of quality, of cost, and of each variant's layers.
+) -> tuple[list[plots.Plot | None], list[plots.Plot | None], list[plots.Plot | None], list[plots.Plot | None]]:
+    """The plots of quality, of cost, of each variant's layers, and the two of each fitted variant.
 
     They are drawn once for equal numbers: drawing takes longer than all else of a cached run.
     """
@@ -125,18 +127,20 @@ def _drawn(
         quality = [plots.judged(result, "kl_mean", gate.max_mean_kl), plots.judged(result, "perplexity_ratio", ratio)]
         quality.append(plots.judged(result, "top1_agreement", gate.min_top1_agreement))
         cost = [plots.bars(result, name) for name in COST]
-        return [*quality, plots.windows(result), plots.positions(result), *cost, *map(plots.layers, result.variants)]
+        layers = [None if row.fit else plots.layers(row) for row in result.variants]  # the heat map says more
+        fits = [draw(row) for row in result.variants if row.fit for draw in (fit_plots.frontier, fit_plots.heat)]
+        return [*quality, plots.windows(result), plots.positions(result), *cost, *layers, *fits]
 
     def make(folder: Path) -> on_disk.Made:
         (folder / "plots.json").write_text(json.dumps(draw()))
         return on_disk.Made()
 
     shown = [
-        (row.name, formatting.verdict(row), sorted(row.metrics.items()), row.evidence)
+        (row.name, formatting.verdict(row), sorted(row.metrics.items()), row.evidence, getattr(row, "fit", None))
         for row in formatting.rows(result)
     ]
     inputs = {
-        "stage": 4,
+        "stage": 5,
         "matplotlib": version("matplotlib"),
         "gate": repr(result.recipe.gate.model_dump(mode="json")),
         "shown": repr(shown),
@@ -147,7 +151,8 @@ def _drawn(
     except TameError:  # a store that is full is no reason to show nothing
         drawn = draw()
     first, then = len(QUALITY), len(QUALITY) + len(COST)
-    return drawn[:first], drawn[first:then], drawn[then:]
+    last = then + len(result.variants)
+    return drawn[:first], drawn[first:then], drawn[then:last], drawn[last:]
 
 
 def history(model: str | None = None) -> str:

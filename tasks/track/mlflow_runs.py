@@ -295,7 +295,8 @@ def _log_windows(client: Any, run_id: str, measured: Measured, timestamp: int) -
 
 
 def _log_layers(client: Any, run_id: str, measured: Measured, timestamp: int) -> None:
-    """The error of the weights as a curve over depth for each kind of layer, `layer_error/self_attn.q_proj`."""
+    """The error of the weights as a curve over depth for each kind of layer, `layer_error/self_attn.q_proj`; the damage of the
+    mixes of a fitted variant as curves over their size, `fit/predicted_kl` and `fit/kl_mean`."""
     from mlflow.entities import Metric
 
     kinds: dict[tuple[str, int], list[float]] = {}
@@ -305,6 +306,13 @@ def _log_layers(client: Any, run_id: str, measured: Measured, timestamp: int) ->
         Metric(metric_key(f"layer_error/{kind}"), sum(errors) / len(errors), timestamp, depth)
         for (kind, depth), errors in kinds.items()
     ]
+    if isinstance(measured, ResultVariant) and measured.fit:  # steps are kilobytes of the weights
+        entries += [
+            Metric(f"fit/{name}", value, timestamp, point.bytes // 1000)
+            for point in [*measured.fit.curve, *measured.fit.measured]
+            for name, value in (("predicted_kl", point.predicted), ("kl_mean", point.kl_mean))
+            if value is not None
+        ]
     for start in range(0, len(entries), 1000):
         client.log_batch(run_id, entries[start : start + 1000])
 

@@ -1,0 +1,120 @@
+"""Which groups to quantize, and how far: pure arithmetic on what each choice costs and damages.
+
+What single groups do does not add up to what a mix does. So damage is predicted as a multiple of the sum, and the multiple is
+taken from the mixes that were measured: between two of them it is interpolated.
+"""
+
+import bisect
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+Choice = tuple[int, float]
+"""Bytes, and the KL divergence of this group alone in that state, in nats a token."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A group that goes from one of its choices to a larger and better one."""
+
+    group: int
+    to: int
+    """The number of the choice."""
+    bytes: int
+    """How many more it takes."""
+    gain: float
+    """How much less the sum of the groups' KL divergences is."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mix: the number of each group's choice, its bytes, and the sum of its groups' KL divergences."""
+
+    chosen: tuple[int, ...]
+    bytes: int
+    sum: float
+
+
+def steps(groups: list[list[Choice]]) -> tuple[list[int], list[Step]]:
+    """The smallest choice of each group; and the steps up from there, those first that gain most for a byte.
+
+    A group's steps go along the lower convex hull of its choices, so that they are in their order by themselves. A choice that
+    is larger than another and no better is none; nothing is gained from a group that is measured as better when quantized.
+    """
+    smallest, found = [], list[Step]()
+    for number, choices in enumerate(groups):
+        order = sorted(range(len(choices)), key=lambda i: (choices[i][0], choices[i][1]))
+        hull = [order[0]]
+        for i in order[1:]:
+            if choices[i][1] >= choices[hull[-1]][1]:
+                continue
+            while len(hull) > 1 and _slope(choices, hull[-2], hull[-1]) <= _slope(choices, hull[-1], i):
+                hull.pop()
+            hull.append(i)
+        smallest.append(hull[0])
+        for one, other in pairwise(hull):
+            (small, worse), (large, better) = choices[one], choices[other]
+            found.append(Step(number, other, large - small, worse - better))
+    found.sort(key=lambda step: (-step.gain / max(step.bytes, 1), step.group, step.to))
+    return smallest, found
+
+
+def _slope(choices: list[Choice], one: int, other: int) -> float:
+    """Gain for a byte between two choices."""
+    (small, worse), (large, better) = choices[one], choices[other]
+    return (worse - better) / max(large - small, 1)
+
+
+def frontier(groups: list[list[Choice]]) -> list[Point]:
+    """Mixes from the smallest on, each a step larger than the one before it: the lower hull of all that there are."""
+    smallest, found = steps(groups)
+    chosen = list(smallest)
+    size = sum(choices[i][0] for choices, i in zip(groups, chosen, strict=True))
+    total = sum(choices[i][1] for choices, i in zip(groups, chosen, strict=True))
+    points = [Point(tuple(chosen), size, total)]
+    for step in found:
+        chosen[step.group] = step.to
+        size, total = size + step.bytes, total - step.gain
+        points.append(Point(tuple(chosen), size, total))
+    return points
+
+
+def best_within(groups: list[list[Choice]], most: int) -> Point | None:
+    """The mix of at most so many bytes with the least sum; None where the smallest takes more.
+
+    Along the frontier, and where its next step does not fit, the later ones that do. What an exact solution could gain is less
+    than one step.
+    """
+    smallest, found = steps(groups)
+    chosen = list(smallest)
+    size = sum(choices[i][0] for choices, i in zip(groups, chosen, strict=True))
+    if size > most:
+        return None
+    total = sum(choices[i][1] for choices, i in zip(groups, chosen, strict=True))
+    stuck: set[int] = set()
+    for step in found:
+        if step.group in stuck or size + step.bytes > most:
+            stuck.add(step.group)  # the steps of a group are taken one after the other
+            continue
+        chosen[step.group] = step.to
+        size, total = size + step.bytes, total - step.gain
+    return Point(tuple(chosen), size, total)
+
+
+def predicted(total: float, measured: list[tuple[float, float]]) -> float:
+    """The damage of a mix with this sum, from (sum, damage) of the mixes that were measured; at least one has both.
+
+    Damage is taken for a power of the sum between two neighbours, and for a multiple of it where only one is known.
+    """
+    known = sorted((one, damage) for one, damage in dict(measured).items() if one > 0 and damage > 0)
+    if total <= 0 or not known:
+        return 0.0
+    right = min(max(bisect.bisect(known, (total, math.inf)), 1), len(known) - 1)
+    (low, less), (high, more) = known[right - 1], known[right] if len(known) > 1 else known[0]
+    power = math.log(more / less) / math.log(high / low) if high > low else 1.0
+    return less * math.exp(min(max(power, 0.3), 3.0) * math.log(total / low))
+
+
+def smallest_keeping(points: list[Point], limit: float, measured: list[tuple[float, float]]) -> Point | None:
+    """The smallest of the frontier's points whose predicted damage is at most `limit`; None where none has."""
+    return next((point for point in points if predicted(point.sum, measured) <= limit), None)

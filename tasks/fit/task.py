@@ -1,0 +1,125 @@
+"""From a snapshot and a variant with a limit to the mix that keeps it: the plain function, and its keys."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Calibrate, Gate, Variant
+from tasks.calibrate.prepare import calibration_inputs
+from tasks.calibrate.sequences import load_texts, make_sequences
+from tasks.download.text import max_positions
+from tasks.fit.limits import limits_of
+from tasks.fit.search import ALONE, FOUND, LENGTH, SENSITIVITIES, WHOLE, WINDOWS, Asked, search, sensitivities
+from tasks.quantize.methods import method_of
+from tasks.quantize.run import versions_for
+from tasks.quantize.task import quantize
+from tasks.runtime.child_process import isolated
+from tasks.runtime.device import held, pick
+from tasks.runtime.progress import Progress, show
+from tasks.store import artifacts as store
+from tasks.store import on_disk
+from tasks.values import Calibration, FitGroup, Fitted, Snapshot
+
+VERSION = 1  # of this stage: raise it when the same inputs give other numbers, or another mix
+IDS = "ids.safetensors"
+
+
+def fit(
+    snapshot: Snapshot,
+    variant: Variant,
+    gate: Gate,
+    spec: Calibrate,
+    calibration: Calibration | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress = show,
+) -> Fitted:
+    """The mix of quantized and unquantized modules that keeps the variant's limit: from the store, or found now.
+
+    All that can be quantized is quantized once, as the variant says, which `calibration` is for. What every group of modules
+    does alone is measured on that, and kept: another limit measures none of it again.
+
+    Raises:
+        BadInputError: no mix keeps the limit, or the model is not run block by block.
+        TameError: a damaged source, no space left, no memory left.
+    """
+    limits, chosen = limits_of(variant, gate), pick(device)
+    whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
+    windows, digest, text = _text(snapshot, spec)
+    asked = Asked(
+        source=Path(snapshot.path),
+        quantized=Path(whole.path),
+        variant=variant.unfitted,
+        ids=windows / IDS,
+        device=chosen,
+        trust_remote_code=snapshot.trust_remote_code,
+    )
+    inputs = {
+        "quantized": whole.digest,
+        "text": digest,
+        "windows": [each[chosen.partition(":")[0]] for each in (WHOLE, ALONE)],
+        "device": chosen.partition(":")[0],
+        "stage": VERSION,
+        "versions": versions_for(method_of(variant)),
+    }
+    known, seconds = _sensitivities(asked, inputs, progress)
+
+    def make(out: Path) -> on_disk.Made:
+        started = time.monotonic()
+        with held():
+            isolated(f"fit {variant.label}", search, asked, known, limits, out, progress=progress)
+        return on_disk.Made(meta={"seconds": time.monotonic() - started})
+
+    artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits)}, make)
+    measured = json.loads((known / SENSITIVITIES).read_bytes())
+    return Fitted(
+        limit=str(limits),
+        groups=[FitGroup(**group) for group in measured["groups"]],
+        text=text,
+        codes=whole.path,
+        codes_digest=whole.digest,
+        seconds=artifact.meta["seconds"] + seconds,
+        cached=cached,
+        **json.loads((Path(artifact.path) / FOUND).read_bytes()),
+    )
+
+
+def _text(snapshot: Snapshot, spec: Calibrate) -> tuple[Path, str, str]:
+    """The folder with the fit text's windows, the digest of what they were made from, and a sentence on them.
+
+    They are of the calibration text, and where that is long they lie between the sequences that codes are chosen on.
+    """
+    folder = Path(snapshot.path)
+    texts = load_texts(spec)
+    length = min(LENGTH, spec.length, max_positions(folder) or LENGTH)
+    windows = Calibrate(text=spec.text, sequences=-(-WINDOWS // len(texts)), length=length)
+    inputs = calibration_inputs(snapshot, windows, [text.digest for text in texts])
+    inputs |= {"between": spec.sequences, "fit": VERSION}
+
+    def make(out: Path) -> on_disk.Made:
+        shift = 0.5 / spec.sequences
+        isolated("fit", make_sequences, texts, windows, folder, snapshot.trust_remote_code, out, shift)
+        return on_disk.Made()
+
+    artifact, _ = store.build("fit-text", inputs, make, shared=False)
+    names = " and ".join(f"{text.name} (sha256 {text.digest[:12]}…)" for text in texts)
+    return (
+        Path(artifact.path),
+        artifact.digest,
+        f"the calibration text {names}, between the sequences codes are chosen on",
+    )
+
+
+def _sensitivities(asked: Asked, inputs: dict[str, Any], progress: Progress) -> tuple[Path, float]:
+    """The folder of what every group does alone, from the store or measured now; and the seconds that it took."""
+
+    def make(out: Path) -> on_disk.Made:
+        started = time.monotonic()
+        with held():
+            isolated(f"fit {asked.variant.label}", sensitivities, asked, out, progress=progress)
+        return on_disk.Made(meta={"seconds": time.monotonic() - started})
+
+    artifact, _ = store.build("sensitivity", inputs, make)
+    return Path(artifact.path), artifact.meta["seconds"]

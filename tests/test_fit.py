@@ -1,0 +1,232 @@
+"""Fitted variants: the arithmetic of choosing, the walk against the whole model, and what comes of a limit."""
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import BadInputError, TameError
+from configs.schema import Calibrate, CalibrationSource, Fit, Gate, Source, Variant
+from tasks.fit.allocate import Choice, best_within, frontier, predicted, smallest_keeping
+from tasks.fit.limits import Limits, Measure
+from tasks.fit.search import _Table
+from tasks.fit.walk import Walk
+from tasks.fit.weights import Restorer
+from tasks.values import FitGroup
+from tests.models import quantize, tiny, zoo
+
+
+def drawn(seed: int, count: int, choices: int = 2) -> list[list[Choice]]:
+    """Groups whose choices are larger and better one after the other, and some that are not."""
+    draw = random.Random(seed)
+    groups = []
+    for _ in range(count):
+        sizes = sorted(draw.randint(10, 100) for _ in range(choices))
+        damage = sorted((draw.random() for _ in range(choices - 1)), reverse=True)
+        if draw.random() < 0.2:
+            draw.shuffle(damage)
+        groups.append(list(zip(sizes, [*damage, 0.0], strict=True)))
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("choices", [2, 3])
+def test_a_mix_fits_and_no_other_is_better_by_more_than_a_step(seed: int, choices: int) -> None:
+    groups = drawn(seed, 7, choices)
+    every = [(sum(c[0] for c in mix), sum(c[1] for c in mix)) for mix in itertools.product(*groups)]
+    step = max(c[1] for group in groups for c in group)
+    for most in range(min(size for size, _ in every), max(size for size, _ in every), 23):
+        found = best_within(groups, most)
+        assert found is not None
+        assert found.bytes == sum(group[i][0] for group, i in zip(groups, found.chosen, strict=True)) <= most
+        assert found.sum == pytest.approx(sum(group[i][1] for group, i in zip(groups, found.chosen, strict=True)))
+        assert found.sum <= min(total for size, total in every if size <= most) + step
+    assert best_within(groups, min(size for size, _ in every) - 1) is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_frontier_grows_by_what_buys_most_and_ends_at_no_damage(seed: int) -> None:
+    points = frontier(drawn(seed, 12, 3))
+    slopes = [(a.sum - b.sum) / max(b.bytes - a.bytes, 1) for a, b in itertools.pairwise(points)]
+    assert all(a.bytes <= b.bytes and a.sum > b.sum for a, b in itertools.pairwise(points))
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(slopes))
+    assert points[-1].sum == pytest.approx(0)
+
+
+def test_a_prediction_goes_through_what_was_measured() -> None:
+    assert [predicted(total, [(10.0, 5.0)]) for total in (0, 2, 20)] == pytest.approx([0, 1, 10])
+    measured = [(1.0, 1.0), (4.0, 16.0), (8.0, 32.0)]
+    assert [predicted(total, measured) for total in (0.5, 1, 2, 4, 6, 8, 16)] == pytest.approx(
+        [0.25, 1, 4, 16, 24, 32, 64]
+    )
+    measured = [(10.0, 5.0), (4.0, 1.0)]
+    points = frontier([[(10, 4.0), (20, 0.0)], [(10, 6.0), (30, 0.0)]])
+    taken = smallest_keeping(points, 1.0, measured)
+    assert taken is not None
+    assert taken.sum <= 4
+    assert smallest_keeping(points[:1], 1.0, measured) is None
+
+
+def table(limits: Limits, whole: float = 0.4, count: int = 40, seed: int = 0) -> _Table:
+    groups = [
+        FitGroup(block=i, modules=[f"layers.{i}.{name}"], bits=[4, 16], bytes=[size, 4 * size], kl=[kl, 0.0])
+        for i in range(count)
+        for name, size, kl in [("q", 1000 + 10 * i, random.Random(seed + i).random() / count)]
+    ]
+    size = sum(group.bytes[0] for group in groups) + 5000
+    return _Table(groups, size, Measure((whole, 0.9 * whole, 1.1 * whole), (0.1, 0, 0.2), (0.8, 0.7, 0.9)), limits)
+
+
+@pytest.mark.parametrize("bend", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("limit", [0.02, 0.1, 0.3])
+def test_the_search_ends_with_the_smallest_mix_that_holds(bend: float, limit: float) -> None:
+    """Whatever the true damage is of a sum, at most five mixes are measured, and the last but one or better is taken."""
+    whole = table(Limits(max_mean_kl=limit))
+    everything = whole.measured[0][0].sum
+    asked = []
+
+    def measure(point: Any) -> Measure:
+        asked.append(point)
+        kl = 0.4 * (point.sum / everything) ** bend
+        return Measure((kl, 0.9 * kl, 1.1 * kl), (0, 0, 0), (1, 1, 1))
+
+    found = whole.fit(measure)
+    assert 1 <= len(asked) <= 5
+    assert found["taken"]["holds"]
+    assert 0.75 * limit < found["taken"]["kl_mean_high"] <= limit
+    assert found["error"] == pytest.approx(
+        sum(abs(p["predicted"] - p["kl_mean"]) / p["kl_mean"] for p in found["measured"][1:]) / len(asked)
+    )
+    assert len(found["modules"]) == found["taken"]["kept"]
+    assert "a megabyte" in found["next"]
+
+
+def test_what_no_mix_keeps_is_refused_with_the_best_that_is_possible() -> None:
+    def never(_: Any) -> Measure:
+        raise AssertionError("measured")
+
+    with pytest.raises(
+        BadInputError, match=r"weights ≤ 0.001 MB: no mix fits; with all quantized the weights take .* MB, with KL"
+    ):
+        table(Limits(max_bytes=1000)).fit(never)
+    with pytest.raises(
+        BadInputError, match=r"KL ≤ 1e-09: no mix keeps it; the one with the least damage quantizes layers"
+    ):
+        table(Limits(max_mean_kl=1e-9)).fit(never)
+    with pytest.raises(BadInputError, match=r"the model takes .* MB as it is"):
+        table(Limits(max_bytes=10**9)).fit(never)
+    with pytest.raises(TameError, match=r"none of \d measured mixes keeps it"):
+        table(Limits(max_mean_kl=0.1)).fit(lambda _: Measure((1, 1, 1), (0, 0, 0), (1, 1, 1)))
+    kept = table(Limits(max_mean_kl=0.5)).fit(never)
+    assert kept["modules"] == []
+    assert kept["taken"]["name"] == "all quantized"
+
+
+def test_a_gate_limits_by_its_worst() -> None:
+    found = Measure(kl=(0.1, 0.09, 0.12), loss=(0.02, 0.01, 0.04), agreement=(0.9, 0.85, 0.95))
+    assert found.damage(Limits(max_mean_kl=0.06)) == pytest.approx(2)
+    assert found.damage(Limits(max_mean_kl=0.06, min_top1_agreement=0.95)) == pytest.approx(3)
+    assert found.damage(Limits(max_perplexity_increase=0.01)) == pytest.approx(math.expm1(0.04) / 0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3-moe"])
+def test_the_walk_gives_the_divergences_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, variant = tiny(tmp_path / "model", zoo(name), spread=True), Variant(method="nf4")
+    quantize(source, tmp_path / "out", variant)
+    restorer = Restorer(source, tmp_path / "out", variant)
+    ids = torch.randint(1, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+    walk = Walk(source, ids, set(restorer.jobs), [lambda weight: restorer.weight(weight, "cpu")], "cpu")
+    alone = walk.alone(lambda *_: None, "it")
+    names = [name for group, _, _ in alone for name in group.weights]
+    assert sorted(names) == sorted(restorer.jobs)
+    (everything,) = walk.measure([dict.fromkeys(names, 0)], lambda *_: None, "it")
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        original = model(ids).logits[:, :-1].double().log_softmax(-1)
+
+        def diverged(weights: Any) -> torch.Tensor:
+            before = {weight: model.get_parameter(weight).data for weight in weights}
+            for weight in weights:
+                restored = restorer.weight(weight, "cpu")
+                transposed = name == "gpt2"
+                model.get_parameter(weight).data = restored.T.contiguous() if transposed else restored
+            ours = model(ids).logits[:, :-1].double().log_softmax(-1)
+            for weight, tensor in before.items():
+                model.get_parameter(weight).data = tensor
+            return (original.exp() * (original - ours)).sum(-1).mean(-1)
+
+        for group, _, found in alone[-4:]:
+            assert torch.allclose(found.kl, diverged(group.weights), rtol=2e-3, atol=1e-9)
+        assert torch.allclose(everything.kl, diverged(names), rtol=2e-3, atol=1e-9)
+
+
+TEXT = "".join(
+    f"Chapter {i}. It was {i * 7 % 13} o'clock, and the {i % 5}th rain fell on {i * i % 97} roofs.\n"
+    for i in range(900)
+)
+
+
+@pytest.mark.parametrize("calibrate", [False, "fast"])
+def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
+    calibrate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+
+    from tasks.calibrate.prepare import calibrate as sequences
+    from tasks.download.look import look
+    from tasks.download.task import download
+    from tasks.fit import task
+    from tasks.quantize.task import quantize as stage
+
+    monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    source = Source(model=str(tiny(tmp_path / "model", spread=True)))
+    snapshot = download(source, look(source))
+    spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
+    calibration = sequences(snapshot, spec) if calibrate else None
+    asked = Variant(method="nf4", calibrate=calibrate, fit=Fit(max_bytes="200KB"))
+    size = stage(snapshot, asked.unfitted, calibration, device="cpu")
+    most = sum(p.stat().st_size for p in Path(size.path).glob("*.safetensors")) + 20_000
+    asked = asked.model_copy(update={"fit": Fit(max_bytes=str(most))})
+
+    fitted = task.fit(snapshot, asked, Gate(), spec, calibration, device="cpu")
+    assert [group.kind for group in fitted.groups] == 2 * [
+        "q_proj+k_proj+v_proj",
+        "o_proj",
+        "gate_proj+up_proj",
+        "down_proj",
+    ]
+    assert fitted.modules
+    assert fitted.taken.bytes <= most
+    kept = set(fitted.modules)
+    assert all(kept.isdisjoint(group.modules) or kept.issuperset(group.modules) for group in fitted.groups)
+
+    made = stage(snapshot, asked, calibration, fitted, device="cpu")
+    weights = Path(made.path) / "model.safetensors"
+    assert fitted.taken.bytes - 20_000 < weights.stat().st_size <= fitted.taken.bytes
+    config = json.loads((Path(made.path) / "config.json").read_text())["quantization_config"]
+    assert kept <= set(config["llm_int8_skip_modules"])
+    with safe_open(weights, "pt") as file, safe_open(Path(fitted.codes) / "model.safetensors", "pt") as all_of_it:
+        for name in file.keys():  # noqa: SIM118
+            module = name.partition(".weight")[0]
+            if module not in kept:
+                assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
+            else:
+                assert file.get_tensor(name).dtype == torch.bfloat16
+    assert stage(snapshot, asked, calibration, fitted, device="cpu").cached
+
+    monkeypatch.setattr(task, "sensitivities", None)  # not run again
+    curve = [point for point in fitted.curve if point.kept == 4]
+    again = asked.model_copy(update={"fit": Fit(max_mean_kl=float(curve[0].predicted or 0) * 1.2)})
+    other = task.fit(snapshot, again, Gate(), spec, calibration, device="cpu")
+    assert other.groups == fitted.groups
+    assert other.taken.holds
+    assert task.fit(snapshot, again, Gate(), spec, calibration, device="cpu").cached
