@@ -164,8 +164,8 @@ def quantize(options: argparse.Namespace) -> int:
     from configs.schema import Source, Variant
 
     compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
-    asked = {"method": options.method, "double_quant": options.double_quant, "compute_dtype": compute}
-    asked |= {"group_size": options.group_size, "scale": options.scale, "fit": options.fit}
+    names = ("method", "double_quant", "group_size", "scale", "fit")
+    asked = {"compute_dtype": compute, **{name: getattr(options, name) for name in names}}
     if options.calibrate is not None:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)
@@ -174,18 +174,14 @@ def quantize(options: argparse.Namespace) -> int:
     from tasks.quantize.command import parse_size, quantize_folder
     from tasks.quantize.protocols import Request
 
-    limit = None if options.max_shard_size is None else parse_size(options.max_shard_size)
     trust = options.trust_remote_code
     source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
     found = look(source)
     folder, calibration = found.path, None
-    if (
-        found.kind != "folder" or found.adapter or variant.calibrate or variant.fit
-    ):  # else nothing need be hashed, nor Prefect imported for it
+    if found.kind != "folder" or found.adapter or variant.calibrate or variant.fit:  # else nothing need be hashed
         from tasks.download.task import download
 
-        snapshot = download(source, found)
-        folder = snapshot.path
+        folder = (snapshot := download(source, found)).path
         if variant.calibrate:
             from tasks.calibrate.prepare import calibrate
 
@@ -196,7 +192,7 @@ def quantize(options: argparse.Namespace) -> int:
         variant=variant,
         device=options.device,
         workers=options.workers,
-        max_shard_size=limit,
+        max_shard_size=None if options.max_shard_size is None else parse_size(options.max_shard_size),
         trust_remote_code=trust,
         calibration=calibration,
     )
