@@ -1,11 +1,13 @@
 """What each method loses, and llm-compressor beside it: `python benchmarks/formats.py table|peer …`; the tables are in RESULTS.md.
 
-table  a real model in every method: bytes, KL and agreement with the original, perplexity, and PIQA's items if a file has some
+table  a real model in every method, and others' checkpoints: MB; KL, agreement with the original and perplexity on each text;
+       accuracy on PIQA's items, if a file has some: all by tame's own evaluation
 peer   `tame quantize` and llm-compressor's `model_free_ptq`, whole processes: seconds, and whether the tensors are equal
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,15 +15,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Calibrate, CalibrationSource, Source, Variant
+from configs.schema import Calibrate, CalibrationSource, Evaluate, Source, TextSource, Variant
+from tasks.download.text import load_text
+from tasks.evaluate.comparison import assemble
+from tasks.evaluate.lm_eval_index import TaskWork
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request
 
 VARIANTS: tuple[dict[str, Any], ...] = (
-    {"method": "int8"}, {"method": "w8a16"}, {"method": "w8a8"}, {"method": "fp8"}, {"method": "nf4"}, {"method": "w4a16"},
-    {"method": "mxfp4"}, {"method": "nvfp4"}, {"method": "w4a16", "scale": "search"}, {"method": "mxfp4", "scale": "search"},
-    {"method": "nvfp4", "scale": "search"}, {"method": "w4a16", "calibrate": "fast"}, {"method": "w4a16", "calibrate": True},
-    {"method": "nf4", "calibrate": True},
+    {"method": "int8"}, {"method": "w8a16"}, {"method": "w8a8"}, {"method": "fp8"}, {"method": "fp8-block"}, {"method": "nf4"},
+    {"method": "nf4", "double_quant": True}, {"method": "fp4"}, {"method": "w4a16", "group_size": 64},
+    {"method": "w4a16", "group_size": 32}, {"method": "mxfp4"}, {"method": "nvfp4"},
+    {"method": "w4a16", "group_size": 64, "scale": "search"}, {"method": "w4a16", "group_size": 32, "scale": "search"},
+    {"method": "mxfp4", "scale": "search"}, {"method": "nvfp4", "scale": "search"},
+    {"method": "nf4", "calibrate": "fast"}, {"method": "fp4", "calibrate": "fast"},
+    {"method": "w4a16", "group_size": 64, "calibrate": "fast"}, {"method": "nf4", "calibrate": True},
+    {"method": "nf4", "double_quant": True, "calibrate": True}, {"method": "fp4", "calibrate": True},
+    {"method": "w4a16", "group_size": 64, "calibrate": True}, {"method": "w4a16", "group_size": 32, "calibrate": True},
+    {"method": "nf4", "calibrate": "best"}, {"method": "w4a16", "group_size": 64, "calibrate": "best"},
+    {"method": "w4a16", "group_size": 32, "calibrate": "best"},
 )  # fmt: skip
 PRESETS = {
     "w4a16": "W4A16",
@@ -31,6 +43,17 @@ PRESETS = {
     "mxfp4": "MXFP4A16",
     "nvfp4": "NVFP4A16",
 }
+PIQA = """task: piqa_own
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder}/piqa.jsonl}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: "{{{{[sol1, sol2]}}}}"
+metric_list: [{{metric: acc}}]
+metadata: {{version: 1}}
+"""
 PEER = """
 import sys
 from llmcompressor import model_free_ptq
@@ -39,83 +62,116 @@ if __name__ == "__main__":
 """
 
 
-def table(options: argparse.Namespace) -> None:
-    """One line a variant; the original comes first."""
-    import torch
-    from transformers import AutoTokenizer
+class Judge:
+    """A model and texts that others are compared on, by tame's own evaluation; PIQA's items too, if a file has some."""
 
+    def __init__(self, source: Path, options: argparse.Namespace, work: Path) -> None:
+        self.source, self.device, self.work = source, options.device, work
+        self.texts: dict[str, str] = {}
+        self.specs: dict[str, Evaluate] = {}
+        for name in options.text:
+            text = TextSource(builtin="python-docs") if name == "python-docs" else TextSource(files=[name])
+            label = Path(name).stem
+            self.texts[label] = load_text(text).text
+            asked = ["piqa_own"] if options.piqa and not self.specs else []
+            self.specs[label] = Evaluate(
+                text=text, window=options.window, max_tokens=options.tokens, chat="never", tasks=asked
+            )
+        if options.piqa:
+            (work / "tasks").mkdir()
+            rows = options.piqa.read_text(encoding="utf-8").splitlines()[: options.items]
+            (work / "tasks" / "piqa.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+            (work / "tasks" / "piqa.yaml").write_text(PIQA.format(folder=work / "tasks"), encoding="utf-8")
+        self.baseline: dict[str, dict[str, Path]] = {}
+        self.original = self.measured("bf16", source)
+
+    def measured(self, label: str, folder: Path) -> dict[str, dict[str, float]]:
+        """The metrics of a checkpoint, by text; the first call's is the baseline."""
+        from tasks.evaluate.cpu_float32 import widen
+        from tasks.evaluate.lm_eval_run import run_tasks
+        from tasks.evaluate.model import dequantize, load
+        from tasks.evaluate.perplexity import score_baseline, score_variant
+
+        loaded = load(folder, self.device)
+        loaded.tokenizer.chat_template = None
+        dequantize(loaded)
+        widen(loaded.model)
+        first, found = not self.baseline, {}
+        for text, spec in self.specs.items():
+            place = self.work / label / text
+            parts = {"scores": place / "scores", **{f"tasks/{name}": place / name for name in spec.tasks}}
+            for part in (*parts.values(), place / "metrics"):
+                part.mkdir(parents=True)
+            if first:
+                score_baseline(loaded, self.texts[text], spec, parts["scores"])
+            else:
+                known = self.baseline[text]["scores"]
+                score_variant(loaded, known, self.source, spec.batch_size, parts["scores"])
+            for name in spec.tasks:
+                work = TaskWork(names=[name], include=[str(self.work / "tasks")])
+                run_tasks(loaded, work, spec, parts[f"tasks/{name}"], floor=first)
+            assemble(parts, None if first else self.baseline[text], {}, spec, {}, place / "metrics")
+            found[text] = json.loads((place / "metrics" / "evaluation.json").read_bytes())["metrics"]
+            if first:
+                self.baseline[text] = parts
+        return found
+
+
+def table(options: argparse.Namespace) -> None:
+    """One line a variant; the original comes first, checkpoints that others made last."""
     from tasks.calibrate.prepare import calibrate
     from tasks.download.task import download
 
-    torch.set_grad_enabled(False)
     snapshot = download(Source(model=options.source))
-    tokenizer = AutoTokenizer.from_pretrained(snapshot.path)
-    ids = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    windows = torch.tensor(ids[: options.tokens // options.window * options.window]).view(-1, options.window)
-    items = [json.loads(row) for row in options.piqa.read_text().splitlines()[: options.items]] if options.piqa else []
-    model = _loaded(Path(snapshot.path))
-    baseline = [_log_probabilities(model, row) for row in windows]
-    size = sum(path.stat().st_size for path in Path(snapshot.path).glob("*.safetensors"))
-    _say("bf16", size, 0.0, windows, baseline, baseline, _piqa(model, tokenizer, items))
-    spec = Calibrate(text=CalibrationSource(builtin="python-library"), sequences=options.sequences, length=512)
+    source = Path(snapshot.path)
     asked = [Variant(**chosen) for chosen in VARIANTS]
-    asked = [variant for variant in asked if not options.only or variant.label in options.only]
-    made = calibrate(snapshot, spec) if any(variant.calibrate for variant in asked) else None
-    for variant in asked:
-        with tempfile.TemporaryDirectory() as name:
-            request = Request(Path(snapshot.path), Path(name), variant, "cpu", calibration=made)
+    asked = [variant for variant in asked if options.only is None or variant.label in options.only]
+    made = None
+    if any(variant.calibrate for variant in asked):
+        text = CalibrationSource(
+            files=options.calibrate or None, builtin=None if options.calibrate else "python-library"
+        )
+        made = calibrate(snapshot, Calibrate(text=text, sequences=options.sequences, length=512))
+        print(f"model: {source}  sequences: {made.path}", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        work = Path(name)
+        judge = Judge(source, options, work)
+        _say(options, "bf16", source, 0.0, judge.original)
+        for variant in asked:
+            out = work / "checkpoint"
+            out.mkdir()
             started = time.monotonic()
-            written = method_of(variant).quantize(request)
+            method_of(variant).quantize(Request(source, out, variant, options.device, calibration=made))
             seconds = time.monotonic() - started
-            model = _loaded(Path(name), variant)
-            found = [_log_probabilities(model, row) for row in windows]
-            _say(variant.label, written.weight_bytes, seconds, windows, baseline, found, _piqa(model, tokenizer, items))
-
-
-def _loaded(folder: Path, variant: Variant | None = None) -> Any:
-    """The model with its weights as plain ones where the method allows it, computing in float32."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    if variant is not None:
-        method_of(variant).densify(model, 1 << 60)
-    return model if variant is not None and variant.method == "int8" else model.float()
-
-
-def _log_probabilities(model: Any, ids: Any) -> Any:
-    return model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
-
-
-def _piqa(model: Any, tokenizer: Any, items: list[dict[str, Any]]) -> float:
-    """The share of items whose right ending is the likelier one."""
-    right = 0
-    for item in items:
-        scores = []
-        for ending in (item["sol1"], item["sol2"]):
-            before = tokenizer(f"Question: {item['goal']}\nAnswer:", add_special_tokens=False)["input_ids"]
-            after = tokenizer(f" {ending}", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-            import torch
-
-            ids = torch.cat([torch.tensor(before), after])
-            found = _log_probabilities(model, ids)[len(before) - 1 : -1]
-            scores.append(float(found.gather(1, after[:, None]).sum()))
-        right += int(scores[1] > scores[0]) == int(item["label"])
-    return right / max(1, len(items))
+            for file in source.iterdir():
+                if file.name.startswith(("tokenizer", "special", "vocab", "merges")):
+                    shutil.copy(file, out)
+            _say(options, variant.label, out, seconds, judge.measured(variant.label, out))
+            shutil.rmtree(out)
+        for folder in options.checkpoint:
+            _say(options, folder.name, folder, 0.0, judge.measured(folder.name, folder))
 
 
 def _say(
-    name: str, size: int, seconds: float, windows: Any, baseline: list[Any], found: list[Any], piqa: float
+    options: argparse.Namespace, name: str, folder: Path, seconds: float, found: dict[str, dict[str, float]]
 ) -> None:
-    pairs = list(zip(baseline, found, strict=True))
-    kl = sum(float((one.exp() * (one - other))[:-1].sum(-1).mean()) for one, other in pairs) / len(pairs)
-    same = sum(float((one.argmax(-1) == other.argmax(-1))[:-1].float().mean()) for one, other in pairs) / len(pairs)
-    losses = [float(-other[:-1].gather(1, row[1:, None]).mean()) for row, other in zip(windows, found, strict=True)]
-    perplexity = 2.718281828459045 ** (sum(losses) / len(losses))
-    print(
-        f"| {name} | {size:,} | {kl:.4f} | {same:.4f} | {perplexity:.3f} | {piqa:.3f} | {seconds:.0f} s |", flush=True
-    )
+    """Print a row of the table, and add it to the file of JSON lines."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    cells = [name, f"{size / 1e6:.1f}"]
+    for metrics in found.values():
+        cells += [
+            f"{metrics.get('kl_mean', 0):.4f}",
+            f"{metrics.get('top1_agreement', 1):.4f}",
+            f"{metrics['perplexity']:.3f}",
+        ]
+    tasks = next(iter(found.values()))
+    if "task/piqa_own/acc" in tasks:
+        cells.append(f"{tasks['task/piqa_own/acc']:.3f} ({tasks.get('task/piqa_own/flips', 0):.0f} flips)")
+    print("| " + " | ".join([*cells, f"{seconds:.1f}"]) + " |", flush=True)
+    if options.json:
+        row = {"variant": name, "bytes": size, "seconds": seconds, "metrics": found}
+        with options.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def peer(options: argparse.Namespace) -> None:
@@ -176,13 +232,20 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("table")
     one.add_argument("source")
-    one.add_argument("--text", type=Path, required=True, help="what is judged")
+    one.add_argument("--text", nargs="+", required=True, help="what is judged: files, or python-docs")
     one.add_argument("--piqa", type=Path, help="PIQA's items, JSON a line: goal, sol1, sol2, label")
     one.add_argument("--items", type=int, default=200)
-    one.add_argument("--tokens", type=int, default=4096)
+    one.add_argument("--tokens", type=int, default=4096, help="of each text")
     one.add_argument("--window", type=int, default=512)
-    one.add_argument("--sequences", type=int, default=64, help="of 512 tokens, for calibrated variants")
-    one.add_argument("--only", nargs="+", help="labels of variants")
+    one.add_argument(
+        "--calibrate", nargs="+", metavar="FILE", help="texts for calibrated variants; else Python's library"
+    )
+    one.add_argument("--sequences", type=int, default=64, help="of 512 tokens, of each of these")
+    one.add_argument("--only", nargs="*", help="labels of variants")
+    one.add_argument("--checkpoint", nargs="*", type=Path, default=[], help="folders that others quantized")
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--folder", help="where temporary folders are made")
+    one.add_argument("--json", type=Path, help="a file that gets every number, a JSON object a line")
     one.set_defaults(run=table)
     two = commands.add_parser("peer")
     two.add_argument("source", help="a folder")
