@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -37,15 +38,15 @@ def main() -> None:
     print(json.dumps({**found, "seconds": round(seconds, 1), "bytes": size}), flush=True)
 
 
-def gptq(options: argparse.Namespace, ids: "object") -> None:
+def gptq(options: argparse.Namespace, ids: Any) -> None:
     """llm-compressor's GPTQ, W4A16, symmetric; its defaults but for the group size and the observer."""
     from compressed_tensors.quantization import preset_name_to_scheme
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows = ids.tolist()  # type: ignore[attr-defined]
+    rows = [{"input_ids": row, "attention_mask": row.new_ones(len(row))} for row in ids]
     scheme = preset_name_to_scheme("W4A16", ["Linear"])
     scheme.weights.group_size = options.group_size
     if options.observer:
@@ -55,16 +56,16 @@ def gptq(options: argparse.Namespace, ids: "object") -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map={"": options.device})
     oneshot(
         model=model,
-        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+        dataset=DataLoader(rows, batch_size=1),
         recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
-        max_seq_length=len(rows[0]),
+        max_seq_length=ids.shape[1],
         num_calibration_samples=len(rows),
     )
     model.save_pretrained(options.out, save_compressed=True)
     AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
 
 
-def auto_round(options: argparse.Namespace, ids: "object") -> None:
+def auto_round(options: argparse.Namespace, ids: Any) -> None:
     """auto-round's W4A16, symmetric; its defaults but for the group size and the text."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,10 +76,10 @@ def auto_round(options: argparse.Namespace, ids: "object") -> None:
         AutoTokenizer.from_pretrained(options.model),
         scheme="W4A16",
         group_size=options.group_size,
-        dataset=list(ids.split(8)),  # type: ignore[attr-defined]
+        dataset=list(ids.split(8)),
         iters=options.iterations,
-        seqlen=ids.shape[1],  # type: ignore[attr-defined]
-        nsamples=len(ids),  # type: ignore[arg-type]
+        seqlen=ids.shape[1],
+        nsamples=len(ids),
         device_map=options.device,
     )
     made.quantize_and_save(options.out, format="llm_compressor")

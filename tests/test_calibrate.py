@@ -14,6 +14,7 @@ from tasks.calibrate import scales, solve
 from tasks.calibrate.grid import Grid
 from tasks.calibrate.layers import Effort, nearest, searched, solved
 from tasks.calibrate.sequences import check_apart, load_texts, make_sequences
+from tasks.calibrate.walk import _local_products
 from tasks.download.text import LoadedText, load_text
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import CodedFormat
@@ -86,6 +87,28 @@ def test_the_local_loop_is_the_loop_of_a_hessian_of_blocks(
     made = solve.local_form(local(hessian), 0.01, "it")
     same = solve.local_loop(weight, spread, made, grid) == solve.column_loop(weight, spread, whole, grid)
     assert same.float().mean() > 0.999
+
+
+def test_a_wider_run_loses_less(layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    weight, hessian, _ = layer
+    grid, effort = grid_of(), Effort(shrink=0)
+    narrow = searched(weight, local(hessian), "it", grid, effort)
+    wide = searched(weight, hessian[None], "it", grid, effort)
+    assert lost(weight, wide.values(grid), hessian) < 0.95 * lost(weight, narrow.values(grid), hessian)
+
+
+def test_a_hessian_shrinks_towards_its_diagonal() -> None:
+    hessians = torch.tensor([[[2.0, 1.0], [1.0, 3.0]], [[5.0, -4.0], [-4.0, 6.0]]])
+    solve.shrink(hessians, 0.25)
+    assert hessians.tolist() == [[[2.0, 0.75], [0.75, 3.0]], [[5.0, -3.0], [-3.0, 6.0]]]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(192, 192), (1536, 256), (576, 192), (640, 128), (96, 1)])
+def test_runs_have_whole_blocks(columns: int, width: int) -> None:
+    given = torch.randn(4, columns)
+    found = _local_products(given, 64)
+    assert found.shape == (columns // width, width, width)
+    assert torch.allclose(found[-1], given[:, -width:].T @ given[:, -width:], atol=1e-5)
 
 
 @pytest.mark.cuda

@@ -16,6 +16,8 @@ class Effort:
 
     damping: float = 0.1
     """Of the mean of the Hessian's diagonal."""
+    shrink: float = 0.1
+    """By how much the Hessian's entries off its diagonal are lessened: how inputs go together differs between texts."""
     share: float = 0.75
     """How much of the error of the blocks before is made up for: GPTAQ's alpha."""
     factors: tuple[float, ...] = tuple(0.8 + 0.05 * step for step in range(7))
@@ -49,11 +51,13 @@ def nearest(weight: torch.Tensor, found: torch.Tensor, grid: Grid) -> Codes:
 
 
 def searched(weight: torch.Tensor, hessian: torch.Tensor, name: str, grid: Grid, effort: Effort) -> Codes:
-    """Codes that are chosen together within each block of columns, with scales that are searched for.
+    """Codes that are chosen together within each run of columns, with scales that are searched for.
 
-    `hessian` has the blocks of the Hessian on its diagonal, F32 [blocks, columns of a block, the same], not damped.
+    `hessian` has the runs' parts of the Hessian on its diagonal, F32 [runs, columns of a run, the same], not damped.
     """
     rows = len(weight)
+    hessian = hessian.clone()  # other layers are given the same
+    solve.shrink(hessian, effort.shrink)
     made = solve.local_form(hessian, effort.damping, name)
     importance = hessian.diagonal(dim1=1, dim2=2).reshape(-1)
     found = scales.search(weight, importance, grid, effort.factors)
@@ -61,7 +65,7 @@ def searched(weight: torch.Tensor, hessian: torch.Tensor, name: str, grid: Grid,
     several = ROWS[weight.device.type]
     pieces = [slice(start, start + several) for start in range(0, rows, several)]
     ranks = torch.cat([solve.local_loop(weight[piece], spread[piece], made, grid) for piece in pieces])
-    if hessian.shape[1] == grid.block:
+    if hessian.shape[1] % grid.block == 0:
         found = solve.local_refit(weight, found, ranks, made, grid)
     return Codes(grid.order[ranks], found)
 

@@ -20,9 +20,9 @@ log = logging.getLogger("tame.calibrate")
 
 Level = Literal["fast", "true", "best"]
 EFFORTS: dict[Level, Effort] = {
-    "fast": Effort(damping=0.01, factors=tuple(0.6 + 0.05 * step for step in range(11))),
+    "fast": Effort(damping=0.01, shrink=0.5, factors=tuple(0.6 + 0.05 * step for step in range(11))),
     "true": Effort(),
-    "best": Effort(damping=0.01, rounds=8, tunings=4),
+    "best": Effort(damping=0.01, shrink=0, rounds=8, tunings=4),
 }
 FAST_TOKENS = 8192  # the products of 64 columns need no more
 AT_ONCE = 4096  # tokens that go through a block together

@@ -63,6 +63,16 @@ def form(hessian: torch.Tensor, damping: float, name: str) -> Form:
     return Form(order, hessian, factor.flip(0, 1), damping)
 
 
+def shrink(hessian: torch.Tensor, share: float) -> None:
+    """Lessen the entries off the diagonal of a Hessian, or of several, F32 [..., columns, columns], by `share`, in place.
+
+    The Hessian is an estimate from one text. Its diagonal holds for other texts too, and what is off it less so (Ledoit and
+    Wolf 2004 shrink covariances likewise).
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).clone()
+    hessian.mul_(1 - share).diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+
+
 def target(weight: torch.Tensor, shift: torch.Tensor, made: Form, share: float) -> torch.Tensor:
     """T = W + share * shift H^-1, F32 [rows, columns]; `shift` is W (C - H), [rows, columns]."""
     moved = shift[:, made.order] @ made.factor.T @ made.factor
@@ -146,9 +156,12 @@ def local_refit(
     goal: torch.Tensor, scales: torch.Tensor, ranks: torch.Tensor, made: LocalForm, grid: Grid
 ) -> torch.Tensor:
     """As `refit`, with each block by itself."""
-    blocks, width = made.order.shape
+    runs, columns = made.order.shape
+    width, several = grid.block, columns // grid.block
+    blocks = runs * several
+    within = made.hessian.view(runs, several, width, several, width).diagonal(dim1=1, dim2=3)
     levels = grid.sorted[ranks].view(len(goal), blocks, width).transpose(0, 1)
-    weighted = levels @ made.hessian
+    weighted = levels @ within.permute(0, 3, 1, 2).reshape(blocks, width, width)
     over = (weighted * levels).sum(2)
     least = (weighted * goal.view(len(goal), blocks, width).transpose(0, 1)).sum(2) / over
     return torch.where(over > 0, least, scales.view(len(goal), blocks).T).T.reshape(-1)

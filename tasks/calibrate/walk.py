@@ -21,6 +21,7 @@ from tasks.calibrate.streams import Streams
 from tasks.calibrate.tune import Batch, tuned
 
 STRIP = 512  # columns of a Hessian made at once: of a symmetric matrix, half need not be computed
+TOGETHER = 256  # columns whose codes `fast` chooses together, at most
 KEPT = 2 << 30  # bytes of a block's activations that may be kept on the host rather than computed again
 
 Known = list[dict[str, torch.Tensor] | None]
@@ -223,6 +224,7 @@ class Walk:
         other.sub_(hessian)
         shifts = {name: block.weight(name) @ other for name in group.layers}
         other.resize_(0)  # a Hessian of 12,288 columns has 0.6 GB
+        solve.shrink(hessian, self.effort.shrink)
         made = solve.form(hessian, self.effort.damping, f"{block.name}.{group.layers[0]}")
         return {
             name: solved(block.weight(name), importance, shifts[name], made, self.grid, self.effort)
@@ -285,9 +287,12 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 
 def _local_products(given: torch.Tensor, block: int) -> torch.Tensor:
-    """X^T X of X, F32 [tokens, columns], for each `block` columns by themselves, or for each where blocks cross rows:
-    F32 [blocks, columns of a block, the same]."""
+    """X^T X of X, F32 [tokens, columns], for each run of columns by itself: F32 [runs, columns of a run, the same].
+
+    A run has whole blocks and `TOGETHER` columns at most; where blocks cross rows, one column.
+    """
     tokens, columns = given.shape
-    width = block if columns % block == 0 else 1
+    widths = range(max(block, TOGETHER // block * block), 0, -block)
+    width = next((width for width in widths if columns % width == 0), 1)
     parts = given.view(tokens, columns // width, width).transpose(0, 1)
     return parts.transpose(1, 2) @ parts
