@@ -85,7 +85,7 @@ def table(options: argparse.Namespace) -> None:
         print(f"{most}: {time.perf_counter() - started:.0f} s ({fits[-1].seconds:.0f} s when made)", flush=True)
     groups = fits[0].groups
     windows, length = WHOLE[device.partition(":")[0]]
-    ids = load_file(task._text(snapshot, spec)[0] / task.IDS)["ids"].long()
+    ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
     ids = ids[:: max(1, len(ids) // windows)][:windows, :length]
     restorer = Restorer(Path(snapshot.path), Path(fits[0].codes), variant.unfitted)
     level = [lambda name: restorer.weight(name, device)]

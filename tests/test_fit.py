@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Calibrate, CalibrationSource, Fit, Gate, Source, Variant
 from tasks.fit.allocate import Choice, best_within, frontier, predicted, smallest_keeping
 from tasks.fit.limits import Limits, Measure
-from tasks.fit.search import _Table
+from tasks.fit.search import Table
 from tasks.fit.walk import Walk
 from tasks.fit.weights import Restorer
+from tasks.quantize.methods import described_by
 from tasks.values import FitGroup
 from tests.models import quantize, tiny, zoo
 
@@ -72,14 +74,14 @@ def test_a_prediction_goes_through_what_was_measured() -> None:
     assert smallest_keeping(points[:1], 1.0, measured) is None
 
 
-def table(limits: Limits, whole: float = 0.4, count: int = 40, seed: int = 0) -> _Table:
+def table(limits: Limits, whole: float = 0.4, count: int = 40, seed: int = 0) -> Table:
     groups = [
         FitGroup(block=i, modules=[f"layers.{i}.{name}"], bits=[4, 16], bytes=[size, 4 * size], kl=[kl, 0.0])
         for i in range(count)
         for name, size, kl in [("q", 1000 + 10 * i, random.Random(seed + i).random() / count)]
     ]
     size = sum(group.bytes[0] for group in groups) + 5000
-    return _Table(groups, size, Measure((whole, 0.9 * whole, 1.1 * whole), (0.1, 0, 0.2), (0.8, 0.7, 0.9)), limits)
+    return Table(groups, size, Measure((whole, 0.9 * whole, 1.1 * whole), (0.1, 0, 0.2), (0.8, 0.7, 0.9)), limits)
 
 
 @pytest.mark.parametrize("bend", [0.6, 1.0, 1.7])
@@ -213,7 +215,17 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     weights = Path(made.path) / "model.safetensors"
     assert fitted.taken.bytes - 20_000 < weights.stat().st_size <= fitted.taken.bytes
     config = json.loads((Path(made.path) / "config.json").read_text())["quantization_config"]
-    assert kept <= set(config["llm_int8_skip_modules"])
+    skipped = set(config["llm_int8_skip_modules"])
+    assert kept <= skipped
+    fused = {"v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}  # what vLLM calls them
+    assert all(re.sub(part, fused[part], name) in skipped for name in kept for part in fused if part in name)
+    described = described_by(config)
+    assert described is not None
+    assert (
+        kept
+        <= set(described[1].skip_modules)
+        <= skipped - {name for name in skipped if "qkv" in name or "gate_up" in name}
+    )
     with safe_open(weights, "pt") as file, safe_open(Path(fitted.codes) / "model.safetensors", "pt") as all_of_it:
         for name in file.keys():  # noqa: SIM118
             module = name.partition(".weight")[0]

@@ -92,7 +92,7 @@ def search(asked: Asked, known: Path, limits: Limits, out: Path, progress: Progr
     content = json.loads((known / SENSITIVITIES).read_bytes())
     groups = [FitGroup(**group) for group in content["groups"]]
     whole = Measure(**{name: tuple(value) for name, value in content["whole"].items()})
-    table = _Table(groups, content["bytes"], whole, limits)
+    table = Table(groups, content["bytes"], whole, limits)
     walks = _Walks(asked)
 
     def measured(point: Point) -> Measure:
@@ -107,7 +107,7 @@ def search(asked: Asked, known: Path, limits: Limits, out: Path, progress: Progr
     (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
 
 
-class _Table:
+class Table:
     """Everything that is known of the mixes of a model: predictions, and what was measured."""
 
     def __init__(self, groups: list[FitGroup], size: int, whole: Measure, limits: Limits) -> None:

@@ -47,7 +47,7 @@ def fit(
     """
     limits, chosen = limits_of(variant, gate), pick(device)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
-    windows, digest, text = _text(snapshot, spec)
+    windows, digest, text = fit_text(snapshot, spec)
     asked = Asked(
         source=Path(snapshot.path),
         quantized=Path(whole.path),
@@ -86,7 +86,7 @@ def fit(
     )
 
 
-def _text(snapshot: Snapshot, spec: Calibrate) -> tuple[Path, str, str]:
+def fit_text(snapshot: Snapshot, spec: Calibrate) -> tuple[Path, str, str]:
     """The folder with the fit text's windows, the digest of what they were made from, and a sentence on them.
 
     They are of the calibration text, and where that is long they lie between the sequences that codes are chosen on.

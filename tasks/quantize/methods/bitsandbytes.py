@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import Variant
+from tasks.quantize.methods.bitsandbytes_skips import without_fused
 from tasks.quantize.protocols import CardText, Dense, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
 from tasks.runtime.progress import Progress, silent
@@ -202,4 +203,4 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 
 def _skipped(quantization_config: dict[str, Any]) -> list[str]:
-    return list(quantization_config.get("llm_int8_skip_modules") or [])
+    return without_fused(list(quantization_config.get("llm_int8_skip_modules") or []))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.schema import Variant
+from tasks.quantize.methods.bitsandbytes_skips import with_fused
 from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
@@ -36,7 +37,7 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
         bnb_4bit_use_double_quant=variant.double_quant,
         # transformers' own default is float32, which is what such a checkpoint then computes in, at a fraction of the speed.
         bnb_4bit_compute_dtype=variant.compute_dtype or dtype,
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=with_fused(skip),
     )
     return select_as_transformers(config, model, dtype)
 

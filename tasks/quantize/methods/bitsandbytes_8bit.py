@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.schema import Variant
+from tasks.quantize.methods.bitsandbytes_skips import with_fused
 from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
@@ -22,7 +23,9 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
     """The layers that transformers quantizes."""
     from transformers import BitsAndBytesConfig
 
-    return select_as_transformers(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip), model, dtype)
+    return select_as_transformers(
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=with_fused(skip)), model, dtype
+    )
 
 
 def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:

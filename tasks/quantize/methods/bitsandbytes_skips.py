@@ -1,0 +1,34 @@
+"""The list of modules that a checkpoint says are not quantized, so that transformers and vLLM both read it.
+
+vLLM computes some modules as one, and compares the list with the names of those: where all parts of one stay unquantized, its
+name is on the list, too. transformers has no such modules, and passes over the names.
+"""
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def with_fused(skip: list[str] | None) -> list[str] | None:
+    """The list, and after it the names of fused modules all of whose parts are on it."""
+    if skip is None:
+        return None
+    there, parents = set(skip), dict.fromkeys(name.rpartition(".")[0] for name in skip if "." in name)
+    fused = [
+        f"{parent}.{name}"
+        for parent in parents
+        for name, parts in FUSED.items()
+        if there.issuperset(f"{parent}.{part}" for part in parts)
+    ]
+    return [*skip, *(name for name in fused if name not in there)]
+
+
+def without_fused(skip: list[str]) -> list[str]:
+    """The list as it was before `with_fused`."""
+    there = set(skip)
+    return [
+        name
+        for name in skip
+        if not (
+            (parts := FUSED.get(name.rpartition(".")[2]))
+            and there.issuperset(f"{name.rpartition('.')[0]}.{part}" for part in parts)
+        )
+    ]
