@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 # process would compile torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test e2e lint format up bench clean
+.PHONY: demo test e2e lint format up bench gallery clean
 
 demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
 	@$(BIN)/tame run configs/demo.yaml --out out/demo
@@ -35,6 +35,9 @@ up: $(READY)    ## Prefect, MLflow, the deployments and a worker on this machine
 
 bench: $(DEMO)  ## side by side with the peers
 	@$(BIN)/python benchmarks/quantize.py --model tiny && $(BIN)/python benchmarks/evaluate.py device --layers 1 --tokens 4096
+
+gallery: $(DEMO)  ## the pictures of docs/gallery.md, of one real run
+	@$(BIN)/python -m benchmarks.gallery
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -205,7 +205,7 @@ def test_a_run_of_a_worker_suspends_itself_and_publishes_what_was_shown(
         told = json.loads((published / "tame.json").read_text())
         assert told["artifact"]["files"] == waiting["variants"][1]["artifact"]["files"]
         head, _, body = (published / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
-        assert artifact["data"] == f"```yaml\n{head}\n```\n{body}"
+        assert artifact["data"] == f"{body}\nIts metadata:\n\n```yaml\n{head}\n```\n"
 
 
 def _inputs(client: SyncPrefectClient, worker: Worker, kind: str) -> list[str]:

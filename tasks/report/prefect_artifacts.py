@@ -37,16 +37,13 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
 
 
 def show_card(result: Result, label: str, card: str) -> None:
-    """Inside a flow run: the card of a variant as it would be published, its metadata as a block of YAML. Best effort."""
+    """Inside a flow run: the card of a variant as it would be published, its metadata at the end. Best effort."""
     from prefect.artifacts import create_markdown_artifact
 
     key = re.sub(r"[^a-z0-9]+", "-", f"{result.recipe.name}-{label}-card".lower()).strip("-")
     head, text = card.removeprefix("---\n").split("\n---\n", 1)
+    shown = f"{text}\nIts metadata:\n\n```yaml\n{head}\n```\n"
     try:
-        create_markdown_artifact(
-            key=key,
-            markdown=f"```yaml\n{head}\n```\n{text}",
-            description=f"The card of {label}, as it would be published",
-        )
+        create_markdown_artifact(key=key, markdown=shown, description=f"The card of {label}, as it would be published")
     except Exception as error:  # it is in MLflow, too
         log.warning("Prefect took no artifact (%s)", line(error))

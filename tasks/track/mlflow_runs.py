@@ -26,11 +26,16 @@ COLUMNS = (
     *("decode_tokens_per_second", "peak_memory_bytes"),
 )
 """What people compare variants by, in MLflow's table and over time."""
-VIEW = {"selectedColumns": ["tags.`verdict`", *(f"metrics.`{name}`" for name in COLUMNS)]}
+# No more, or the verdict, which MLflow puts behind all metrics, is beyond the edge of a screen.
+SEEN = [
+    *(f"metrics.`{name}`" for name in ("kl_mean", "perplexity_ratio", "size_bytes")),
+    "tags.`verdict`",
+    "tags.`use`",
+]
 TAGS = {
     "tame": "true",
     "mlflow.experimentKind": "custom_model_development",
-    "mlflow.sharedViewState.variants": json.dumps(VIEW),
+    "mlflow.sharedViewState.variants": json.dumps({"selectedColumns": SEEN}),
 }
 """Of an experiment: that it is tame's, that its page shows runs rather than conversations, and, for the address with
 ?viewStateShareKey=variants, the columns to show."""
@@ -214,20 +219,10 @@ def _release_tags(result: Result) -> dict[str, str]:
         "decision": formatting.advice(result),
         "use": chosen.name if (chosen := _chosen(result)) else "",
         "verdict": formatting.outcome(result).lower(),
-        "approval": _approval(result),
+        "approval": registry.approval(result),
         "mlflow.note.content": formatting.markdown(result),
         **_release_of(result),
     }
-
-
-def _approval(result: Result) -> str:
-    """What a person said, in a line; empty where nobody was asked."""
-    if (answer := result.approval) is None:
-        return ""
-    said = (
-        f"approved {', '.join(answer.variants)}" if answer.variants else "refused" if answer.answered else "no answer"
-    )
-    return f"{said}: {answer.note}" if answer.note else said
 
 
 def _release_of(result: Result) -> dict[str, str]:

@@ -34,6 +34,16 @@ def verdict(variant: ResultVariant) -> str:
     return "passed" if variant.status == "published" else variant.status
 
 
+def approval(result: Result) -> str:
+    """What a person said, in a line; empty where nobody was asked."""
+    if (answer := result.approval) is None:
+        return ""
+    said = (
+        f"approved {', '.join(answer.variants)}" if answer.variants else "refused" if answer.answered else "no answer"
+    )
+    return f"{said}: {answer.note}" if answer.note else said
+
+
 def is_released(result: Result, variant: ResultVariant) -> bool:
     """Whether aliases may point to it: it kept the limits, and, where a person has to approve it, it was published."""
     return variant.status == "published" if result.recipe.publish.approve else verdict(variant) == "passed"
