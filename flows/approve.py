@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, create_model
+from pydantic import Field, WithJsonSchema, create_model
 
 from configs.schema import Recipe
 from configs.settings import approval_hours
@@ -75,9 +75,10 @@ def form(shown: Shown) -> "type[RunInput]":
     """What Prefect's page asks for. Nothing filled in is a no."""
     from prefect.input import RunInput
 
-    labels: Any = Literal[tuple(shown.targets)]  # known only now
+    # An enum of one is a const for Pydantic, which Prefect's page offers nothing to choose from.
+    one: Any = Annotated[Literal[tuple(shown.targets)], WithJsonSchema({"enum": [*shown.targets], "type": "string"})]
     fields: dict[str, Any] = {
-        "publish": (list[labels], Field([], title="Publish", description="Choose variants. None is a no.")),
+        "publish": (list[one], Field([], title="Publish", description="Choose variants. None is a no.")),
         "note": (str, Field("", title="Note", description="Say why; it is kept with the result.", max_length=1000)),
     }
     if shown.result.recipe.publish.to == "hub":

@@ -78,6 +78,7 @@ def test_the_form_takes_names_of_what_passed_and_nothing_filled_in_is_a_no() -> 
     assert asked(publish=["int8"]).model_dump()["publish"] == ["int8"]
     with pytest.raises(ValidationError):
         asked(publish=["nf4-dq"])
+    assert asked.model_json_schema()["properties"]["publish"]["items"] == {"enum": ["int8"], "type": "string"}
 
 
 def test_a_no_counts_as_the_gates() -> None:
