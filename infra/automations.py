@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.events.schemas.automations import AutomationCore
 
-FLOWS = ["release", "watch", "sweep", "prefetch"]
+FLOWS = ["release", "quantize", "watch", "sweep", "prefetch"]
 HEARTBEAT = 30
 """Seconds between the heartbeats of a run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY of its worker); Prefect takes no less."""
 DEAD_AFTER = 180
