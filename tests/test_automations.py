@@ -110,6 +110,7 @@ def test_a_crashed_run_is_started_again_up_to_a_limit(client: SyncPrefectClient)
     assert names(client, run).count("AwaitingRetry") == ATTEMPTS - 1
 
 
+@pytest.mark.e2e
 def test_each_of_several_crashes_at_once_is_answered_once(client: SyncPrefectClient) -> None:
     runs = [deployed(client) for _ in range(8)]
     for run in runs:
