@@ -156,6 +156,15 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def written_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor that the files' headers have, by name: for a checkpoint that tame has made itself, quantized or not.
+
+    Raises:
+        BadInputError, TameError: as `weight_files` and `read_header`.
+    """
+    return {name: found for file in weight_files(folder) for name, found in read_header(folder / file, file).items()}
+
+
 def weight_files(folder: Path) -> dict[str, set[str]]:
     """The files that transformers would load, each with the tensors that the index promises (none without an index)."""
     if (folder / WEIGHTS).is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import TameError
-from tasks.download.checkpoint import quantization_of, read_header, read_tensors, weight_files
+from tasks.download.checkpoint import quantization_of, read_tensors, written_tensors
 from tasks.quantize.methods import described_by
 from tasks.quantize.protocols import Restored
 from tasks.runtime.device import cores
@@ -70,9 +70,7 @@ def _compare(
         return []
     layout = lay_out(source, method, variant, read_tensors(source), trust_remote_code)
     jobs = [job for job in layout.jobs if job.quantized]
-    there = {
-        name: found for file in weight_files(quantized) for name, found in read_header(quantized / file, file).items()
-    }
+    there = written_tensors(quantized)
     for name in (name for job in jobs for name in job.outputs):
         if name not in there or (there[name].shape != tuple(layout.outputs[name].shape) and name not in layout.growing):
             raise TameError(f"{quantized}: {name} is not as in a checkpoint made from {source}")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.schema import Variant
-from tasks.download.checkpoint import read_header, read_tensors, weight_files
+from tasks.download.checkpoint import read_tensors, written_tensors
 from tasks.quantize.layout import Job, lay_out
 from tasks.quantize.methods import method_of
 
@@ -27,8 +27,7 @@ class Restorer:
             job.weight: sum(layout.outputs[name].nbytes for name in job.outputs) for job in layout.jobs if job.quantized
         }
         """What each takes in the checkpoint, in bytes, without the file's header."""
-        headers = {file: read_header(folder / file, file) for file in weight_files(folder)}
-        self.file_of = {name: file for file, header in headers.items() for name in header}
+        self.written = written_tensors(folder)
 
     def plain_bytes(self, weight: str) -> int:
         """What a weight takes where it is not quantized."""
@@ -42,7 +41,7 @@ class Restorer:
 
         job, parts = self.jobs[name], {}
         for part, output in job.parts.items():
-            with safe_open(self.folder / self.file_of[output], framework="pt") as file:
+            with safe_open(self.folder / self.written[output].file, framework="pt") as file:
                 parts[part] = file.get_tensor(output)
         restored = self.method.restore(parts, (job.shape[0], job.shape[1]), device)
         count = job.shape[0] * job.shape[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import BadInputError, TameError
-from tasks.download.checkpoint import quantization_of, read_header, weight_files
+from tasks.download.checkpoint import quantization_of, written_tensors
 from tasks.quantize.protocols import CodedFormat, Request, TensorFormat
 from tasks.runtime.progress import Progress
 
@@ -75,11 +75,7 @@ def taking(folder: Path, jobs: "list[Job]") -> "list[Job]":
     Raises:
         TameError: the checkpoint lacks some.
     """
-    there = {
-        name: (folder / file, found)
-        for file in weight_files(folder)
-        for name, found in read_header(folder / file, file).items()
-    }
+    there = {name: (folder / found.file, found) for name, found in written_tensors(folder).items()}
     lost = [name for job in jobs if job.quantized for name in job.outputs if name not in there]
     if lost:
         raise TameError(f"{folder}: {lost[0]} is not there; remove the folder, and run again")
