@@ -65,13 +65,17 @@ def _slope(choices: list[Choice], one: int, other: int) -> float:
     return (worse - better) / max(large - small, 1)
 
 
+def _point(groups: list[list[Choice]], chosen: list[int]) -> Point:
+    taken = [choices[i] for choices, i in zip(groups, chosen, strict=True)]
+    return Point(tuple(chosen), sum(size for size, _ in taken), sum(kl for _, kl in taken))
+
+
 def frontier(groups: list[list[Choice]]) -> list[Point]:
     """Mixes from the smallest on, each a step larger than the one before it: the lower hull of all that there are."""
     smallest, found = steps(groups)
-    chosen = list(smallest)
-    size = sum(choices[i][0] for choices, i in zip(groups, chosen, strict=True))
-    total = sum(choices[i][1] for choices, i in zip(groups, chosen, strict=True))
-    points = [Point(tuple(chosen), size, total)]
+    first = _point(groups, smallest)
+    chosen, size, total = smallest, first.bytes, first.sum
+    points = [first]
     for step in found:
         chosen[step.group] = step.to
         size, total = size + step.bytes, total - step.gain
@@ -86,11 +90,10 @@ def best_within(groups: list[list[Choice]], most: int) -> Point | None:
     than one step.
     """
     smallest, found = steps(groups)
-    chosen = list(smallest)
-    size = sum(choices[i][0] for choices, i in zip(groups, chosen, strict=True))
-    if size > most:
+    first = _point(groups, smallest)
+    if first.bytes > most:
         return None
-    total = sum(choices[i][1] for choices, i in zip(groups, chosen, strict=True))
+    chosen, size, total = smallest, first.bytes, first.sum
     stuck: set[int] = set()
     for step in found:
         if step.group in stuck or size + step.bytes > most:
