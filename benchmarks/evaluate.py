@@ -255,21 +255,9 @@ def tasks(args: argparse.Namespace) -> None:
 
 
 def _piqa(args: argparse.Namespace, folder: Path) -> None:
-    lines = Path(args.piqa).read_text(encoding="utf-8").splitlines()[: args.items]
-    (folder / "piqa.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "piqa.yaml").write_text(
-        f"""task: piqa_own
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {folder}/piqa.jsonl}}}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
-doc_to_target: label
-doc_to_choice: "{{{{[sol1, sol2]}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-metadata: {{version: 1}}
-"""
-    )
+    from benchmarks.piqa import write_task
+
+    write_task(Path(args.piqa), args.items, folder, ("acc", "acc_norm"))
 
 
 def accuracy(args: argparse.Namespace) -> None:

@@ -22,6 +22,8 @@ from tasks.evaluate.lm_eval_index import TaskWork
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"method": "int8"}, {"method": "w8a16"}, {"method": "w8a8"}, {"method": "fp8"}, {"method": "fp8-block"}, {"method": "nf4"},
     {"method": "nf4", "double_quant": True}, {"method": "fp4"}, {"method": "w4a16", "group_size": 64},
@@ -43,17 +45,6 @@ PRESETS = {
     "mxfp4": "MXFP4A16",
     "nvfp4": "NVFP4A16",
 }
-PIQA = """task: piqa_own
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {folder}/piqa.jsonl}}}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "Question: {{{{goal}}}}\\nAnswer:"
-doc_to_target: label
-doc_to_choice: "{{{{[sol1, sol2]}}}}"
-metric_list: [{{metric: acc}}]
-metadata: {{version: 1}}
-"""
 PEER = """
 import sys
 from llmcompressor import model_free_ptq
@@ -78,10 +69,10 @@ class Judge:
                 text=text, window=options.window, max_tokens=options.tokens, chat="never", tasks=asked
             )
         if options.piqa:
+            from benchmarks.piqa import write_task
+
             (work / "tasks").mkdir()
-            rows = options.piqa.read_text(encoding="utf-8").splitlines()[: options.items]
-            (work / "tasks" / "piqa.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-            (work / "tasks" / "piqa.yaml").write_text(PIQA.format(folder=work / "tasks"), encoding="utf-8")
+            write_task(options.piqa, options.items, work / "tasks")
         self.baseline: dict[str, dict[str, Path]] = {}
         self.original = self.measured("bf16", source)
 

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.browser import Browser
+from tests.e2e.browser import Browser, open_variants
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -149,14 +149,7 @@ def take(browser: Browser, up: Up, run: str, out: Path) -> None:
     keep("card")
     browser.open((up.home / "runs" / "gallery" / "report.html").as_uri(), 1200, 900)
     keep("report")
-    browser.open(up.mlflow, 1400, 700)
-    browser.ask("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-    experiment = up_experiment(up)
-    browser.open(f"{up.mlflow}/#/experiments/{experiment}/runs?viewStateShareKey=variants", 1400, 700)
-    browser.see("matching runs", 120)
-    opener = """document.querySelector('.ag-row [col-id*="Run Name"] button')"""
-    browser.until(lambda: browser.ask(f"!!{opener}"), 60, "the release's +")
-    browser.ask(f"{opener}.click()")
+    open_variants(browser, up.mlflow, up_experiment(up), 1400, 700)
     browser.see("nf4-dq")
     keep("mlflow")
 

@@ -110,3 +110,14 @@ class Browser:
         while not condition():
             assert time.monotonic() < end, f"{what} did not come in {seconds:.0f} s"
             time.sleep(0.2)
+
+
+def open_variants(browser: Browser, mlflow: str, experiment: str, width: int, height: int) -> None:
+    """Open MLflow's saved table of an experiment, its newest release unfolded to its variants."""
+    browser.open(mlflow, width, height)
+    browser.ask("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+    browser.open(f"{mlflow}/#/experiments/{experiment}/runs?viewStateShareKey=variants", width, height)
+    browser.see("matching runs", 120)
+    opener = """document.querySelector('.ag-row [col-id*="Run Name"] button')"""
+    browser.until(lambda: browser.ask(f"!!{opener}"), 60, "the release's +")
+    browser.ask(f"{opener}.click()")

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.e2e.browser import Browser, executable
+from tests.e2e.browser import Browser, executable, open_variants
 from tests.e2e.test_mlflow_server import Server, free_port
 from tests.e2e.test_report_page import keep
 
@@ -92,13 +92,7 @@ def test_mlflow_shows_releases_variants_and_their_comparison(
     client = MlflowClient(mlflow)
     parent = client.get_run(result["mlflow_run"])
     experiment = parent.info.experiment_id
-    browser.open(mlflow, 1700, 800)
-    browser.ask("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-    browser.open(f"{mlflow}/#/experiments/{experiment}/runs?viewStateShareKey=variants", 1700, 800)
-    browser.see("matching runs", 120)
-    opener = """document.querySelector('.ag-row [col-id*="Run Name"] button')"""
-    browser.until(lambda: browser.ask(f"!!{opener}"), 60, "the release's +")
-    browser.ask(f"{opener}.click()")
+    open_variants(browser, mlflow, experiment, 1700, 800)
     browser.see("nf4-dq")
     for column in ("kl_mean", "perplexity_ratio", "verdict"):
         browser.see(column)
