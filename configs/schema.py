@@ -672,6 +672,15 @@ class Track(Spec):
 TOGETHER: list[dict[str, Any]] = [
     {"properties": {"variants": {"uniqueItems": True}}},
     {
+        "if": {"properties": {"evaluate": EMPTY}, "required": ["evaluate"]},
+        "then": {
+            "properties": {
+                "gate": {"properties": dict.fromkeys(Gate.model_fields, EMPTY)},
+                "variants": {"items": {"properties": {"fit": EMPTY, "checkpoint": EMPTY}}},
+            }
+        },
+    },
+    {
         "if": _given(gate={"properties": {"max_task_drop": EMPTY}}),
         "then": {
             "properties": {"evaluate": {"properties": {"tasks": {"minItems": 1}}, "required": ["tasks"]}},
@@ -688,6 +697,12 @@ TOGETHER: list[dict[str, Any]] = [
 ]
 
 
+EVALUATE = (
+    "What is measured, and on which text. If it is null, no model is run, and the card says that nothing was measured: for "
+    "models that write no text, such as reward and embedding models."
+)
+
+
 class Recipe(Spec):
     """A release: one model, its variants, and how they are measured, judged and published."""
 
@@ -699,7 +714,7 @@ class Recipe(Spec):
         default=Calibrate(),
         description="The text that variants with calibrate are calibrated on.",
     )
-    evaluate: Evaluate = Field(default=Evaluate(), description="What is measured, and on which text.")
+    evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
@@ -718,13 +733,15 @@ class Recipe(Spec):
                     f"variants.{i} and variants.{first} are both named {variant.label!r}; give one a name:"
                 )
             equal[content] = seen[variant.label.lower()] = i
+        if self.evaluate is None:
+            _check_unmeasured(self.variants, self.gate)
         fitted = next((i for i, variant in enumerate(self.variants) if variant.fit == "gate"), None)
         if fitted is not None and not self.gate.fitted:
             raise ValueError(
                 f"variants.{fitted}.fit is gate, and the gate has no limit that can be fitted; give gate.max_mean_kl, "
                 "gate.max_perplexity_increase or gate.min_top1_agreement"
             )
-        if self.gate.max_task_drop is not None and not self.evaluate.tasks:
+        if self.gate.max_task_drop is not None and self.evaluate is not None and not self.evaluate.tasks:
             raise ValueError("gate.max_task_drop needs evaluate.tasks; name a task or remove the limit")
         several = len([variant for variant in self.variants if variant.checkpoint is None]) > 1
         if self.publish.to != "nowhere" and several and "{variant}" not in self.publish.repo:
@@ -757,7 +774,7 @@ class Template(Spec):
         default=Calibrate(),
         description="The text that variants with calibrate are calibrated on.",
     )
-    evaluate: Evaluate = Field(default=Evaluate(), description="What is measured, and on which text.")
+    evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
@@ -839,6 +856,19 @@ class Sweep(Spec):
 def is_pattern(model: str) -> bool:
     """Whether `model` is a pattern, which stands for all models that match it."""
     return any(character in model for character in "*?[")
+
+
+def _check_unmeasured(variants: list[Variant], gate: Gate) -> None:
+    """Check that nothing is asked for that has to be measured, where `evaluate` is null."""
+    if limits := [name for name, limit in gate if limit is not None]:
+        raise ValueError(f"gate.{limits[0]} limits what is measured, and evaluate is null; remove one of them")
+    for i, variant in enumerate(variants):
+        if variant.fit is not None:
+            raise ValueError(f"variants.{i}.fit keeps what is measured, and evaluate is null; remove one of them")
+        if variant.checkpoint is not None:
+            raise ValueError(
+                f"variants.{i}.checkpoint is there to be measured, and evaluate is null; remove one of them"
+            )
 
 
 def _check_repo(models: list[str], template: Template) -> None:

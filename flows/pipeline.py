@@ -17,9 +17,9 @@ from tasks.calibrate.prepare import calibrate
 from tasks.download.look import look
 from tasks.download.task import download
 from tasks.download.text import LoadedText
-from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
-from tasks.formatting import figure
+from tasks.formatting import NOT_MEASURED, figure
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
 from tasks.publish.approval import Shown
@@ -57,6 +57,7 @@ class Stages(NamedTuple):
     fit: Callable[[Snapshot, Variant, Gate, Calibrate, Calibration | None], Fitted]
     quantize: Callable[[Snapshot, Variant, Calibration | None, Fitted | None], Quantized]
     evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
+    weights: Callable[[Checkpoint, Snapshot], Evaluation | None]
     gate: Callable[[str, dict[str, float], Gate], Verdict]
     approve: Callable[[Shown], Answer]
     publish: Callable[[str, Path, dict[str, str], dict[str, bytes], str, Publish], Published]
@@ -79,6 +80,7 @@ DIRECT = Stages(
     fit=fit,
     quantize=quantize,
     evaluate=evaluate_variant,
+    weights=compare_weights,
     gate=lambda _variant, metrics, gate: judge(metrics, gate),
     approve=nobody_to_ask,
     publish=lambda _label, *given: publish(*given),
@@ -118,9 +120,12 @@ def make(
         told.downloaded(snapshot)
         remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
-        baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
+        baseline = None
+        if recipe.evaluate is not None:
+            assert plan.text is not None
+            baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
+            told.baseline(baseline)
         result = result.with_baseline(baseline, snapshot)
-        told.baseline(baseline)
     except NotCachedError:
         raise
     except Exception as error:
@@ -189,12 +194,13 @@ def _measure(
     known: ResultVariant,
     variant: Variant,
     snapshot: Snapshot,
-    baseline: Evaluation,
+    baseline: Evaluation | None,
     recipe: Recipe,
 ) -> ResultVariant:
+    """A variant made, measured and judged; or only made, where there is no baseline to measure it against."""
     stages = told.by
     try:
-        if variant.checkpoint is not None:
+        if variant.checkpoint is not None and baseline is not None and recipe.evaluate is not None:
             theirs = stages.download(variant.source, look(variant.source, quantized=True))
             known = results.found(known, theirs)
             checkpoint = Checkpoint(path=theirs.path, digest=theirs.digest, label=variant.label)
@@ -209,6 +215,8 @@ def _measure(
         told.quantized()
         remember(quantized.digest, f"{snapshot.name} {variant.label}")
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
+        if baseline is None or recipe.evaluate is None:
+            return results.unmeasured(known, stages.weights(checkpoint, snapshot))
         evaluation = stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate)
         verdict = stages.gate(variant.label, {**known.metrics, **evaluation.metrics}, recipe.gate)
         return results.judged(known, evaluation, verdict)
@@ -254,7 +262,7 @@ class Told:
 
     def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
         self.by, self.say, self.how, self.fit = by, say, list[str](), list[str]()
-        self.done, self.stages, self.published = 0, 2 + len(recipe.variants), 0
+        self.done, self.stages, self.published = 0, 1 + (recipe.evaluate is not None) + len(recipe.variants), 0
         self.begin("looking at the model")
 
     def begin(self, what: str) -> None:
@@ -292,6 +300,9 @@ class Told:
             self._say("✗", variant.name, [f"failed after {self._seconds()}", str(variant.error)])
             return
         quantized = "before" if "quantize" in variant.cached else self.how[0]
+        if not variant.measured:
+            self._say("✓", variant.name, [f"quantized {quantized}", NOT_MEASURED])
+            return
         measured = "before" if "evaluate" in variant.cached else self._seconds()
         how = [*self.fit, f"quantized {quantized}", f"measured {measured}"]
         damage = variant.metrics.get("kl_mean")

@@ -48,7 +48,7 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
 
     def after(label: str, result: Result) -> None:
         nonlocal run
-        if result.variant(label).cached != ["quantize", "evaluate"]:  # or there is nothing new to see
+        if not result.variant(label).all_cached:  # or there is nothing new to see
             run = track_task(label, result, run, None, final=False)
 
     def approve(shown: Shown) -> Answer:

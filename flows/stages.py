@@ -16,7 +16,7 @@ from tasks.calibrate.prepare import calibrate
 from tasks.download import hub
 from tasks.download.task import download
 from tasks.download.text import LoadedText
-from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
@@ -83,6 +83,13 @@ def evaluate_task(
     return Completed(name="Cached" if value.cached else "Completed", data=value)
 
 
+@task(name="compare weights", task_run_name="compare weights of {checkpoint.label}", retries=0)
+def weights_task(checkpoint: Checkpoint, snapshot: Snapshot) -> State[Evaluation | None]:
+    """`compare_weights` in the flow, for a recipe that measures nothing."""
+    value = compare_weights(checkpoint, snapshot)
+    return Completed(name="Cached" if value is None or value.cached else "Completed", data=value)
+
+
 @task(name="gate", task_run_name="gate {variant}")
 def gate_task(variant: str, metrics: dict[str, float], gate: Gate) -> Verdict:
     """`judge` in the flow."""
@@ -129,6 +136,7 @@ IN_PREFECT = Stages(
     fit=lambda *given: fit_task(*given).result(),
     quantize=lambda *given: quantize_task(*given).result(),
     evaluate=lambda *given: evaluate_task(*given).result(),
+    weights=lambda *given: weights_task(*given).result(),
     gate=gate_task,
     approve=nobody_to_ask,  # the flow knows whom
     publish=lambda *given: publish_task(*given).result(),

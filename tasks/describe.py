@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from configs.errors import NotCachedError
 from configs.method_names import INTEGER_METHODS, WITH_EXPERTS
-from configs.schema import Recipe, Source, Variant
+from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
 from tasks.calibrate.prepare import calibrate
 from tasks.download.adapter import base_of
@@ -21,7 +21,7 @@ from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
 from tasks.fleet.work_queues import memory_needed, smallest
-from tasks.formatting import figure
+from tasks.formatting import NOT_MEASURED, figure
 from tasks.plan import Plan, preflight
 from tasks.quantize.methods import method_of
 from tasks.quantize.preview import preview
@@ -84,7 +84,8 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
         sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in known]
     here = found.adapter is None and (found.path or found.kind == "gguf")
     snapshot = download(source, found) if folder and here else None
-    baseline = cached(lambda: evaluate_baseline(snapshot, recipe.evaluate, text=plan.text)) if snapshot else None
+    spec = recipe.evaluate
+    baseline = cached(lambda: evaluate_baseline(snapshot, spec, text=plan.text)) if snapshot and spec else None
     outlooks = [
         _outlook(recipe, variant, expected, snapshot, baseline)
         for variant, expected in zip(recipe.variants, sizes, strict=True)
@@ -96,11 +97,7 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
         lines += _of_variant(variant, outlook, plan, recipe.publish.approve)
     lines += theirs
-    text = recipe.evaluate.text
-    name = text.dataset or text.builtin or ", ".join(text.files or [])
-    lines.append(
-        ("evaluate", f"{name} in windows of {recipe.evaluate.window}; {', '.join(recipe.evaluate.tasks) or 'no tasks'}")
-    )
+    lines.append(("evaluate", _evaluation(recipe.evaluate)))
     lines += [("time", _time(recipe, facts, outlooks, baseline is not None))]
     lines += [*_room(recipe, plan, outlooks, 0 if snapshot else found.bytes * (1 if found.adapter is None else 2))]
     return lines + [("note", warning) for warning in plan.warnings]
@@ -128,6 +125,13 @@ def cached(look: Callable[[], T]) -> T | None:
             return look()
     except NotCachedError:
         return None
+
+
+def _evaluation(spec: Evaluate | None) -> str:
+    if spec is None:
+        return f"{NOT_MEASURED}: the recipe says evaluate: null"
+    name = spec.text.dataset or spec.text.builtin or ", ".join(spec.text.files or [])
+    return f"{name} in windows of {spec.window}; {', '.join(spec.tasks) or 'no tasks'}"
 
 
 def _adapter(source: Source, found: Found) -> list[tuple[str, str]]:
@@ -162,7 +166,9 @@ def _outlook(
     if kept is None:
         return Outlook(expected, store.where("quantized", inputs), False)
     checkpoint = Checkpoint(path=kept.path, digest=kept.digest, label=variant.label)
-    measured = baseline and cached(lambda: evaluate_variant(checkpoint, baseline, snapshot, recipe.evaluate))
+    if (spec := recipe.evaluate) is None:
+        return Outlook(_written(kept), "the cache", False)
+    measured = baseline and cached(lambda: evaluate_variant(checkpoint, baseline, snapshot, spec))
     return Outlook(_written(kept), "the cache", measured is not None)
 
 
@@ -202,12 +208,13 @@ def _estimate(facts: Facts, variant: Variant) -> Size:
 def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], baseline: bool) -> str:
     """About how long a run takes, from what machines were seen to do (benchmarks/RESULTS.md): right within a factor of three."""
     to_make = sum(outlook.where is None for outlook in outlooks)
-    to_measure = sum(not outlook.measured for outlook in outlooks) + (not baseline)
+    spec = recipe.evaluate
+    to_measure = sum(not outlook.measured for outlook in outlooks) + (not baseline) if spec else 0
     if not to_make + to_measure:
         return "a few seconds: all of it is in the cache"
     speed = FLOPS_OF_A_GPU * len(gpus()) if gpus() else FLOPS_OF_A_CORE * cores()
-    items = len(recipe.evaluate.tasks) * (recipe.evaluate.task_limit or 2000) * 200
-    tokens = to_measure * ((recipe.evaluate.max_tokens or TOKENS) + items)
+    items = len(spec.tasks) * (spec.task_limit or 2000) * 200 if spec else 0
+    tokens = to_measure * (((spec.max_tokens if spec else None) or TOKENS) + items)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
         if (
             variant.calibrate and outlook.where is None

@@ -81,20 +81,26 @@ def points(metrics: list[dict[str, float]]) -> list[str]:
     return sorted(found, key=lambda name: (order.get(name, len(order)), name))
 
 
+NOT_MEASURED = "not measured"
+"""What every place says of a model that the recipe has not let be measured (`evaluate: null`)."""
+VERDICTS = ("failed", "rejected", "passed", NOT_MEASURED, "published", f"published, {NOT_MEASURED}", "measured")
+"""From the worst on."""
+
+
 def outcome(result: Result) -> str:
     """The release in a word, the worst of its variants': Failed, Rejected, Passed or Published."""
-    statuses = {variant.status for variant in result.variants}
-    return next(word.title() for word in ("failed", "rejected", "passed", "published", "measured") if word in statuses)
+    verdicts = {verdict(variant) for variant in result.variants}
+    return next(word.capitalize() for word in VERDICTS if word in verdicts)
 
 
 def headline(result: Result) -> str:
     """The release in a line, the worst first: `Rejected: KL up to 0.131 > limit 0.1 for nf4. Published: int8`."""
     parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
     told = [variant for variant in result.variants if not result.error or variant.error != result.error]
-    for status in ("failed", "rejected", "passed", "published", "measured"):
-        variants = [variant for variant in told if variant.status == status]
+    for said in VERDICTS:
+        variants = [variant for variant in told if verdict(variant) == said]
         if variants:
-            parts.append(f"{status.title()}: {'; '.join(map(_why, variants))}")
+            parts.append(f"{said.capitalize()}: {'; '.join(map(_why, variants))}")
     return ". ".join(parts)
 
 
@@ -106,6 +112,10 @@ def advice(result: Result) -> str:
     first, *others = decision.choices
     if decision.judged:
         parts = [f"Use {first.name}: {_worth(first)}"]
+    elif result.recipe.evaluate is None:
+        parts = [
+            f"Nobody knows what is good enough: it was {NOT_MEASURED}. The smallest is {first.name}: {_worth(first)}"
+        ]
     else:
         parts = [
             f"No limit was set, so that nobody knows what is good enough. The smallest is {first.name}: {_worth(first)}"
@@ -155,8 +165,12 @@ def rows(result: Result) -> list[Measured]:
 
 
 def verdict(measured: Measured) -> str:
-    """The status of a variant; `baseline` for the baseline."""
-    return measured.status if isinstance(measured, ResultVariant) else "baseline"
+    """The status of a variant, and whether it was measured; `baseline` for the baseline."""
+    if not isinstance(measured, ResultVariant):
+        return "baseline"
+    if measured.measured:
+        return measured.status
+    return {"passed": NOT_MEASURED, "published": f"published, {NOT_MEASURED}"}.get(measured.status, measured.status)
 
 
 def cell(name: str, metrics: dict[str, float]) -> str:

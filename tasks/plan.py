@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import BadInputError
-from configs.schema import Recipe, Source, Variant
+from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
-from tasks.download.architectures import check_language_model
+from tasks.download.architectures import called_by, check_known, check_language_model, no_language_model
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.look import local_path, look, tokenizer_folder
-from tasks.download.text import LoadedText
+from tasks.download.text import LoadedText, load_text
 from tasks.download.tokenizer_files import chat_template, check_bos
 from tasks.fleet.work_queues import check_fits
 from tasks.publish.benchmarks import Benchmark, Benchmarks
@@ -36,8 +36,8 @@ class Plan(BaseModel):
     found: Found
     targets: dict[str, str]
     """Hub repo id or absolute folder of each variant, by its label; empty when nothing is published."""
-    text: LoadedText
-    """The evaluation text, so that the flow need not read it again."""
+    text: LoadedText | None
+    """The evaluation text, so that the flow need not read it again; None where nothing is measured."""
     tokens: int | None
     """Tokens in the evaluation text, where they had to be counted to know that it fills a window."""
     benchmarks: dict[str, Benchmark]
@@ -66,43 +66,58 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     check_writable(out)
     check_writable(home())
     store.check()
-    from tasks.download.text import check_text, load_text
-    from tasks.evaluate.lm_eval_index import check_tasks
-
-    found = look_at(recipe.source) if path is not None else None
+    measured = recipe.evaluate is not None
+    found = look_at(recipe.source, measured) if path is not None else None
     where = targets(recipe, found.name if found else _last(recipe.source), out)
     # The token before a repo: with one that the Hub does not accept, every other question is answered with 401.
     warnings = preflight_publish(recipe, where, None) if where else []
     if recipe.publish.to == "hub":
         where = full_names(where)
-    found = found or look_at(recipe.source)
+    found = found or look_at(recipe.source, measured)
     check_fits(found, recipe.evaluate, gpus())
     benchmarks = Benchmarks({}, [])
     if where:
         warnings = preflight_publish(recipe, where, found)
-        if recipe.evaluate.task_limit is None:
+        if recipe.evaluate is not None and recipe.evaluate.task_limit is None:
             benchmarks = find_benchmarks(recipe.evaluate.tasks)
-    text, window = load_text(recipe.evaluate.text), recipe.evaluate.window
+    text = load_text(recipe.evaluate.text) if recipe.evaluate is not None else None
     for variant in recipe.variants:
         if variant.checkpoint is not None:
             _check_theirs(variant, found)
     if any(variant.calibrate or variant.fit for variant in recipe.variants):
         _check_calibration(recipe, found, text)
     tokens = None
-    if folder := tokenizer_folder(recipe.source, found):
-        tokens = check_text(text, window, folder, recipe.source.trust_remote_code)
-        check_bos(folder, recipe.evaluate.bos)
-        chat_template(folder, recipe.evaluate.chat)
-    elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
-        raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
-    check_tasks(recipe.evaluate.tasks, recipe.evaluate.task_path)
+    if recipe.evaluate is not None and text is not None:
+        tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
     pick()
     warnings = [*warnings, *benchmarks.notes]
     return Plan(found=found, targets=where, text=text, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
 
 
-def look_at(source: Source) -> Found:
+def _check_evaluation(source: Source, spec: Evaluate, found: Found, text: LoadedText) -> int | None:
+    """Check that the text fills a window, and that the tasks are there; returns the text's tokens if they were counted.
+
+    Raises:
+        BadInputError: it cannot be measured as it is asked for.
+    """
+    from tasks.download.text import check_text
+    from tasks.evaluate.lm_eval_index import check_tasks
+
+    tokens, window = None, spec.window
+    if folder := tokenizer_folder(source, found):
+        tokens = check_text(text, window, folder, source.trust_remote_code)
+        check_bos(folder, spec.bos)
+        chat_template(folder, spec.chat)
+    elif len(text.text.encode()) < window - 2:  # a token is a byte at least, but for those that begin and end a text
+        raise BadInputError(f"evaluate.text {text.name}: shorter than one window of {window} tokens; give more text")
+    check_tasks(spec.tasks, spec.task_path)
+    return tokens
+
+
+def look_at(source: Source, measured: bool = True) -> Found:
     """Look at a source, and check that it is a language model with a tokenizer: something that can be measured.
+
+    One that is not to be `measured` may be any model that transformers has a class for.
 
     Raises:
         BadInputError: the source is something else, or the cases that `look` names.
@@ -110,8 +125,11 @@ def look_at(source: Source) -> Found:
     """
     found, where = look(source), f"source.model {source.model}"
     if found.kind != "gguf":  # whose header tells
-        check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
-        check_tokenizer_files(found, where)
+        if measured:
+            check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
+            check_tokenizer_files(found, where)
+        else:
+            check_known(found.config, where, source.trust_remote_code)
     return found
 
 
@@ -131,7 +149,7 @@ def _check_theirs(variant: Variant, ours: Found) -> None:
         )
 
 
-def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> None:
+def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText | None) -> None:
     """Check that there is a calibration text, that it is not also evaluated, and that the model can be calibrated.
 
     Raises:
@@ -140,10 +158,14 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText) -> N
     """
     from tasks.calibrate.sequences import check_apart, check_length, load_texts
 
-    if found.config.get("is_encoder_decoder"):
-        kind = (found.config.get("architectures") or [found.config.get("model_type")])[0]
-        raise BadInputError(f"{recipe.source.model}: {kind} is an encoder-decoder; leave calibrate and fit out")
-    if not (
+    if found.kind != "gguf" and (reason := no_language_model(found.config, found.files)):
+        raise BadInputError(
+            f"{recipe.source.model}: it is {called_by(found.config)}: {reason}; calibrate and fit work on causal language models "
+            "alone, leave them out"
+        )
+    if recipe.evaluate is None:
+        load_texts(recipe.calibration)
+    elif evaluated is not None and not (
         recipe.calibration.text.builtin and recipe.evaluate.text.builtin
     ):  # those are apart, and a test keeps them so
         check_apart(load_texts(recipe.calibration), evaluated)

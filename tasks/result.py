@@ -79,7 +79,14 @@ class Measured(_Value):
     evidence: str | None = None
     """Folder of the evaluation artifact: per-window and per-sample results."""
     cached: list[str] = []
-    """Which stages came from the cache: quantize, evaluate."""
+    """Which stages came from the cache: quantize, evaluate; weights where they were compared, and nothing measured."""
+    measured: bool = True
+    """False where the recipe says `evaluate: null`: no model was run, and the metrics are of files alone."""
+
+    @property
+    def all_cached(self) -> bool:
+        """Whether nothing had to be done for it."""
+        return not self.measured or "evaluate" in self.cached
 
 
 class ResultVariant(Measured):
@@ -99,6 +106,11 @@ class ResultVariant(Measured):
     published: str | None = None
     """URL of the Hub commit or the folder."""
     error: str | None = None
+
+    @property
+    def all_cached(self) -> bool:
+        """Whether nothing had to be done for it."""
+        return {"quantize", "evaluate" if self.measured else "weights"} <= {*self.cached}
 
     @property
     def made_as(self) -> Variant:
@@ -161,13 +173,14 @@ class Result(_Value):
         )
         return self.model_copy(update={"source": source})
 
-    def with_baseline(self, baseline: Evaluation, snapshot: Snapshot) -> Self:
-        """This result with the baseline's numbers."""
+    def with_baseline(self, baseline: Evaluation | None, snapshot: Snapshot) -> Self:
+        """This result with the baseline's numbers; with its sizes alone where it was not measured."""
         folder = Path(snapshot.path)
         sizes = sizes_of(folder, list(snapshot.files))
         parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(folder).values())
         sizes["bits_per_weight"] = 8 * sizes["size_bytes"] / parameters
-        return self.model_copy(update={"baseline": measured(baseline, sizes)})
+        known = measured(baseline, sizes) if baseline else Measured(name="baseline", metrics=sizes, measured=False)
+        return self.model_copy(update={"baseline": known})
 
     def ended_by(self, error: BaseException) -> Self:
         """This result, ended early: every variant that was not done has failed for that reason."""
@@ -186,6 +199,9 @@ class Result(_Value):
 
 
 NOT_REACHED = "not reached"
+NOTHING_MEASURED = (
+    "It was not measured (evaluate: null): tame has not run it, and nobody knows what quantizing it cost."
+)
 
 
 def begin(recipe: Recipe, prefect_run: str | None) -> Result:
@@ -260,6 +276,18 @@ def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict | Non
             "error": None,
         }
     )
+
+
+def unmeasured(before: ResultVariant, weights: Evaluation | None) -> ResultVariant:
+    """A variant that nobody measures; `weights` has what its files tell, beside the source's."""
+    known = measured(weights, before.metrics) if weights else before.model_copy(update={"notes": []})
+    cached = [*before.cached, *(["weights"] if weights is None or weights.cached else [])]
+    update = {
+        "metrics": known.metrics,
+        "evidence": known.evidence,
+        "notes": [NOTHING_MEASURED, *before.notes, *known.notes],
+    }
+    return before.model_copy(update={**update, "cached": cached, "measured": False, "status": "passed", "error": None})
 
 
 def published(before: ResultVariant, done: Published) -> ResultVariant:

@@ -16,6 +16,7 @@ import torch
 
 from configs.errors import BadInputError
 from configs.schema import Variant
+from tasks.download.architectures import EMBEDDING_FILES
 from tasks.download.checkpoint import INDEX, Stored
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -102,6 +103,12 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     """
     import transformers
 
+    if any(
+        (folder / file).is_file() for file in EMBEDDING_FILES
+    ):  # sentence-transformers takes the model without a head
+        headless = transformers.AutoModel._model_mapping
+        if type(config) in headless.keys():  # noqa: SIM118
+            return headless[type(config)]
     name = (config.architectures or [""])[0]
     remote = getattr(config, "auto_map", None) or {}
     for auto in AUTO:

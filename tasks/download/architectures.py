@@ -7,6 +7,7 @@ they are read from transformers' source, in 0.1 s. Everything that tame knows of
 import ast
 import functools
 import importlib.util
+from collections.abc import Container
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ BROKEN = dict.fromkeys(
     ("llama4", "llama4_text"),
     "transformers splits its experts when it saves them, and does not quantize them again when it loads them",
 )
+UNMEASURED = ", or write evaluate: null into the recipe, which quantizes and publishes it without measuring it"
 EMBEDDING_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
@@ -73,39 +75,74 @@ def check_language_model(
     Raises:
         BadInputError: the model is of another kind, which the message names by the class of its architecture.
     """
-    kind, name = config.get("model_type"), _architecture(config)
-    called = name or str(kind)
-    if isinstance(kind, str) and kind in BROKEN:
-        raise BadInputError(f"{where}: it is {called}, which tame cannot release: {BROKEN[kind]}; give another model")
+    _check_whole(config, where)
     own = config.get("auto_map")
     if trust_remote_code and isinstance(own, dict) and "AutoModelForCausalLM" in own:
         return
+    instead = f"give a causal language model{UNMEASURED if is_native(config) else ''}"
     if embedding := [file for file in EMBEDDING_FILES if file in files]:
         raise BadInputError(
-            f"{where}: it makes embeddings ({embedding[0]} says so), which tame cannot measure; give a causal language model"
+            f"{where}: it makes embeddings ({embedding[0]} says so), which tame cannot measure; {instead}"
         )
-    if not isinstance(kind, str):
-        raise BadInputError(f"{where}: its config.json has no model_type, so that nobody knows what it is; add it")
-    if kind not in table(CONFIGS):
-        raise BadInputError(
-            f"{where}: transformers {version('transformers')} does not know its model_type {kind!r}; give a model that it knows"
-        )
-    reason = _other(kind, name)
-    if reason is None and config.get("is_encoder_decoder") is True:
-        reason = ENCODER_DECODER
-    if reason:
-        raise BadInputError(
-            f"{where}: it is {called}, which tame cannot measure: {reason}; give a causal language model"
-        )
+    _check_type(config, where)
+    called = called_by(config)
+    if reason := no_language_model(config, files):
+        raise BadInputError(f"{where}: it is {called}, which tame cannot measure: {reason}; {instead}")
     heads = [
         tensor for tensor in top_tensors or [] if tensor.rpartition(".")[0].endswith(("head", "embed_out", "output"))
     ]
     if top_tensors and not heads and config.get("tie_word_embeddings") is False:
         scores = [tensor for tensor in top_tensors if tensor.startswith(("score.", "v_head.", "classifier."))]
-        instead = f" but {scores[0]}, as reward models have" if scores else ""
+        beside = f" but {scores[0]}, as reward models have" if scores else ""
         raise BadInputError(
-            f"{where}: it has no output head (lm_head.weight){instead}, and its config.json says that none is tied "
+            f"{where}: it has no output head (lm_head.weight){beside}, and its config.json says that none is tied "
             f"(tie_word_embeddings: false), so that transformers would make one up for {called}; give a causal language model"
+        )
+
+
+def check_known(config: dict[str, Any], where: str, trust_remote_code: bool) -> None:
+    """Check that a model that is only quantized, and not measured, has a class that loads all of it.
+
+    Raises:
+        BadInputError: transformers has none, nor has code of the model's own that is trusted.
+    """
+    _check_whole(config, where)
+    if trust_remote_code and isinstance(config.get("auto_map"), dict):
+        return
+    _check_type(config, where)
+    if not is_native(config) and no_language_model(config, ()):
+        raise BadInputError(
+            f"{where}: transformers {version('transformers')} has no class {called_by(config)}, so that a part of it would be "
+            "lost; give a model that it knows"
+        )
+
+
+def no_language_model(config: dict[str, Any], files: Container[str]) -> str | None:
+    """What a model is instead of a causal language model, as its config.json and the names of its files say; None for one."""
+    if any(file in files for file in EMBEDDING_FILES):
+        return "it makes embeddings"
+    kind = config.get("model_type")
+    reason = _other(kind, _architecture(config)) if isinstance(kind, str) else None
+    return ENCODER_DECODER if reason is None and config.get("is_encoder_decoder") is True else reason
+
+
+def called_by(config: dict[str, Any]) -> str:
+    """What people call a model's architecture: its class, or its type where config.json names none."""
+    return _architecture(config) or str(config.get("model_type"))
+
+
+def _check_whole(config: dict[str, Any], where: str) -> None:
+    if (kind := config.get("model_type")) in BROKEN:
+        called, why = called_by(config), BROKEN[str(kind)]
+        raise BadInputError(f"{where}: it is {called}, which tame cannot release: {why}; give another model")
+
+
+def _check_type(config: dict[str, Any], where: str) -> None:
+    if not isinstance(kind := config.get("model_type"), str):
+        raise BadInputError(f"{where}: its config.json has no model_type, so that nobody knows what it is; add it")
+    if kind not in table(CONFIGS):
+        raise BadInputError(
+            f"{where}: transformers {version('transformers')} does not know its model_type {kind!r}; give a model that it knows"
         )
 
 

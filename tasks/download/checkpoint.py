@@ -24,7 +24,11 @@ CARRIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "tekken.json", "vocab*",
     "merges*", "encoder.json", "bpe.codes", "*.model", "*.spm", "*.tiktoken", "chat_template*", "*.jinja",
     "*processor_config.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
 )  # fmt: skip
+MODULE = "[0-9]*_*"
+"""The folders of the parts that an embedding model of sentence-transformers has beside the model itself, such as 1_Pooling."""
+MODULE_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 CODE = ("*.py",)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -275,7 +279,12 @@ def carried_files(folder: Path, names: list[str] | None = None, code: bool = Fal
     """
     patterns = CARRIED + CODE if code else CARRIED
     found = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("additional_chat_templates/*"))]
-    return sorted(
+    parts = [
+        path.relative_to(folder).as_posix()
+        for path in (folder.glob(f"{MODULE}/*") if (folder / "modules.json").is_file() else ())
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in MODULE_FILES)
+    ]
+    return sorted(part for part in parts if names is None or part in names) + sorted(
         name
         for name in found
         if (folder / name).is_file()

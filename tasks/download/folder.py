@@ -11,7 +11,17 @@ import yaml
 from configs.errors import AdapterError, BadInputError, TameError, line
 from configs.schema import Source
 from tasks.download.architectures import is_native
-from tasks.download.checkpoint import INDEX, WEIGHTS, read_config, read_header, read_tensors, top_tensors, weight_files
+from tasks.download.checkpoint import (
+    INDEX,
+    MODULE,
+    MODULE_FILES,
+    WEIGHTS,
+    read_config,
+    read_header,
+    read_tensors,
+    top_tensors,
+    weight_files,
+)
 from tasks.download.hub import INHERITED
 from tasks.values import Found
 
@@ -19,6 +29,7 @@ OTHERS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*",
 )  # fmt: skip
+MODULES = tuple(f"{MODULE}/{pattern}" for pattern in MODULE_FILES)
 NEVER = ("*.safetensors.index.json", "*.bin.index.json", "trainer_state.json", "training_args*", "tame.json")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
@@ -99,6 +110,9 @@ def select(source: Source, names: list[str], small: dict[str, dict[str, Any]]) -
         _refuse_code(where, names, config, small.get(TOKENIZER, {}))
     weights = _weights(where, names, small)
     wanted = (*OTHERS, "*.py") if source.trust_remote_code else OTHERS
+    if "modules.json" in names:
+        wanted = (*wanted, *MODULES)
+        _refuse_pickled_modules(where, names)
     others = [
         name
         for name in names
@@ -121,6 +135,22 @@ def check_tokenizer_files(found: Found, where: str) -> None:
             f"{where}: it has no tokenizer (none of {', '.join(VOCABULARIES)}), so no text can be measured with it; add the "
             "tokenizer files of the model that it was made from"
         )
+
+
+def _refuse_pickled_modules(where: str, names: list[str]) -> None:
+    """Refuse an embedding model of which a part beside the model has weights that are not taken.
+
+    Raises:
+        BadInputError: a part has pickled weights alone.
+    """
+    for name in names:
+        part, _, file = name.partition("/")
+        pickled = fnmatch.fnmatchcase(part, MODULE) and any(fnmatch.fnmatchcase(file, pattern) for pattern in PICKLED)
+        if pickled and f"{part}/{WEIGHTS}" not in names:
+            raise BadInputError(
+                f"{where}: {name} is pickled, which can run code, and {part} has no {WEIGHTS}; save the model again with "
+                "sentence-transformers, which writes one"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

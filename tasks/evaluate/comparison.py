@@ -95,7 +95,7 @@ def assemble(
         for name, path in parts.items()
     }
     told = [note for pair in pairs.values() for note in pair.ours.result.get("notes", [])]
-    found = [_scores(pairs["scores"])]
+    found = [_scores(pairs["scores"])] if "scores" in pairs else []
     tasks = {name.removeprefix(TASK): pair for name, pair in pairs.items() if name.startswith(TASK)}
     if tasks:
         found.append(_tasks(tasks, baseline is not None, folder))

@@ -118,6 +118,31 @@ def evaluate_variant(
     return _assembled(work, _parts(work, wanted, progress), baseline.parts, known)
 
 
+def compare_weights(
+    checkpoint: Checkpoint, snapshot: Snapshot, *, device: str = "auto", progress: Progress = show
+) -> Evaluation | None:
+    """What the files of a checkpoint tell beside its source's, for one that nobody measures: the error of the weights.
+
+    None where the format, or a source that is quantized itself, lets nobody compare them.
+
+    Raises:
+        TameError: the checkpoint cannot be read.
+    """
+    if not weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
+        return None
+    work = Work(
+        model=checkpoint.path,
+        label=checkpoint.label,
+        device=pick(device),
+        trust_remote_code=snapshot.trust_remote_code,
+        spec=Evaluate(),
+        role="variant",
+        baseline_model=snapshot.path,
+    )
+    inputs = {**_common(work, checkpoint.digest), "source": snapshot.digest, "layers": weight_error.STAGE}
+    return _assembled(work, _parts(work, {"layers": store.Wanted("layers", inputs)}, progress), {}, {})
+
+
 class _Parts(NamedTuple):
     """The parts that could be measured, why the others could not, and whether nothing had to be done."""
 

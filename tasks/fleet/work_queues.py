@@ -52,7 +52,7 @@ def queue_for(memory: int) -> str:
     return queue
 
 
-def check_fits(found: "Found", spec: Evaluate, gpus: Sequence[Gpu]) -> None:
+def check_fits(found: "Found", spec: Evaluate | None, gpus: Sequence[Gpu]) -> None:
     """Check that a release fits on the GPUs that there are, if there are any, with the smallest batch.
 
     Raises:
@@ -68,19 +68,21 @@ def check_fits(found: "Found", spec: Evaluate, gpus: Sequence[Gpu]) -> None:
         )
 
 
-def memory_needed(found: "Found", spec: Evaluate, batch_size: int | None = None) -> int:
+def memory_needed(found: "Found", spec: Evaluate | None, batch_size: int | None = None) -> int:
     """Bytes on a device that releasing `found` takes at `batch_size`, by default the recipe's.
 
     The most is taken while the baseline, or a variant dequantized to its dtype, is evaluated: all its weights, the
     activations of a batch of windows at the widest place of a layer, and the logits of two models for some positions.
     For Qwen3-1.7B at 8 windows of 2,048 that is 6.2 GB, where 4.9 GB of tensors were seen on an H100
-    (benchmarks/RESULTS.md).
+    (benchmarks/RESULTS.md). Where nothing is measured (`spec` is None), it is a few tensors, of which one is quantized at a time.
     """
     config: dict[str, Any] = found.config.get("text_config") or found.config
     weights = sum(size for name, size in found.files.items() if name.endswith(".safetensors"))
     weights += sum(5 * size for name, size in found.files.items() if name.endswith(".gguf"))  # dequantized to 16 bits
     item = 4 if "32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
     width = _number(config, "hidden_size", "n_embd", "d_model")
+    if spec is None:
+        return int(CONTEXT_BYTES + 4 * item * width * max(_number(config, "vocab_size"), 4 * width))
     inner = _number(config, "intermediate_size", "n_inner", "ffn_dim", "d_ff") or 4 * width
     rows = min(spec.window, LOGITS_BYTES / 4 / max(1, _number(config, "vocab_size")))
     logits = 2 * item * rows * _number(config, "vocab_size")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from configs.errors import TameError
-from tasks.formatting import advice, cell, figure, label, points, rows, span, verdict
+from tasks.formatting import NOT_MEASURED, advice, cell, figure, label, points, rows, span, verdict
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
@@ -24,11 +24,12 @@ from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, t
 from tasks.publish.usage import usage
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
-from tasks.result import Result, ResultVariant
+from tasks.result import NOTHING_MEASURED, Result, ResultVariant
 from tasks.values import Protocol
 
 COMPARED = ("size_bytes", "perplexity", "kl_mean", "top1_agreement")
 """What the card compares the variants of a release by."""
+MEASURED = "What is written here was measured on exactly these files."
 LONGEST_ANSWER = 800
 """Characters of a sample on the card."""
 
@@ -126,8 +127,8 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
     lines = [
         f"# {title}",
         f"{name}{commit}, quantized to {method.quantized_to} by tame {result.versions.get('tame', '')}".rstrip() + ".",
-        "What is written here was measured on exactly these files. Training, intended use, languages, risks and the base "
-        "model's own results are its authors' to tell: see its card.",
+        f"{MEASURED if variant.measured else NOTHING_MEASURED} Training, intended use, languages, risks and the base model's own "
+        "results are its authors' to tell: see its card.",
         *([_plain(advice(result))] if len(result.variants) > 1 else []),
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *usage(repo, method, *_where(variant)),
@@ -152,6 +153,13 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
     table = cost_rows(base, variant.metrics)
     if not table:
         return []
+    if not variant.measured:
+        lines = [
+            "| | Base model | This model |",
+            "| --- | ---: | ---: |",
+            *(" |".join(row.split(" |")[:3]) + " |" for row in table),
+        ]
+        return ["## What is known", "\n".join(lines), f"Read from the files. All else was {NOT_MEASURED}."]
     lines = [
         "## What it cost",
         "\n".join(
@@ -239,7 +247,7 @@ def _speed(result: Result, variant: ResultVariant) -> list[str]:
         return []
     base = result.baseline.metrics if result.baseline else {}
     rows = [f"| {label(name)} | {cell(name, base)} | {cell(name, variant.metrics)} |" for name in names]
-    speed = result.recipe.evaluate.speed
+    speed = result.recipe.evaluate.speed if result.recipe.evaluate else None
     return [
         "## Speed and memory",
         "\n".join(["| | Base model | This model |", "| --- | ---: | ---: |", *rows]),
@@ -267,12 +275,13 @@ def _left(variant: ResultVariant) -> list[str]:
 
 
 def _limits(variant: ResultVariant, method: CardText) -> list[str]:
-    known = [
+    compared = (
         "It was compared with its base model on the text and tasks above. Other languages, long contexts and safety behaviour "
-        "may have suffered more or less.",
-        *method.limits,
-    ]
-    return ["## Limits", "\n".join(f"- {note}" for note in [*map(_plain, variant.notes), *known])]
+        "may have suffered more or less."
+    )
+    notes = [note for note in variant.notes if note != NOTHING_MEASURED]  # which the card begins with
+    known = [*map(_plain, notes), *([compared] if variant.measured else []), *method.limits]
+    return ["## Limits", "\n".join(f"- {note}" for note in known)]
 
 
 def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> list[str]:
@@ -296,7 +305,7 @@ def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> lis
         cells = [
             name,
             *(figure(metric, row.metrics.get(metric)) for metric in names),
-            verdict(row).replace("published", "passed"),
+            verdict(row).replace("published, ", "").replace("published", "passed"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     told = (
@@ -330,7 +339,7 @@ def _repos(result: Result) -> dict[str, str]:
 
 def _plain_provenance(method: CardText | None) -> str:
     what = f"Quantized to {method.quantized_to}. " if method else ""
-    return f"{what}Published with tame; nothing was measured. `tame.json` has the digest of every file."
+    return f"{what}Published with tame; it was {NOT_MEASURED}. `tame.json` has the digest of every file."
 
 
 def _plain(text: str) -> str:

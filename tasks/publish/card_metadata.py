@@ -26,7 +26,7 @@ def front_matter(result: Result, variant: ResultVariant, method: CardText, title
     """The card's metadata: what it inherits from the base model's card, what it is, and its numbers."""
     source, files = result.source, variant.artifact.files if variant.artifact else {}
     facts = result.recipe.publish.card
-    front = inherited(source.model, source.commit, source.licence, source.card, files, facts)
+    front = inherited(source.model, source.commit, source.licence, source.card, files, facts, variant.measured)
     if source.adapter is not None and source.adapter.commit and "base_model" in front:
         front["base_model"] = [front["base_model"], source.adapter.model]
     front |= {"library_name": "transformers", "tags": list(dict.fromkeys([*facts.tags, *tags(method)]))}
@@ -42,10 +42,12 @@ def inherited(
     card: dict[str, Any],
     files: Container[str] = (),
     facts: CardFacts | None = None,
+    writes_text: bool = True,
 ) -> dict[str, Any]:
     """What a card takes from the base model's `card`, and from `facts`, which the recipe gives and which come first.
 
-    `files` are published too: a link to one of them stays as it is.
+    `files` are published too: a link to one of them stays as it is. Only of a model that is known to write text its task is said
+    where the card does not: the Hub finds it out by itself for the others.
     """
     front: dict[str, Any] = {key: card[key] for key in INHERITED if card.get(key) and isinstance(card[key], str | list)}
     if licence:
@@ -62,7 +64,8 @@ def inherited(
         if "base_model" in given:
             front.pop("base_model_relation", None)  # the Hub finds it out from the files
         front |= given
-    front.setdefault("pipeline_tag", TASK)
+    if writes_text:
+        front.setdefault("pipeline_tag", TASK)
     return front
 
 
@@ -73,6 +76,8 @@ def tags(method: CardText | None) -> list[str]:
 
 def _model_index(result: Result, variant: ResultVariant) -> list[dict[str, Any]]:
     """The numbers in the Hub's model-index form, unrounded: perplexity and divergence on the text, scores of the tasks."""
+    if result.recipe.evaluate is None:
+        return []
     text = result.recipe.evaluate.text
     data = {"type": text.dataset or "text", "name": text_name(variant)}
     if text.dataset:
@@ -107,7 +112,7 @@ def eval_results(
 
     A part of a benchmark is not its score.
     """
-    if result.recipe.evaluate.task_limit is not None:
+    if result.recipe.evaluate is None or result.recipe.evaluate.task_limit is not None:
         return {}
     files = {}
     for metric, benchmark in benchmarks.items():

@@ -13,12 +13,15 @@ def loads(folder: str) -> str | None:
     if "auto_map" in config or not config.get("model_type"):
         return None
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoTokenizer, logging
+
+    from tasks.transformers_adapter import model_class, read_model_config
 
     logging.set_verbosity_error()
     try:
+        config_of_model = read_model_config(Path(folder), trust_remote_code=False)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model_class(config_of_model, Path(folder), trust_remote_code=False)._from_config(config_of_model)
         if (Path(folder) / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(folder)
     except Exception as error:

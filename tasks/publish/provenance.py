@@ -82,12 +82,12 @@ def without_paths(given: Recipe) -> dict[str, Any]:
     """A recipe with the last part alone of every path that it names on the machine where it ran."""
     recipe = given.model_dump(mode="json")
     evaluate, publish = recipe["evaluate"], recipe["publish"]
-    if files := evaluate["text"].get("files"):
+    if evaluate and (files := evaluate["text"].get("files")):
         evaluate["text"] = {**evaluate["text"], "files": [PurePath(file).name for file in files]}
     calibration = recipe["calibration"]
     if files := calibration["text"].get("files"):
         calibration = {**calibration, "text": {**calibration["text"], "files": [PurePath(file).name for file in files]}}
-    if evaluate.get("task_path"):
+    if evaluate and evaluate.get("task_path"):
         evaluate["task_path"] = PurePath(evaluate["task_path"]).name
     if publish["to"] == "folder":
         publish["repo"] = PurePath(publish["repo"]).name

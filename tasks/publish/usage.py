@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tasks.download.architectures import ENCODER_DECODER, called_by, no_language_model
 from tasks.formatting import figure
 from tasks.quantize.protocols import CardText
 from tasks.runtime.files import read_object
@@ -22,9 +23,12 @@ def usage(repo: str, method: CardText | None, folder: Path | None = None, size: 
         size: Of its files, in bytes; None if it is unknown.
     """
     packages = ("transformers", "accelerate", *(method.install if method else ()))
-    lines = ["## Use", _snippet(repo, folder is not None and has_chat_template(folder))]
+    config = read_object(folder / "config.json") if folder else {}
+    other = None if folder is None else no_language_model(config, [path.name for path in folder.glob("*.json")])
+    text = _snippet(repo, folder is not None and has_chat_template(folder))
+    lines = ["## Use", text if other is None else _forward(repo, called_by(config), other == ENCODER_DECODER)]
     lines.append(f"Needs `pip install {' '.join(packages)}`.")
-    if folder and size and (needed := memory(folder, size)):
+    if other is None and folder and size and (needed := memory(folder, size)):
         told = ", ".join(f"{figure('size_bytes', value)} with {tokens:,} tokens" for tokens, value in needed.items())
         lines.append(
             f"On a GPU it takes about {told} of context: weights, and keys and values in 16 bits, for one sequence. Activations, "
@@ -70,4 +74,21 @@ def _snippet(repo: str, chat: bool) -> str:
         "from transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
         f"{asked}```"
+    )
+
+
+def _forward(repo: str, name: str, generates: bool) -> str:
+    """For a model that does not continue a text: one that answers it, or gives numbers for it."""
+    shown = (
+        "print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=32)))"
+        if generates
+        else "print(model(**inputs)[0])"
+    )
+    return (
+        "```python\n"
+        f"from transformers import AutoTokenizer, {name}\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        f'model = {name}.from_pretrained("{repo}", device_map="auto")\n'
+        'inputs = tokenizer("Paris is the capital of France.", return_tensors="pt").to(model.device)\n'
+        f"{shown}\n```"
     )

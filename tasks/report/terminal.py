@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.formatting import advice, cell, figure, headline, label, points, settings
-from tasks.result import Measured, Result
+from tasks.formatting import advice, cell, figure, headline, label, points, settings, verdict
+from tasks.result import Measured, Result, ResultVariant
 
 COLUMNS_AS = {
     "size_bytes": "size",
@@ -40,7 +40,7 @@ def closing(result: Result, out: Path, width: int, colour: bool) -> str:
     if result.baseline:
         table.add_row(*_cells(result.baseline, shown, result), Text("original", style="dim"))
     for variant in result.variants:
-        table.add_row(*_cells(variant, shown, result), Text(variant.status, style=STYLES[variant.status]))
+        table.add_row(*_cells(variant, shown, result), Text(verdict(variant), style=_style(variant)))
     console.print(table)
     for variant in result.variants:
         if why := variant.error or "; ".join(variant.gate.reasons if variant.gate and not variant.gate.passed else []):
@@ -62,6 +62,10 @@ def numbers(measured: Measured) -> str:
         f"{key.replace('_', ' ').replace('.', ': '):<40} {value}" for key, value in settings(measured.protocol).items()
     ]
     return "\n".join(lines + [f"note: {note}" for note in measured.notes])
+
+
+def _style(variant: ResultVariant) -> str:
+    return STYLES[variant.status] if variant.measured else "yellow"
 
 
 def _header(column: str, result: Result) -> str:

@@ -150,8 +150,9 @@ def plots_of(report: str) -> dict[str, str]:
 def params(result: Result, measured: Measured | None = None) -> dict[str, str]:
     """Everything that decided the numbers, flat: the variant's spec, `evaluate.*`, `source.*`, `version.*`, …"""
     source = result.source.model_dump(include={"model", "revision", "commit", "digest", "licence"})
+    asked = result.recipe.evaluate
     flat: dict[str, str] = {
-        **formatting.flat("evaluate", result.recipe.evaluate.model_dump(mode="json")),
+        **formatting.flat("evaluate", asked.model_dump(mode="json") if asked else formatting.NOT_MEASURED),
         **formatting.flat("gate", result.recipe.gate.model_dump(mode="json")),
         **formatting.flat("source", source),
         **formatting.flat("version", result.versions),

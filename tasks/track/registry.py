@@ -30,7 +30,9 @@ def bits(variant: ResultVariant) -> str:
 
 
 def verdict(variant: ResultVariant) -> str:
-    """Passed, rejected, measured or failed; what was published passed."""
+    """Passed, rejected, measured, not measured or failed; what was published passed, if it was measured."""
+    if not variant.measured and variant.status in ("passed", "published"):
+        return formatting.NOT_MEASURED
     return "passed" if variant.status == "published" else variant.status
 
 
@@ -46,7 +48,7 @@ def approval(result: Result) -> str:
 
 def is_released(result: Result, variant: ResultVariant) -> bool:
     """Whether aliases may point to it: it kept the limits, and, where a person has to approve it, it was published."""
-    return variant.status == "published" if result.recipe.publish.approve else verdict(variant) == "passed"
+    return variant.status == "published" or (not result.recipe.publish.approve and variant.status == "passed")
 
 
 def model(client: Any, result: Result, variant: ResultVariant, experiment_id: str, run_id: str) -> Any:
@@ -115,8 +117,10 @@ def register(client: Any, result: Result, variant: ResultVariant, model: Any, ru
         version = client.create_model_version(name, source, run_id, tags=tags, model_id=model.model_id).version
     alike = client.search_model_versions(f"name = '{name}' and tags.measured_as = '{tags['measured_as']}'")
     newest = [other for other in alike if other.tags["release"] == max(each.tags["release"] for each in alike)]
-    chosen = {"newest": newest, "best": alike}
-    chosen |= {f"best-{kind}bit": [other for other in alike if other.tags["bits"] == kind] for kind in ("4", "8")}
+    chosen = {"newest": newest}
+    if variant.measured:  # or nobody knows which is best
+        chosen["best"] = alike
+        chosen |= {f"best-{kind}bit": [other for other in alike if other.tags["bits"] == kind] for kind in ("4", "8")}
     aliases = client.get_registered_model(name).aliases
     for alias, among in chosen.items():
         best = min(among, key=_damage).version if among else None
@@ -133,6 +137,6 @@ def _damage(version: Any) -> tuple[float, float, float]:
 def _measured_as(result: Result) -> str:
     """A digest of what makes numbers comparable: the same base model's name and the same way of measuring."""
     protocol = result.baseline.protocol.model_dump(mode="json") if result.baseline else {}
-    asked = result.recipe.evaluate.model_dump(mode="json")
+    asked = result.recipe.evaluate.model_dump(mode="json") if result.recipe.evaluate else None
     content = json.dumps([result.source.model, asked, protocol], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

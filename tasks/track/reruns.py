@@ -13,9 +13,9 @@ CONTENT = "tame.release_content"
 def shown_already(client: Any, experiment_id: str, run_id: str, result: Result) -> str | None:
     """The run of an earlier release that shows the same, where `result` made nothing: all of it came from the cache."""
     measured = [result.baseline, *result.variants]
-    if not all(row and set(row.cached) >= {"evaluate"} for row in measured):
+    if not all(row and row.all_cached for row in measured):
         return None
-    if any(variant.status == "failed" or "quantize" not in variant.cached for variant in result.variants):
+    if any(variant.status == "failed" for variant in result.variants):
         return None
     same = f"tags.kind = 'release' and tags.`{CONTENT}` = '{content_of(result)}'"
     found = [run.info.run_id for run in client.search_runs([experiment_id], same) if run.info.run_id != run_id]
