@@ -101,6 +101,8 @@ WRONG = {
     "a task limit without tasks": {"gate": {"max_task_drop": 0.1}},
     "one repo for two": {"variants": [{"method": "nf4"}, {"method": "int8"}], "publish": {"to": "hub", "repo": "me/a"}},
     "no repo id": {"publish": {"to": "hub", "repo": "me/a/b"}},
+    "a limit and no measurement": {"evaluate": None, "gate": {"max_mean_kl": 0.1}},
+    "a fit and no measurement": {"evaluate": None, "variants": [{"method": "nf4", "fit": {"max_bytes": "1GB"}}]},
     "a share above one": {"gate": {"min_top1_agreement": 1.5}},
 }
 

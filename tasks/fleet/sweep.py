@@ -44,7 +44,7 @@ class Row(BaseModel):
     model: str
     variant: str
     status: str
-    """published, passed, rejected, failed, crashed, cancelled; baseline for a baseline."""
+    """published, passed, rejected, failed, crashed, cancelled, or not measured; baseline for a baseline."""
     why: str = ""
     metrics: dict[str, float] = {}
     link: str = ""
@@ -125,6 +125,8 @@ def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -
         run = runs[pair.key]
         tags, metrics = numbers.get((str(run.id), pair.variant), ({}, {}))
         status, why = tags.get("status", str(run.state_name).lower()), ""
+        if tags.get("verdict") == formatting.NOT_MEASURED:
+            status = f"published, {formatting.NOT_MEASURED}" if status == "published" else formatting.NOT_MEASURED
         if run.state and not run.state.is_completed():
             status, why = run.state.type.value.lower(), line(run.state.message or "", limit=None)
         link = tags.get("published") or flow_runs.page(run)
