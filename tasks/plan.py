@@ -163,6 +163,11 @@ def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText | Non
             f"{recipe.source.model}: it is {called_by(found.config)}: {reason}; calibrate and fit work on causal language models "
             "alone, leave them out"
         )
+    if method := (found.config.get("quantization_config") or {}).get("quant_method"):
+        raise BadInputError(
+            f"{recipe.source.model}: its weights are quantized ({method}); calibrate and fit work on sources in 16 or 32 "
+            "bits alone, leave them out"
+        )
     if recipe.evaluate is None:
         load_texts(recipe.calibration)
     elif evaluated is not None and not (

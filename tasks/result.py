@@ -4,7 +4,6 @@ A result begins with every variant failed, as `not reached`, and each stage that
 whatever happens, what is written says what is true so far.
 """
 
-import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Variant
 from configs.settings import home
-from tasks.download.checkpoint import read_tensors
 from tasks.quantize.methods import libraries
+from tasks.quantize.preview import parameters_of
 from tasks.runtime.device import hardware, versions
 from tasks.runtime.files import write_text
 from tasks.values import (
@@ -177,8 +176,7 @@ class Result(_Value):
         """This result with the baseline's numbers; with its sizes alone where it was not measured."""
         folder = Path(snapshot.path)
         sizes = sizes_of(folder, list(snapshot.files))
-        parameters = sum(math.prod(tensor.shape) for tensor in read_tensors(folder).values())
-        sizes["bits_per_weight"] = 8 * sizes["size_bytes"] / parameters
+        sizes["bits_per_weight"] = 8 * sizes["size_bytes"] / parameters_of(folder)
         known = measured(baseline, sizes) if baseline else Measured(name="baseline", metrics=sizes, measured=False)
         return self.model_copy(update={"baseline": known})
 

@@ -60,6 +60,10 @@ def facts_of(found: Found, tokenizer: Path | None = None) -> Facts:
         * _number(config, "num_experts", "num_local_experts", "n_routed_experts")
         * _number(config, "num_hidden_layers", "n_layer")
     )
+    if (found.config.get("quantization_config") or {}).get(
+        "quant_method"
+    ) == "mxfp4":  # 17 bytes for 32 weights of experts
+        parameters = int((weights - experts * 17 / 32) / item) + experts
     experts = min(experts, parameters)
     return Facts(
         parameters, max(parameters - experts - min(embeddings, parameters), 0), experts, _chat(found, tokenizer)

@@ -13,14 +13,13 @@ from numpy.typing import ArrayLike
 
 from configs.errors import BadInputError, TameError, line
 from tasks.download.architectures import IMAGES, table
-from tasks.download.checkpoint import quantization_of
 from tasks.download.text import check_loaded_tokenizer
 from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.float16 import dtype_on, follow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
-from tasks.quantize.methods import described_by, libraries
-from tasks.quantize.protocols import Method
+from tasks.quantize.methods import described_by, libraries, method_of_source
+from tasks.quantize.protocols import SourceReader
 from tasks.runtime.quiet import quieten
 
 log = logging.getLogger("tame.evaluate")
@@ -222,10 +221,9 @@ def repacked(loaded: Loaded) -> bool:
     return method is not None and method.altered(loaded.model)
 
 
-def _method_of(model: Any) -> Method | None:
-    """The method that a loaded model was quantized by."""
-    described = described_by(quantization_of(Path(model.name_or_path)))  # the model forgets it when it is dequantized
-    return described[0] if described else None
+def _method_of(model: Any) -> SourceReader | None:
+    """What reads the format that a loaded model was quantized to."""
+    return method_of_source(Path(model.name_or_path))  # the model forgets it when it is dequantized
 
 
 def vocabulary(tokenizer: Any) -> str:

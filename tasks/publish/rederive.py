@@ -20,13 +20,14 @@ from configs.schema import Variant
 from tasks.formatting import figure
 from tasks.publish import provenance
 from tasks.publish.ranges import RangedFiles, files_of
-from tasks.quantize.methods import method_of
+from tasks.quantize.methods import method_of, method_of_source
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import pick, versions
 from tasks.runtime.progress import Progress, show
 
 if TYPE_CHECKING:
     from tasks.quantize.layout import Job, Layout
+    from tasks.quantize.packed import Packed
 
 COPIED_AT_ONCE = 1 << 26  # bytes of a tensor that is copied: of a larger one, a piece is compared
 
@@ -85,7 +86,7 @@ def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> 
     variant = _variant(release.name, told)
     original = _source(told, source)
     with original.skeleton() as folder, release.skeleton() as made:
-        layout = _layout(folder, variant, original)
+        layout, packed = _layout(folder, variant, original)
         stored = release.tensors(made)
         problems = _names(layout, stored.keys()) + _config(folder, made, layout)
     pieces = [piece for job in layout.jobs for piece in job.split(COPIED_AT_ONCE)]
@@ -99,7 +100,7 @@ def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> 
     chosen = random.SystemRandom().sample(pieces, min(count, len(pieces)))
     from tasks.quantize.single import SingleTensors
 
-    computing = SingleTensors(original.name, original.read, layout.variant, pick())
+    computing = SingleTensors(original.name, original.read, layout.variant, pick(), packed)
     checked: list[str] = []
     for number, job in enumerate(chosen):
         progress(f"check {repo}", number, len(chosen))
@@ -166,13 +167,20 @@ def _source(told: dict[str, Any], given: str | None) -> RangedFiles:
     return found
 
 
-def _layout(folder: Path, variant: Variant, original: RangedFiles) -> "Layout":
+def _layout(folder: Path, variant: Variant, original: RangedFiles) -> "tuple[Layout, dict[str, Packed]]":
+    """What the release has to be, and which weights of the source are packed: read as what they stand for."""
     from tasks.quantize.layout import lay_out
+    from tasks.quantize.packed import unpacked
     from tasks.runtime.quiet import quieten
 
     quieten()
+
+    def fill(name: str, start: int, data: memoryview) -> None:
+        data[:] = original.read(name, start, len(data))
+
     try:
-        return lay_out(folder, method_of(variant), variant, original.tensors(folder))
+        tensors, packed = unpacked(folder, original.tensors(folder), method_of_source(folder), fill)
+        return lay_out(folder, method_of(variant), variant, tensors), packed
     except TameError as error:
         raise type(error)(str(error).replace(str(folder), original.name)) from None
 

@@ -1,12 +1,23 @@
 """Computes for `tame plan` what quantizing would give, from config.json and from the headers of the weights if they are on disk."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
-from tasks.download.checkpoint import INDEX, WEIGHTS, read_tensors
+from tasks.download.checkpoint import INDEX, WEIGHTS, quantization_of, read_tensors
 from tasks.quantize.methods import method_of, method_of_source
 from tasks.runtime.quiet import quieten
+
+
+def parameters_of(folder: Path) -> int:
+    """How many parameters a checkpoint has; one that is quantized, as what its weights stand for. Imports torch for that alone."""
+    tensors = read_tensors(folder)
+    if quantization_of(folder):
+        from tasks.quantize.packed import unpacked
+
+        tensors, _ = unpacked(folder, tensors, method_of_source(folder))
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class Request:
     names: list[str] | None = None
     """The source's files that may be carried along; None allows all."""
     trust_remote_code: bool = False
-    source_method: "Method | None" = None
+    source_method: "SourceReader | None" = None
     """What reads the source, where that is quantized already."""
     calibration: Calibration | None = None
     """What codes are chosen on, for a variant that is calibrated."""
@@ -118,17 +118,37 @@ class Dense:
     """Goes on from `weights` where plain products are rounded otherwise than those of the stored layers; may be empty."""
 
 
-class Method(Protocol):
+class SourceReader(Protocol):
+    """What is needed of a format to start from a checkpoint in it, and to measure one."""
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages that decide the bytes or the arithmetic, besides torch, transformers and safetensors: part of every key."""
+        ...
+
+    def restore(self, parts: "dict[str, torch.Tensor]", shape: tuple[int, int], device: str) -> Restored:
+        """The weights [out, in] that `parts`, keyed as in `TensorFormat.outputs`, stand for."""
+        ...
+
+    def densify(self, model: Any, free: int) -> Dense | str | None:
+        """Replace the layers of a loaded model by plain ones with the same weights, where that is the same arithmetic.
+
+        `free` is the memory that may be used, in bytes. Returns a sentence where the layers stay for want of it, and None
+        where there are no such layers, or where they compute in another way.
+        """
+        ...
+
+    def altered(self, model: Any) -> bool:
+        """Whether a forward pass has changed the stored weights of a loaded model, so that it must be loaded again."""
+        ...
+
+
+class Method(SourceReader, Protocol):
     """One method of quantizing, under one name of configs/method_names.py. It is pickled to reach the process that works."""
 
     @property
     def family(self) -> str:
         """What the field calls the checkpoint's format."""
-        ...
-
-    @property
-    def libraries(self) -> tuple[str, ...]:
-        """Packages that decide the bytes or the arithmetic, besides torch, transformers and safetensors: part of every key."""
         ...
 
     def bits(self, variant: Variant) -> int:
@@ -149,22 +169,6 @@ class Method(Protocol):
 
     def tensor_format(self) -> "TensorFormat | None":
         """The format of a checkpoint that is written tensor by tensor; None where it is not."""
-        ...
-
-    def restore(self, parts: "dict[str, torch.Tensor]", shape: tuple[int, int], device: str) -> Restored:
-        """The weights [out, in] that `parts`, keyed as in `TensorFormat.outputs`, stand for."""
-        ...
-
-    def densify(self, model: Any, free: int) -> Dense | str | None:
-        """Replace the layers of a loaded model by plain ones with the same weights, where that is the same arithmetic.
-
-        `free` is the memory that may be used, in bytes. Returns a sentence where the layers stay for want of it, and None
-        where there are no such layers, or where they compute in another way.
-        """
-        ...
-
-    def altered(self, model: Any) -> bool:
-        """Whether a forward pass has changed the stored weights of a loaded model, so that it must be loaded again."""
         ...
 
 

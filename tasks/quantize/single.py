@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.schema import Variant
-from tasks.download.checkpoint import Stored
 from tasks.quantize.layout import Job
 from tasks.quantize.methods import method_of
+from tasks.quantize.packed import Packed
 from tasks.quantize.shards import Shard
 from tasks.quantize.tensor import Sources, Worker
 
@@ -14,13 +14,13 @@ from tasks.quantize.tensor import Sources, Worker
 class _PartlyRead(Sources):
     """A source of which only what is asked for is read."""
 
-    def __init__(self, name: str, read: Callable[[str, int, int], bytes]) -> None:
-        super().__init__(Path(name))
+    def __init__(self, name: str, read: Callable[[str, int, int], bytes], packed: dict[str, Packed]) -> None:
+        super().__init__(Path(name), packed)
         self.part = read
 
-    def read(self, source: Stored, start: int, data: memoryview) -> None:
-        """Fill `data` from byte `start` of a tensor's file."""
-        data[:] = self.part(source.file, start, len(data))
+    def fill(self, name: str, start: int, data: memoryview) -> None:
+        """Fill `data` from byte `start` of a file."""
+        data[:] = self.part(name, start, len(data))
 
 
 class _InMemory(Shard):
@@ -39,12 +39,20 @@ class _InMemory(Shard):
 class SingleTensors:
     """Quantizes tensors of a source one by one."""
 
-    def __init__(self, name: str, read: Callable[[str, int, int], bytes], variant: Variant, device: str) -> None:
-        """`name` is the source's, for errors; `read` gives the bytes of (file, start, count) of it."""
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[str, int, int], bytes],
+        variant: Variant,
+        device: str,
+        packed: dict[str, Packed] | None = None,
+    ) -> None:
+        """`name` is the source's, for errors; `read` gives the bytes of (file, start, count) of it, `packed` is what is of its
+        weights."""
         self.written: dict[str, Shard] = {}
         tensor_format = method_of(variant).tensor_format()
         assert tensor_format is not None
-        self.worker = Worker(_PartlyRead(name, read), self.written, tensor_format, variant, device)
+        self.worker = Worker(_PartlyRead(name, read, packed or {}), self.written, tensor_format, variant, device)
 
     def outputs(self, job: Job) -> dict[str, bytes]:
         """What is written for one tensor, by the name of each output; of a piece of a tensor, from the piece's beginning.

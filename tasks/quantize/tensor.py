@@ -28,7 +28,7 @@ class Sources:
     def __init__(self, folder: Path, packed: dict[str, Packed] | None = None) -> None:
         self.folder = folder
         self.packed = packed or {}
-        self.reader = Reader(folder, self.packed)
+        self.reader = Reader(self.fill, self.packed)
         self.files: dict[str, int] = {}
         self.lock = threading.Lock()
 
@@ -36,8 +36,15 @@ class Sources:
         """Fill `data` from byte `start` of a tensor's file, or of the weight itself where that is packed."""
         if source.name in self.packed:
             self.reader.read(source.name, start, data)
-            return
-        name = source.file
+        else:
+            self.fill(source.file, start, data)
+
+    def fill(self, name: str, start: int, data: memoryview) -> None:
+        """Fill `data` from byte `start` of a file.
+
+        Raises:
+            TameError: the file ends before.
+        """
         with self.lock:
             if name not in self.files:
                 self.files[name] = os.open(self.folder / name, os.O_RDONLY)

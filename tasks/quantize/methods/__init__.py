@@ -12,7 +12,8 @@ from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
 from tasks.quantize.methods.compressed_tensors import CompressedTensors
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
 from tasks.quantize.methods.finegrained_fp8 import BlockFloat
-from tasks.quantize.protocols import Method
+from tasks.quantize.methods.fused_mxfp4 import FusedMxfp4
+from tasks.quantize.protocols import Method, SourceReader
 
 METHODS: dict[str, Method] = {
     "int8": EightBit(),
@@ -22,6 +23,8 @@ METHODS: dict[str, Method] = {
     "fp8-block": BlockFloat(),
 }
 """By the names of configs/method_names.py."""
+READERS = (FusedMxfp4(),)
+"""Formats that sources come in, and that tame does not write."""
 
 
 def method_of(variant: Variant) -> Method:
@@ -40,10 +43,17 @@ def described_by(quantization_config: Any) -> tuple[Method, Variant] | None:
     return None
 
 
-def method_of_source(folder: Path) -> Method | None:
-    """The method that reads a source which is quantized already; None for a plain one, and for what none of them reads."""
-    described = described_by(quantization_of(folder))
-    return described[0] if described else None
+def reader_of(quantization_config: Any) -> SourceReader | None:
+    """What reads a checkpoint with this `quantization_config`: a method, or one of those that only read; None if nothing does."""
+    if described := described_by(quantization_config):
+        return described[0]
+    known = quantization_config if isinstance(quantization_config, dict) else {}
+    return next((reader for reader in READERS if reader.reads(known)), None)
+
+
+def method_of_source(folder: Path) -> SourceReader | None:
+    """What reads a source which is quantized already; None for a plain one, and for what none of them reads."""
+    return reader_of(quantization_of(folder))
 
 
 def libraries() -> list[str]:
