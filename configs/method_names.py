@@ -13,9 +13,10 @@ OPTIONS = {
     "double_quant": FOUR_BIT,
     "compute_dtype": FOUR_BIT,
     "calibrate": "nf4, fp4 and w4a16",
-    "fit": FOUR_BIT,
+    "fit": "nf4, fp4, w4a16 and w8a16",
     "group_size": INTEGERS,
     "scale": FOR_VLLM,
+    "eight_bit_modules": "w4a16",
 }
 """Options of a variant that only some methods take, and which these are, in words."""
 
@@ -23,8 +24,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
     "nf4": ("double_quant", "compute_dtype", "calibrate", "fit"),
     "fp4": ("double_quant", "compute_dtype", "calibrate", "fit"),
-    "w4a16": ("group_size", "scale", "calibrate"),
-    "w8a16": ("group_size", "scale"),
+    "w4a16": ("group_size", "scale", "calibrate", "fit", "eight_bit_modules"),
+    "w8a16": ("group_size", "scale", "fit"),
     "w8a8": ("scale",),
     "fp8": ("scale",),
     "fp8-block": ("scale",),

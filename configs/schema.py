@@ -115,7 +115,10 @@ NOT_GIVEN: dict[str, Any] = {
     "fit": EMPTY,
     "group_size": EMPTY,
     "scale": EMPTY,
+    "eight_bit_modules": {"maxItems": 0},
 }
+LATER = ("calibrate", "fit", "group_size", "scale", "checkpoint", "eight_bit_modules")
+"""Options that came later than keys: they are part of a key only where they are used."""
 SIZE = r"^[0-9]+([.][0-9]+)?[ ]?([KMGT]?B)?$"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -235,6 +238,13 @@ class Variant(Spec):
         examples=[["model.layers.0"]],
         max_length=10_000,
     )
+    eight_bit_modules: list[Text] = Field(
+        default=[],
+        description="List modules of w4a16 that are quantized to 8 bits instead of 4, by their names in the model. Name "
+        "modules that vLLM fuses together: q, k and v; gate and up. fit finds such a list by itself.",
+        examples=[["model.layers.0.mlp.down_proj"]],
+        max_length=10_000,
+    )
     checkpoint: Text | None = Field(
         None,
         description="Instead of a method, enter a quantized checkpoint that already exists, a Hub repo or a folder, in "
@@ -268,10 +278,19 @@ class Variant(Spec):
         """The same with all quantized."""
         return self.model_copy(update={"fit": None, "name": None})
 
-    def keeping(self, modules: list[str]) -> Self:
-        """The same, its fit replaced by what it came to: these modules stay in 16 bits, too."""
-        skip = [*dict.fromkeys([*self.skip_modules, *modules])]
-        return self.model_copy(update={"fit": None, "skip_modules": skip, "name": self.label})
+    def keeping(self, modules: list[str], in_8_bits: list[str] | None = None, group_size: int | None = None) -> Self:
+        """The same, its fit replaced by what it came to: `modules` stay in 16 bits, too, others are `in_8_bits`.
+
+        `group_size` is the one that it was decided to have with all quantized.
+        """
+        lists = {
+            "skip_modules": [*self.skip_modules, *modules],
+            "eight_bit_modules": [*self.eight_bit_modules, *(in_8_bits or [])],
+        }
+        update = {key: [*dict.fromkeys(names)] for key, names in lists.items()}
+        return self.model_copy(
+            update={"fit": None, "name": self.label, "group_size": group_size or self.group_size, **update}
+        )
 
     @property
     def source(self) -> Source:
@@ -281,7 +300,7 @@ class Variant(Spec):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
-        unused = {key for key in ("calibrate", "fit", "group_size", "scale", "checkpoint") if not getattr(self, key)}
+        unused = {key for key in LATER if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
 
     @model_validator(mode="after")

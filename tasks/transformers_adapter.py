@@ -39,8 +39,10 @@ class Selection:
     """The variant with all decided that it had left open; None where it had left nothing."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a weight is not quantized, by its name, where that is the format's own reason."""
-    ignored: str = ""
-    """The key of `quantization_config` that lists modules which are not quantized; empty where there is none."""
+    variants: dict[str, Variant] = field(default_factory=dict)
+    """What single weights are quantized as, by their names, where that is another variant than the checkpoint's."""
+    lists: tuple[str, ...] = ()
+    """The keys of `quantization_config` under which modules are listed by their names."""
 
 
 def select_as_transformers(config: Any, model: Any, dtype: torch.dtype, pre_quantized: bool = False) -> Selection:

@@ -52,6 +52,9 @@ class Bits16:
         flat = parts["weight_codes"].view(torch.bfloat16).reshape(-1)
         return Restored(lambda start, count: flat[start : start + count].to(device).float(), multiple=1)
 
+    def choices(self, variant: Variant) -> list[Variant]:
+        return [variant]
+
     def densify(self, model: Any, free: int) -> Dense | str | None:
         import torch
 

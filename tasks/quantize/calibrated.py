@@ -51,7 +51,7 @@ def calibrated(
     asked = Asked(
         source=request.source,
         ids=load_file(Path(calibration.path) / "ids.safetensors")["ids"].long(),
-        weights=[job.weight for job in layout.jobs if job.quantized],
+        weights=[job.weight for job in layout.jobs if job.quantized and job.variant is None],
         level="true" if isinstance(variant.calibrate, bool) else variant.calibrate,
         device="cuda:0" if request.device == "cuda" else request.device,
         work=request.out / FOLDER,
@@ -70,13 +70,14 @@ def calibrated(
 
 
 def taking(folder: Path, jobs: "list[Job]") -> "list[Job]":
-    """The jobs, those that quantize with the place of their codes and scales in the checkpoint in `folder`.
+    """The jobs, those that quantize as the checkpoint in `folder` does with the place of their codes and scales in it.
 
     Raises:
         TameError: the checkpoint lacks some.
     """
     there = {name: (folder / found.file, found) for name, found in written_tensors(folder).items()}
-    lost = [name for job in jobs if job.quantized for name in job.outputs if name not in there]
+    alike = {job.key for job in jobs if job.quantized and job.variant is None}
+    lost = [name for job in jobs if job.key in alike for name in job.outputs if name not in there]
     if lost:
         raise TameError(f"{folder}: {lost[0]} is not there; remove the folder, and run again")
-    return [replace(job, taken={name: there[name] for name in job.outputs}) if job.quantized else job for job in jobs]
+    return [replace(job, taken={n: there[n] for n in job.outputs}) if job.key in alike else job for job in jobs]

@@ -45,6 +45,8 @@ class Job:
     """The weights of the source, itself included, whose largest magnitude has to be known first; for a `WholeFormat`."""
     chosen: tuple[Path, str] | None = None
     """The file in which calibrating has put its codes and scales, and their name there; None where it has chosen none."""
+    variant: Variant | None = None
+    """What the weight is quantized as, where that is another variant than the checkpoint's."""
     taken: dict[str, tuple[Path, Stored]] = field(default_factory=dict)
     """For a weight that another checkpoint has quantized alike: where each output lies in it, to be copied as it is."""
 
@@ -217,7 +219,8 @@ def _written(
                 split |= transformers_adapter.reverted(whole.model, {name: state[name]}).keys()
             continue
         module, dtype = name.rpartition(".")[0], kept(name) or whole.dtype
-        parts = tensor_format.outputs((tensor.shape[0], tensor.shape[1]), dtype, variant)
+        own = whole.selection.variants.get(name, variant)
+        parts = tensor_format.outputs((tensor.shape[0], tensor.shape[1]), dtype, own)
         for number, (part, stored) in enumerate(parts.items()):
             state[f"{module}.{part}"] = stored
             outputs[id(stored)] = _Output(stored, name, dtype, part, shape=tensor.shape, codes=number == 0)
@@ -235,15 +238,20 @@ def _written(
 
 
 def _with_stored_names(whole: Skeleton) -> dict[str, Any]:
-    """The quantization_config; its list of modules that are not quantized has their names in the model and in the checkpoint."""
-    config, key = whole.selection.quantization_config, whole.selection.ignored
-    if not key:
-        return config
+    """The quantization_config; its lists of modules have their names in the model and in the checkpoint."""
     state = whole.model.state_dict()
-    names = [f"{module}.weight" for module in config[key] if f"{module}.weight" in state]
-    stored = transformers_adapter.reverted(whole.model, {name: state[name] for name in names})
-    both = dict.fromkeys([*config[key], *(name.removesuffix(".weight") for name in stored)])
-    return {**config, key: list(both)}
+
+    def named(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {own: named(inner, own) for own, inner in value.items()}
+        if key not in whole.selection.lists:
+            return value
+        weights = {f"{module}.weight": state[f"{module}.weight"] for module in value if f"{module}.weight" in state}
+        stored = transformers_adapter.reverted(whole.model, weights)
+        return list(dict.fromkeys([*value, *(name.removesuffix(".weight") for name in stored)]))
+
+    config: dict[str, Any] = named(whole.selection.quantization_config)
+    return config
 
 
 def _jobs(
@@ -291,7 +299,8 @@ def _jobs(
             raise TameError(f"{folder / source.file}: {source.name} is {source.dtype}; expected F16, BF16 or F32")
         belongs = parts.get(str(output.weight or output.split), {})
         weight = str(output.weight or output.split) if quantized else ""
-        jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, belongs, weight=weight))
+        own = whole.selection.variants.get(weight)
+        jobs.append(Job(source, name, quantized, output.dtype, shape, transposed, belongs, weight=weight, variant=own))
     return jobs
 
 

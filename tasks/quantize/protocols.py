@@ -171,6 +171,10 @@ class Method(SourceReader, Protocol):
         """The format of a checkpoint that is written tensor by tensor; None where it is not."""
         ...
 
+    def choices(self, variant: Variant) -> list[Variant]:
+        """What a weight can be beside others of this variant in one checkpoint, least bits first, the variant itself included."""
+        ...
+
 
 class TensorFormat(Protocol):
     """A format whose tensors are each made from one tensor of the source, a few rows at a time."""

@@ -105,6 +105,10 @@ class Worker:
                 f"{self._where(job)}: {self.device} is out of memory; use fewer --workers, free some, or use --device cpu"
             ) from error
 
+    def _variant(self, job: Job) -> Variant:
+        """What a weight is quantized as."""
+        return job.variant or self.variant
+
     def _copy(self, job: Job) -> int:
         """Copy a tensor piece by piece, cast if it has to be. Returns the checksum of what was written."""
         name, source = job.output, job.source
@@ -134,10 +138,10 @@ class Worker:
         tensor_format = self.tensor_format
         if isinstance(tensor_format, WholeFormat):
             tensor_format = tensor_format.knowing(self._largest(job))
-        scale = self._scales(tensor_format.scale_count((job.shape[0], job.shape[1]), self.variant))
+        scale = self._scales(tensor_format.scale_count((job.shape[0], job.shape[1]), self._variant(job)))
         checksum, at, known = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
-            codes, some = tensor_format.quantize_rows(block, self.variant)
+            codes, some = tensor_format.quantize_rows(block, self._variant(job))
             scale[known : known + len(some)] = some
             known += len(some)
             data = self._host(codes)
@@ -169,7 +173,7 @@ class Worker:
         data = _view(self.tensor_format.pack_codes(made.codes))
         checksum = xxh3_64(data)
         self.shards[job.output].write(job.output, 0, data)
-        scales = self.tensor_format.scales_to_pack(made.scales, self.variant)
+        scales = self.tensor_format.scales_to_pack(made.scales, self._variant(job))
         self._write_parts(job, scales, checksum, self.tensor_format)
         return checksum.intdigest()
 
@@ -185,7 +189,7 @@ class Worker:
 
     def _write_parts(self, job: Job, scale: torch.Tensor, checksum: xxh3_64, tensor_format: TensorFormat) -> None:
         """Write what belongs to the codes of a weight, made from its scales."""
-        packed = tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self.variant)
+        packed = tensor_format.pack(scale, (job.shape[0], job.shape[1]), job.dtype, self._variant(job))
         for part, name in job.parts.items():
             if name == job.output:
                 continue
@@ -203,7 +207,7 @@ class Worker:
         """The same on the host, in the dtype that they have in the source; valid until the next one."""
         source, (height, width) = job.source, job.shape
         stored = DTYPES[source.dtype]
-        step = self.tensor_format.row_multiple(width, self.variant)
+        step = self.tensor_format.row_multiple(width, self._variant(job))
         several = max(step, WEIGHTS[self.device.type] // width // step * step)
         if job.transposed:
             whole = self._read(source, source.start, source.end - source.start).view(stored).view(width, height).T
@@ -228,7 +232,7 @@ class Worker:
             if len(bad):
                 first, column = (int(index) for index in bad[0])
                 raise TameError(f"{self._where(job)} {_lost(stored[first, column], [row + first, column], job.dtype)}")
-            count = self.tensor_format.scale_count((block.shape[0], block.shape[1]), self.variant)
+            count = self.tensor_format.scale_count((block.shape[0], block.shape[1]), self._variant(job))
             if lost := self.tensor_format.fault(block, scales[known : known + count]):
                 lost_row, why = lost
                 raise TameError(f"{self._where(job)}: row {row + lost_row} {why}")

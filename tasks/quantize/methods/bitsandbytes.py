@@ -71,6 +71,10 @@ class EightBit:
 
         return Restored(piece, multiple=width)
 
+    def choices(self, variant: Variant) -> list[Variant]:
+        """8 bits alone."""
+        return [variant]
+
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Never: these layers quantize activations, which plain ones would not."""
         return None
@@ -147,6 +151,10 @@ class FourBit:
             return weights.reshape(-1)
 
         return Restored(piece, multiple=block)
+
+    def choices(self, variant: Variant) -> list[Variant]:
+        """4 bits alone: bitsandbytes loads a model with one kind of quantized layer."""
+        return [variant]
 
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Dequantize once what a 4-bit layer dequantizes in every forward pass, to multiply it in its compute dtype."""

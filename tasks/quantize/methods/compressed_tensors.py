@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FAMILY = "compressed-tensors"
 LIBRARY = "compressed_tensors"
+MORE_BITS = {"w4a16": "w8a16"}
+"""The scheme that single modules of a checkpoint can have beside the checkpoint's own."""
 READERS = (
     "The files are in the format of compressed-tensors, whose home is vLLM (`vllm serve` with this repo's name). tame opened "
     "them with transformers, and not with vLLM."
@@ -43,6 +45,8 @@ class CompressedTensors:
     def card(self, variant: Variant) -> CardText:
         """What the model card says of the format."""
         numbers = self.scheme.numbers
+        if variant.eight_bit_modules:
+            numbers += f" ({len(variant.eight_bit_modules)} modules in 8 bits)"
         if variant.group_size:
             numbers += f", {'a row' if variant.group_size < 0 else variant.group_size} to a scale"
         limits = [READERS]
@@ -61,21 +65,26 @@ class CompressedTensors:
         )
 
     def describes(self, quantization_config: dict[str, Any]) -> Variant | None:
-        """The variant of a checkpoint whose only scheme is this one."""
+        """The variant of a checkpoint whose only scheme is this one, or this one and `MORE_BITS`' of it."""
         groups = quantization_config.get("config_groups")
-        if quantization_config.get("quant_method") != FAMILY or not isinstance(groups, dict) or len(groups) != 1:
+        if quantization_config.get("quant_method") != FAMILY or not isinstance(groups, dict):
             return None
         if quantization_config.get("format") != self.scheme.stored:
             return None
-        (group,) = groups.values()
-        weights = group.get("weights") or {}
-        if weights.get("num_bits") != self.scheme.bits or not weights.get("symmetric", True):
+        mine = [group for group in groups.values() if _is(group, self.scheme)]
+        others = [group for group in groups.values() if group not in mine]
+        if len(mine) != 1 or len(others) > 1:
             return None
-        if bool(group.get("input_activations")) != bool(self.scheme.activations):
-            return None
+        weights = mine[0]["weights"]
         chosen: dict[str, Any] = {}
         if self.scheme.stored == "pack-quantized":
             chosen["group_size"] = weights.get("group_size") or -1
+        if others:
+            more = MORE_BITS.get(self.name)
+            size = (others[0].get("weights") or {}).get("group_size")
+            if more is None or not _is(others[0], SCHEMES[more]) or size != weights.get("group_size"):
+                return None
+            chosen["eight_bit_modules"] = list(others[0].get("targets") or [])
         ignored = [name for name in quantization_config.get("ignore") or [] if not name.startswith("re:")]
         return Variant(method=self.name, skip_modules=ignored, **chosen)
 
@@ -97,10 +106,17 @@ class CompressedTensors:
         restored: Restored = _format().restored(parts, shape, device, self.name)
         return restored
 
+    def choices(self, variant: Variant) -> list[Variant]:
+        """Of 4-bit integers also 8-bit ones; the group size is the same."""
+        more = MORE_BITS.get(self.name)
+        if more is None:
+            return [variant]
+        return [variant, Variant(method=more, group_size=variant.group_size, skip_modules=variant.skip_modules)]
+
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Always: it is what compressed-tensors does itself in the first forward, whatever the memory."""
-        _format().decompress(model)
-        weights = f"{self.scheme.bits}-bit weights dequantized once to {str(model.dtype).removeprefix('torch.')}"
+        bits = " and ".join(f"{bits}-bit" for bits in _format().decompress(model)) or f"{self.scheme.bits}-bit"
+        weights = f"{bits} weights dequantized once to {str(model.dtype).removeprefix('torch.')}"
         if self.scheme.activations:
             weights += f", activations rounded to {self.scheme.activations} as compressed-tensors emulates it"
         return Dense(weights, "")
@@ -108,6 +124,14 @@ class CompressedTensors:
     def altered(self, model: Any) -> bool:
         """Whether a forward has dequantized the weights, as compressed-tensors does it: with layers that it has wrapped."""
         return not hasattr(model, "ct_decompress_hook")
+
+
+def _is(group: dict[str, Any], scheme: Scheme) -> bool:
+    """Whether a group of config.json has this scheme, and none of what tame does not write."""
+    weights = group.get("weights") or {}
+    if weights.get("num_bits") != scheme.bits or not weights.get("symmetric", True):
+        return False
+    return bool(group.get("input_activations")) == bool(scheme.activations)
 
 
 def _format() -> Any:

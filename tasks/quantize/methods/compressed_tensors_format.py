@@ -40,7 +40,7 @@ from tasks.quantize.methods.compressed_tensors_selection import (
     quantized_by_transformers,
 )
 from tasks.quantize.protocols import Restored
-from tasks.transformers_adapter import Selection, loading_quantizer, prepare
+from tasks.transformers_adapter import Selection, is_skipped, loading_quantizer, prepare
 
 WITHOUT_EXPERTS = ("int-quantized", "nvfp4-pack-quantized")
 """Formats of which transformers' loader cannot make fused experts."""
@@ -64,7 +64,32 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
     width = scheme_for(variant).weights.group_size
     for name in [name for name, columns in chosen.columns.items() if width and columns % width]:
         chosen.leave(name, f"rows of {chosen.columns[name]}, no multiple of the {width} weights that share a scale")
-    return as_selection(chosen, _config(variant, ignored(model, chosen)), variant=variant)
+    more = wider(variant, chosen)
+    config = _config(variant, ignored(model, chosen), list(chosen.columns) if more else None, more)
+    return as_selection(chosen, config, variant=variant, variants=more)
+
+
+def wider(variant: Variant, chosen: Chosen) -> dict[str, Variant]:
+    """The weights of `eight_bit_modules`, by their names in the model, with what they are quantized as.
+
+    Raises:
+        BadInputError: a module that is not quantized, or a mixture of experts.
+    """
+    if not variant.eight_bit_modules:
+        return {}
+    if chosen.experts:
+        raise BadInputError(
+            f"{variant.label}: eight_bit_modules, and fit, are for models without experts, which transformers opens in one "
+            "scheme alone; leave them out"
+        )
+    as_8_bits = Variant(method="w8a16", group_size=variant.group_size)
+    found: dict[str, Variant] = {}
+    for module in variant.eight_bit_modules:
+        here = [name for name in chosen.columns if is_skipped(name.removesuffix(".weight"), [module])]
+        if not here:
+            raise BadInputError(f"eight_bit_modules: {module!r} matches no module that is quantized; correct it")
+        found |= dict.fromkeys(here, as_8_bits)
+    return found
 
 
 def _decided(variant: Variant, chosen: Chosen) -> Variant:
@@ -91,10 +116,22 @@ def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Select
     return Selection(quantization_config, quantized_by_transformers(model, quantizer).__contains__)
 
 
-def _config(variant: Variant, ignore: list[str]) -> dict[str, Any]:
-    """What config.json says of a checkpoint, as the package writes it."""
+def _config(
+    variant: Variant, ignore: list[str], weights: list[str] | None = None, more: dict[str, Variant] | None = None
+) -> dict[str, Any]:
+    """What config.json says of a checkpoint, as the package writes it; of its quantized `weights`, some are what `more` says.
+
+    If any are, every group names its modules: readers differ in whether `Linear`, or the name of a module, is tried first.
+    """
+    groups = {"group_0": scheme_for(variant)}
+    if more and weights:
+        plain = [name for name in weights if name not in more]
+        sets = [(variant, plain), (next(iter(more.values())), list(more))]
+        named = [(one, [name.removesuffix(".weight") for name in names]) for one, names in sets if names]
+        schemes = [scheme_for(one).model_copy(update={"targets": names}) for one, names in named]
+        groups = {f"group_{i}": scheme for i, scheme in enumerate(schemes)}
     config = QuantizationConfig(
-        config_groups={"group_0": scheme_for(variant)},
+        config_groups=groups,
         format=SCHEMES[variant.method].stored,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
@@ -195,6 +232,8 @@ def restored(parts: dict[str, torch.Tensor], shape: tuple[int, int], device: str
     """The weights that stored parts stand for, as the package decompresses them: in the dtype of the scales."""
     width, scale, known = shape[1], parts["weight_scale"], SCHEMES[method]
     grouped = scale.shape[1] > 1 and known.stored == INTEGERS
+    if known.stored == INTEGERS:  # single modules of w4a16 can be in 8 bits
+        method = "w4a16" if parts["weight_packed"].shape[1] <= -(-width // 8) else "w8a16"
     scheme = scheme_of(method, width // scale.shape[1] if grouped else ROW)
     compressor = BaseCompressor.get_value_from_registry(known.stored)
     codes = next(name for name in ("weight_packed", "weight") if name in parts)
@@ -223,17 +262,23 @@ def _no_bar(*given: Any, **options: Any) -> Any:
     return tqdm(*given, **{**options, "disable": True})
 
 
-def decompress(model: Any) -> None:
-    """Make plain layers of a loaded model's quantized ones; where activations are quantized, rounding comes before them."""
+def decompress(model: Any) -> list[int]:
+    """Make plain layers of a loaded model's quantized ones; where activations are quantized, rounding comes before them.
+
+    Returns how many bits their weights had.
+    """
+    bits = set()
     for name, module in list(model.named_modules()):
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:
             continue
+        bits.add(int(scheme.weights.num_bits))
         decompress_module(module, leave_decompressed=False)
         module.weight.data = module.weight.data.to(model.dtype)
         if scheme.input_activations is not None:
             model.set_submodule(name, RoundedActivations(module, scheme.input_activations))
     model.hf_quantizer.compressor.remove_decompression_hook(model)
+    return sorted(bits)
 
 
 class RoundedActivations(torch.nn.Module):

@@ -112,6 +112,8 @@ def _is_router(model: Any, name: str, module: Any) -> bool:
     return any("expert" in other for other, _ in model.get_submodule(parent).named_children() if other != own)
 
 
-def as_selection(chosen: Chosen, config: dict[str, Any], key: str = "ignore", **rest: Any) -> Selection:
-    """The choice as tame's engine takes it; `key` is that of the list of modules in the config that are not quantized."""
-    return Selection(config, chosen.columns.__contains__, reasons=chosen.reasons, ignored=key, **rest)
+def as_selection(
+    chosen: Chosen, config: dict[str, Any], lists: tuple[str, ...] = ("ignore", "targets"), **rest: Any
+) -> Selection:
+    """The choice as tame's engine takes it; `lists` are the keys of the config's lists of modules."""
+    return Selection(config, chosen.columns.__contains__, reasons=chosen.reasons, lists=lists, **rest)

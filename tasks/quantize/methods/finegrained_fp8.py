@@ -81,6 +81,10 @@ class BlockFloat:
 
         return Restored(piece, multiple=width)
 
+    def choices(self, variant: Variant) -> list[Variant]:
+        """8 bits alone."""
+        return [variant]
+
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Round activations as the kernels do, where transformers has dequantized the weights: on machines without such kernels."""
         from tasks.quantize.methods.finegrained_fp8_format import dequantized, round_activations

@@ -33,7 +33,7 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
             chosen.leave(
                 name, f"a weight {list(shapes[name][-2:])}, no multiple of the {BLOCK} × {BLOCK} that share a scale"
             )
-    return as_selection(chosen, _config(ignored(model, chosen, by_module=True)), "modules_to_not_convert")
+    return as_selection(chosen, _config(ignored(model, chosen, by_module=True)), ("modules_to_not_convert",))
 
 
 def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:
