@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmarks.calibrate import SHAPES
 from configs.schema import Calibrate, CalibrationSource, Fit, Gate, Source, Variant
+from tasks.fitted import FitGroup
 from tasks.quantize.methods import method_of
 from tasks.quantize.protocols import Request
 from tasks.runtime.device import pick
-from tasks.values import FitGroup
 
 
 def speed(options: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def speed(options: argparse.Namespace) -> None:
         method_of(variant).quantize(Request(folder, out, variant, device))
         ids = torch.randint(0, config.vocab_size, (search.WINDOWS, search.LENGTH), dtype=torch.int32)
         save_file({"ids": ids}, Path(name) / "ids.safetensors")
-        asked = search.Asked(folder, out, variant, Path(name) / "ids.safetensors", device)
+        asked = search.Asked(folder, out, variant, ids=Path(name) / "ids.safetensors", device=device)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()

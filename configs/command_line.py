@@ -161,7 +161,7 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         metavar="LIMIT",
         type=fit,
         help="max_mean_kl=X: the smallest mix with 16 bits whose KL is at most X nats a token; max_bytes=X: the best that fits, "
-        "such as 1.2GB; of nf4 and fp4, measured on the texts of --calibrate or Python's own library",
+        "such as 1.2GB; of nf4, fp4, w4a16 and w8a16, measured on the texts of --calibrate or Python's own library",
     )
     command.add_argument(
         "--group-size",

@@ -19,6 +19,7 @@ from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
+from tasks.fitted import Fitted
 from tasks.formatting import NOT_MEASURED, figure
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
@@ -31,18 +32,7 @@ from tasks.runtime import progress
 from tasks.store import cache_only
 from tasks.store.names import remember
 from tasks.store.recall import recalled
-from tasks.values import (
-    Answer,
-    Calibration,
-    Checkpoint,
-    Evaluation,
-    Fitted,
-    Found,
-    Published,
-    Quantized,
-    Snapshot,
-    Verdict,
-)
+from tasks.values import Answer, Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
 
 log = logging.getLogger("tame.release")
 
@@ -284,7 +274,7 @@ class Told:
 
     def fitted(self, fitted: Fitted) -> None:
         """The mix that keeps a variant's limit is known; it is written now."""
-        kept = f"{len(fitted.modules)} modules stay in 16 bits" if fitted.modules else "all is quantized"
+        kept = fitted.kept if fitted.modules or fitted.in_8_bits else "all is quantized"
         how = "fitted before" if fitted.cached else f"fitted {self._seconds()}"
         self.fit = [f"{how} to {fitted.limit}: {kept}"]
         self.started = time.monotonic()

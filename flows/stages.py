@@ -18,6 +18,7 @@ from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
+from tasks.fitted import Fitted
 from tasks.gate import judge
 from tasks.plan import Plan, preflight
 from tasks.publish.client import seconds_to_wait
@@ -25,7 +26,7 @@ from tasks.publish.task import PAUSES, publish, tell_lineage
 from tasks.quantize.task import quantize
 from tasks.result import Result
 from tasks.track.task import log
-from tasks.values import Calibration, Checkpoint, Evaluation, Fitted, Found, Published, Quantized, Snapshot, Verdict
+from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
 
 
 @task(name="plan", task_run_name="plan {recipe.name}")

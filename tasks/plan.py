@@ -12,10 +12,12 @@ from configs.errors import BadInputError
 from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
 from tasks.download.architectures import called_by, check_known, check_language_model, no_language_model
+from tasks.download.facts import facts_of
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.look import local_path, look, tokenizer_folder
 from tasks.download.text import LoadedText, load_text
 from tasks.download.tokenizer_files import chat_template, check_bos
+from tasks.fit.limits import check_no_experts
 from tasks.fleet.work_queues import check_fits
 from tasks.publish.benchmarks import Benchmark, Benchmarks
 from tasks.publish.benchmarks import find as find_benchmarks
@@ -87,6 +89,9 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     if any(variant.calibrate or variant.fit for variant in recipe.variants):
         _check_calibration(recipe, found, text)
     tokens = None
+    for variant in recipe.variants:
+        if variant.fit and facts_of(found).experts:
+            check_no_experts(variant, recipe.source.model)
     if recipe.evaluate is not None and text is not None:
         tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
     pick()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Variant
 from configs.settings import home
+from tasks.fitted import Fitted
 from tasks.quantize.methods import libraries
 from tasks.quantize.preview import parameters_of
 from tasks.runtime.device import hardware, versions
@@ -23,7 +24,6 @@ from tasks.values import (
     Answer,
     Calibration,
     Evaluation,
-    Fitted,
     Protocol,
     Published,
     Quantized,
@@ -114,7 +114,7 @@ class ResultVariant(Measured):
     @property
     def made_as(self) -> Variant:
         """What it was quantized as: its limit, if it has one, replaced by what that came to."""
-        return self.spec.keeping(self.fit.modules) if self.fit else self.spec
+        return self.fit.mix(self.spec) if self.fit else self.spec
 
 
 class Result(_Value):

@@ -22,6 +22,7 @@ ROOMS = (
     "tasks.store",
     "tasks.metrics",
     "tasks.values",
+    "tasks.fitted",
     "tasks.download",
     "tasks.transformers_adapter",
     "tasks.calibrate",

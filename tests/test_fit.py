@@ -15,11 +15,12 @@ from configs.errors import BadInputError, TameError
 from configs.schema import Calibrate, CalibrationSource, Fit, Gate, Source, Variant
 from tasks.fit.allocate import Choice, best_within, frontier, predicted, smallest_keeping
 from tasks.fit.limits import Limits, Measure
-from tasks.fit.search import Table
+from tasks.fit.search import WHOLE
+from tasks.fit.table import Table
 from tasks.fit.walk import Walk
 from tasks.fit.weights import Restorer
-from tasks.quantize.methods import described_by
-from tasks.values import FitGroup
+from tasks.fitted import FitGroup
+from tasks.quantize.methods import described_by, method_of
 from tests.models import quantize, tiny, zoo
 
 
@@ -242,3 +243,68 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     assert other.groups == fitted.groups
     assert other.taken.holds
     assert task.fit(snapshot, again, Gate(), spec, calibration, device="cpu").cached
+
+
+@pytest.mark.parametrize("calibrate", [False, "fast"])
+def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of compressed-tensors: the least sizes are bought with 8 bits, and what is measured is what transformers opens."""
+    from safetensors import safe_open
+
+    from tasks.calibrate.prepare import calibrate as sequences
+    from tasks.download.look import look
+    from tasks.download.task import download
+    from tasks.fit import task
+    from tasks.quantize.task import quantize as stage
+    from tests.test_compressed_tensors import loaded
+
+    monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    source = Source(model=str(tiny(tmp_path / "model", spread=True)))
+    snapshot = download(source, look(source))
+    spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
+    calibration = sequences(snapshot, spec) if calibrate else None
+    asked = Variant(method="w4a16", calibrate=calibrate, fit=Fit(max_bytes="200KB"))
+    whole = stage(snapshot, asked.unfitted, calibration, device="cpu")
+    most = sum(p.stat().st_size for p in Path(whole.path).glob("*.safetensors")) + 25_000
+    asked = asked.model_copy(update={"fit": Fit(max_bytes=str(most))})
+
+    fitted = task.fit(snapshot, asked, Gate(), spec, calibration, device="cpu")
+    assert all(group.bits == [4, 8, 16] and group.bytes == sorted(group.bytes) for group in fitted.groups)
+    assert all(group.kl[1] < 0.02 * group.kl[0] for group in fitted.groups if group.kl[0] > 0)
+    assert fitted.in_8_bits
+    assert fitted.group_size == 64
+    assert fitted.taken.in_8_bits > 0
+    assert "are in 8" in fitted.sentence
+    kept, eight = set(fitted.modules), set(fitted.in_8_bits)
+    assert not kept & eight
+    for group in fitted.groups:
+        assert all(names.isdisjoint(group.modules) or names.issuperset(group.modules) for names in (kept, eight))
+
+    made = stage(snapshot, asked, calibration, fitted, device="cpu")
+    weights = Path(made.path) / "model.safetensors"
+    assert fitted.taken.bytes - 20_000 < weights.stat().st_size <= most
+    described = described_by(json.loads((Path(made.path) / "config.json").read_text())["quantization_config"])
+    assert described is not None
+    assert set(described[1].eight_bit_modules) == eight
+    with safe_open(weights, "pt") as file, safe_open(Path(fitted.codes) / "model.safetensors", "pt") as all_of_it:
+        for name in file.keys():  # noqa: SIM118
+            module = name.rpartition(".")[0]
+            if module not in kept | eight:
+                assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
+
+    from safetensors.torch import load_file
+
+    ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
+    windows, length = WHOLE["cpu"]
+    ids, logits = ids[:: max(1, len(ids) // windows)][:windows, :length], []
+    for folder in (made.path, snapshot.path):
+        model = loaded(Path(folder))
+        if folder == made.path:
+            method_of(asked).densify(model, 0)
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.float()
+        with torch.no_grad():
+            logits.append(model(ids).logits[:, :-1].double().log_softmax(-1))
+    ours, original = logits
+    kl = float((original.exp() * (original - ours)).sum(-1).mean())
+    assert kl == pytest.approx(fitted.taken.kl_mean, rel=0.005)

@@ -14,7 +14,7 @@ from flows.pipeline import DIRECT, make
 from tasks import result as results
 from tasks.publish.rederive import rederive
 from tasks.report.html import render
-from tests.models import quantize, tiny
+from tests.models import quantize, tiny, zoo
 from tests.test_fit import TEXT
 
 RECIPE = """\
@@ -45,7 +45,7 @@ def recipe(tmp_path: Path, fit: str, *settings: str, model: Path | None = None) 
         ("{max_bytes: 0.1B}", [], "is less than one byte; write it as 500MB or 1.2GB"),
         ("gate", [], "fit is gate, and the gate has no limit that can be fitted; give gate.max_mean_kl"),
         ("gate", ["gate.max_task_drop=0.1", "evaluate.tasks=[piqa]"], "no limit that can be fitted"),
-        ("{max_mean_kl: 0.1}", ["variants.1.method=int8"], "fit belongs to the 4-bit methods nf4 and fp4, not to int8"),
+        ("{max_mean_kl: 0.1}", ["variants.1.method=int8"], "fit belongs to nf4, fp4, w4a16 and w8a16, not to int8"),
         ("{max_mean_kl: 0.1}", ["variants.2={method: nf4, fit: {max_bytes: 1GB}}"], "give one a name"),
     ],
 )
@@ -53,6 +53,20 @@ def test_a_limit_that_makes_no_sense_is_refused(tmp_path: Path, fit: str, settin
     with pytest.raises(BadInputError) as error:
         recipe(tmp_path, fit, *settings)
     assert said in str(error.value)
+
+
+def test_a_mixture_of_experts_in_one_scheme_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.plan import preflight
+
+    monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
+    model = tiny(tmp_path / "model", zoo("qwen3-moe"))
+    asked = recipe(tmp_path, "{max_mean_kl: 0.1}", "variants.1.method=w4a16", model=model)
+    with pytest.raises(
+        BadInputError, match="w4a16-fit cannot be fitted, as transformers opens the experts of all layers"
+    ):
+        preflight(asked, tmp_path / "out")
 
 
 def test_what_a_limit_is_called() -> None:
@@ -64,6 +78,10 @@ def test_what_a_limit_is_called() -> None:
     assert "fit" not in Variant(method="nf4").identity
     kept = variant.keeping(["a.b"])
     assert (kept.label, kept.skip_modules, kept.fit) == ("nf4-cal-fit", ["a.b"], None)
+    mixed = Variant(method="w4a16", fit="gate", skip_modules=["x"]).keeping(["a", "x"], ["b"], 64)
+    assert (mixed.label, mixed.skip_modules, mixed.eight_bit_modules) == ("w4a16-fit", ["x", "a"], ["b"])
+    assert (mixed.group_size, mixed.identity["eight_bit_modules"]) == (64, ["b"])
+    assert "eight_bit_modules" not in variant.identity
     with pytest.raises(ValidationError):
         Variant(checkpoint="a/b", fit="gate")
     assert Gate(max_mean_kl=0.1, max_task_drop=0.2).fitted == {"max_mean_kl": 0.1}

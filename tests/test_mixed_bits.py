@@ -123,3 +123,23 @@ def test_calibrated_codes_are_those_of_the_modules_in_4_bits(tmp_path: Path) -> 
     assert all(made[name].equal(plain[name]) for name in made if name.startswith(eight[0]))
     assert not all(made[name].equal(plain[name]) for name in made if name in plain)
     loaded(tmp_path / "taken")
+
+
+def test_each_weight_can_be_computed_again_alone(tmp_path: Path) -> None:
+    """As `tame publish --check --rederive` does it."""
+    from tasks.download.checkpoint import read_tensors, written_tensors
+    from tasks.quantize.layout import lay_out
+    from tasks.quantize.single import SingleTensors
+
+    source, variant = tiny(tmp_path / "model"), Variant(method="w4a16", eight_bit_modules=EIGHT, skip_modules=SIXTEEN)
+    quantize(source, tmp_path / "made", variant)
+    layout = lay_out(source, method_of(variant), variant, read_tensors(source))
+    computing = SingleTensors(
+        "source", lambda file, start, count: (source / file).read_bytes()[start : start + count], layout.variant, "cpu"
+    )
+    there = written_tensors(tmp_path / "made")
+    assert sum(job.variant is not None for job in layout.jobs) == len(EIGHT)
+    for job in layout.jobs:
+        for name, data in computing.outputs(job).items():
+            stored = there[name]
+            assert data == (tmp_path / "made" / stored.file).read_bytes()[stored.start : stored.end]

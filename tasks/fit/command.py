@@ -19,4 +19,4 @@ def fitted(request: Request, snapshot: Snapshot, spec: Calibrate, progress: Prog
     found = fit(snapshot, request.variant, Gate(), spec, request.calibration, device=request.device, progress=progress)
     say(f"{request.variant.label}: {found.sentence}")
     codes = Path(found.codes) if request.variant.calibrate else None
-    return replace(request, variant=request.variant.keeping(found.modules), codes=codes)
+    return replace(request, variant=found.mix(request.variant), codes=codes)

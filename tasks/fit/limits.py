@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import BadInputError
+from configs.method_names import WITH_EXPERTS
 from configs.schema import Gate, Variant
 
 if TYPE_CHECKING:
@@ -69,6 +70,19 @@ def limits_of(variant: Variant, gate: Gate) -> Limits:
         max_perplexity_increase=gate.max_perplexity_increase,
         min_top1_agreement=gate.min_top1_agreement,
     )
+
+
+def check_no_experts(variant: Variant, where: object) -> None:
+    """Refuse to fit a mixture of experts in a format whose experts are opened all in one scheme, or not at all.
+
+    Raises:
+        BadInputError: the variant's is such a format.
+    """
+    if variant.method in WITH_EXPERTS:
+        raise BadInputError(
+            f"{where}: {variant.label} cannot be fitted, as transformers opens the experts of all layers in one scheme alone; "
+            "leave fit out, or name layers in skip_modules"
+        )
 
 
 def measure_of(found: "Divergence") -> Measure:

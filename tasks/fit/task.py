@@ -9,10 +9,12 @@ from typing import Any
 from configs.schema import Calibrate, Gate, Variant
 from tasks.calibrate.prepare import calibration_inputs
 from tasks.calibrate.sequences import load_texts, make_sequences
+from tasks.download.checkpoint import quantization_of
 from tasks.download.text import max_positions
 from tasks.fit.limits import limits_of
 from tasks.fit.search import ALONE, FOUND, LENGTH, SENSITIVITIES, WHOLE, WINDOWS, Asked, search, sensitivities
-from tasks.quantize.methods import method_of
+from tasks.fitted import FitGroup, Fitted
+from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.run import versions_for
 from tasks.quantize.task import quantize
 from tasks.runtime.child_process import isolated
@@ -20,7 +22,7 @@ from tasks.runtime.device import held, pick
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store import on_disk
-from tasks.values import Calibration, FitGroup, Fitted, Snapshot
+from tasks.values import Calibration, Quantized, Snapshot
 
 VERSION = 1  # of this stage: raise it when the same inputs give other numbers, or another mix
 IDS = "ids.safetensors"
@@ -36,17 +38,17 @@ def fit(
     device: str = "auto",
     progress: Progress = show,
 ) -> Fitted:
-    """The mix of quantized and unquantized modules that keeps the variant's limit: from the store, or found now.
+    """The mix of modules in few and in more bits that keeps the variant's limit: from the store, or found now.
 
-    All that can be quantized is quantized once, as the variant says, which `calibration` is for. What every group of modules
-    does alone is measured on that, and kept: another limit measures none of it again.
+    All that can be quantized is quantized once, as the variant says, and once for each choice of more bits. What every group of
+    modules does alone is measured on that, and kept: another limit measures none of it again.
 
     Raises:
-        BadInputError: no mix keeps the limit, or the model is not run block by block.
-        TameError: a damaged source, no space left, no memory left.
+        BadInputError: no mix keeps the limit, or the model is not run block by block. TameError: as `quantize`.
     """
     limits, chosen = limits_of(variant, gate), pick(device)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
+    size, wider = _with_more_bits(snapshot, variant.unfitted, whole, device, progress)
     windows, digest, text = fit_text(snapshot, spec)
     asked = Asked(
         source=Path(snapshot.path),
@@ -55,9 +57,11 @@ def fit(
         ids=windows / IDS,
         device=chosen,
         trust_remote_code=snapshot.trust_remote_code,
+        wider=tuple((Path(one.path), of) for one, of in wider),
     )
     inputs = {
         "quantized": whole.digest,
+        **({"wider": [one.digest for one, _ in wider]} if wider else {}),
         "text": digest,
         "windows": [each[chosen.partition(":")[0]] for each in (WHOLE, ALONE)],
         "device": chosen.partition(":")[0],
@@ -73,17 +77,27 @@ def fit(
         return on_disk.Made(meta={"seconds": time.monotonic() - started})
 
     artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits)}, make)
-    measured = json.loads((known / SENSITIVITIES).read_bytes())
     return Fitted(
         limit=str(limits),
-        groups=[FitGroup(**group) for group in measured["groups"]],
+        groups=[FitGroup(**group) for group in json.loads((known / SENSITIVITIES).read_bytes())["groups"]],
         text=text,
+        group_size=size,
         codes=whole.path,
         codes_digest=whole.digest,
         seconds=artifact.meta["seconds"] + seconds,
         cached=cached,
         **json.loads((Path(artifact.path) / FOUND).read_bytes()),
     )
+
+
+def _with_more_bits(
+    snapshot: Snapshot, variant: Variant, whole: Quantized, device: str, progress: Progress
+) -> tuple[int | None, list[tuple[Quantized, Variant]]]:
+    """The group size that it was decided to have with all quantized; and checkpoints of the choices with more bits."""
+    described = described_by(quantization_of(Path(whole.path)))
+    size = described[1].group_size if described else None
+    choices = method_of(variant).choices(variant.model_copy(update={"group_size": size}))
+    return size, [(quantize(snapshot, one, device=device, progress=progress), one) for one in choices[1:]]
 
 
 def fit_text(snapshot: Snapshot, spec: Calibrate) -> tuple[Path, str, str]:

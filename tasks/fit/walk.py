@@ -4,7 +4,7 @@ Each mix is a stream of hidden states. One that is the original up to a block be
 is computed; and each block is loaded once for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Walk:
         folder: Path,
         ids: torch.Tensor,
         quantized: set[str],
-        levels: list[Level],
+        levels: Sequence[Level],
         device: str,
         trust: bool = False,
     ) -> None:

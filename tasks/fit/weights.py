@@ -19,7 +19,7 @@ class Restorer:
 
     def __init__(self, source: Path, folder: Path, variant: Variant, trust_remote_code: bool = False) -> None:
         """Raises BadInputError, TameError: as `lay_out`."""
-        self.folder, self.method = folder, method_of(variant)
+        self.source, self.folder, self.method, self.variant = source, folder, method_of(variant), variant
         layout = lay_out(source, self.method, variant, read_tensors(source), trust_remote_code)
         self.jobs: dict[str, Job] = {job.weight: job for job in layout.jobs if job.quantized}
         """The quantized weights, by the model's names."""
@@ -33,6 +33,16 @@ class Restorer:
         """What a weight takes where it is not quantized."""
         job = self.jobs[weight]
         return job.shape[0] * job.shape[1] * job.dtype.itemsize
+
+    def squared_error(self, name: str) -> float:
+        """How far a weight is from the source's: the sum of the squares of the differences."""
+        from safetensors import safe_open
+
+        job = self.jobs[name]
+        with safe_open(self.source / job.source.file, framework="pt") as file:
+            original = file.get_tensor(job.source.name).float()
+        difference = self.weight(name, "cpu").sub_(original.T if job.transposed else original)
+        return float(difference.square_().sum())
 
     def weight(self, name: str, device: str) -> "torch.Tensor":
         """A weight, F32 [out, in]."""

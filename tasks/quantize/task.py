@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Variant
+from tasks.fitted import Fitted
 from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
 from tasks.quantize.run import versions_for
@@ -14,7 +15,7 @@ from tasks.runtime.device import held, pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import artifacts as store
 from tasks.store import on_disk
-from tasks.values import Calibration, Fitted, Quantized, Snapshot
+from tasks.values import Calibration, Quantized, Snapshot
 
 log = logging.getLogger("tame.quantize")
 
@@ -33,7 +34,7 @@ def quantize_inputs(
     """Everything that decides the quantized bytes, for the store's key. CPU and CUDA need not round alike."""
     chosen = {"calibration": calibration.digest, "calibrate": CALIBRATE} if variant.calibrate and calibration else {}
     taken = {"codes": fitted.codes_digest} if variant.calibrate and fitted else {}
-    variant = variant.keeping(fitted.modules) if fitted else variant
+    variant = fitted.mix(variant) if fitted else variant
     return {
         **chosen,
         **taken,
@@ -67,7 +68,7 @@ def quantize(
     chosen = pick_all(device)
     inputs = quantize_inputs(snapshot, variant, chosen, calibration, fitted)
     codes = fitted if variant.calibrate else None
-    variant = variant.keeping(fitted.modules) if fitted else variant
+    variant = fitted.mix(variant) if fitted else variant
 
     def make(folder: Path) -> on_disk.Made:
         source = Path(snapshot.path)

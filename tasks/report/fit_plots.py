@@ -2,10 +2,10 @@
 
 import re
 
+from tasks.fitted import FitPoint
 from tasks.formatting import figure
 from tasks.report.plots import MUTED, PASS, REJECT, TEXT, Plot, _axes, _svg
 from tasks.result import ResultVariant
-from tasks.values import FitPoint
 
 SHADES = 6
 """Steps of the heat map, each twice as much as the one below it."""
@@ -51,14 +51,14 @@ def frontier(row: ResultVariant) -> Plot | None:
 
 def heat(row: ResultVariant) -> Plot | None:
     """The KL divergence that each group causes when it alone is quantized, a column a block, a row a kind; a dot where it stays
-    in 16 bits."""
+    in 16 bits, a ring where it is in 8."""
     fit = row.fit
     if fit is None or not fit.groups:
         return None
     kinds = list(dict.fromkeys(group.kind for group in fit.groups))
     most = max(group.kl[0] for group in fit.groups)
     canvas, axes = _axes(1.1 + 0.4 * len(kinds))
-    kept = set(fit.modules)
+    kept, between = set(fit.modules), set(fit.in_8_bits)
     for group in fit.groups:
         at = group.block, kinds.index(group.kind)
         axes.bar(
@@ -66,12 +66,14 @@ def heat(row: ResultVariant) -> Plot | None:
         )
         if kept.issuperset(group.modules):
             axes.plot(*at, marker="o", markersize=4, color=TEXT)
+        elif between.issuperset(group.modules):
+            axes.plot(*at, marker="o", markersize=5, color=TEXT, fillstyle="none")
     axes.set_yticks(range(len(kinds)), [_label(kind) for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(-0.6, max(group.block for group in fit.groups) + 0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(visible=False)
-    axes.set_xlabel("Block; a dot stays in 16 bits", fontsize=12)
+    axes.set_xlabel("Block; a dot stays in 16 bits" + (", a ring is in 8" if between else ""), fontsize=12)
     worst = sorted(fit.groups, key=lambda group: -group.kl[0])[:3]
     said = "; ".join(f"{group.kind} of block {group.block} {figure('kl_mean', group.kl[0])}" for group in worst)
     return _svg(canvas, f"heat-{_file(row)}"), f"KL of {row.name} by group of modules, quantized alone. Most: {said}."
@@ -83,7 +85,7 @@ def told(point: FitPoint) -> list[str]:
     return [
         point.name,
         figure("size_bytes", point.bytes),
-        str(point.kept),
+        f"{point.kept}, and {point.in_8_bits} in 8" if point.in_8_bits else str(point.kept),
         "" if point.predicted is None else figure("kl_mean", point.predicted),
         figure("kl_mean", point.kl_mean or 0.0),
         interval,
