@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
 
         if why := refusal(recipe):
             raise BadInputError(why)
-        for told in columns(describe(recipe, out), width()):
-            say(told)
+        for line in columns(describe(recipe, out), width()):
+            say(line)
         begin("")
         from flows.local import release_here
 
@@ -170,13 +170,13 @@ def quantize(options: argparse.Namespace) -> int:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
     variant = _checked(Variant, explain, **asked)
     spec = _calibration(options, explain)
-    from tasks.download.look import look
+    from tasks.download.inspection import inspect_source
     from tasks.quantize.command import parse_size, quantize_folder
     from tasks.quantize.protocols import Request
 
     trust = options.trust_remote_code
     source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
-    found = look(source)
+    found = inspect_source(source)
     folder, calibration = found.path, None
     if found.kind != "folder" or found.adapter or variant.calibrate or variant.fit:  # else nothing need be hashed
         from tasks.download.task import download

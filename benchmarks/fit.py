@@ -64,7 +64,7 @@ def table(options: argparse.Namespace) -> None:
     from safetensors.torch import load_file
 
     from tasks.calibrate.prepare import calibrate
-    from tasks.download.look import look
+    from tasks.download.inspection import inspect_source
     from tasks.download.task import download
     from tasks.fit import task
     from tasks.fit.limits import measure_of
@@ -73,7 +73,7 @@ def table(options: argparse.Namespace) -> None:
     from tasks.fit.weights import Restorer
 
     source = Source(model=options.model)
-    snapshot, device = download(source, look(source)), pick(options.device)
+    snapshot, device = download(source, inspect_source(source)), pick(options.device)
     spec = Calibrate(text=CalibrationSource(files=options.text)) if options.text else Calibrate()
     chosen: Any = {"no": False, "true": True}.get(options.calibrate, options.calibrate)
     fits = []

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from configs.schema import Source, Variant
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tests.hub import Hub
 from tests.models import quantize
@@ -28,7 +28,7 @@ EVERYTHING = 10_000
 def main() -> None:
     """Print a line for each run."""
     source = Source(model=MODEL)
-    original = Path(download(source, look(source)).path)
+    original = Path(download(source, inspect_source(source)).path)
     with tempfile.TemporaryDirectory() as folder, Hub() as hub:
         there = hub.add_model("org/SmolLM2", original)
         made, variant = Path(folder) / "made", Variant(method="nf4")

@@ -135,17 +135,17 @@ def _apply(recipe: dict[str, Any], setting: str) -> None:
 def _index(at: Any, part: str, key: str, parent: str) -> int:
     if isinstance(at, list) and part.isdecimal() and int(part) < len(at):
         return int(part)
-    there = f"a list of {len(at)}; give an index below that" if isinstance(at, list) else f"{at!r}, which has no keys"
-    raise BadInputError(f"--set {key}: {parent} is {there}")
+    reason = f"a list of {len(at)}; give an index below that" if isinstance(at, list) else f"{at!r}, which has no keys"
+    raise BadInputError(f"--set {key}: {parent} is {reason}")
 
 
 def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     value = item.get("input")
     if item["type"] == "extra_forbidden":
-        known = _keys(model, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        keys = _keys(model, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(keys)}"
         return f"{where} is not a key of a recipe; {hint}"
     if item["type"] == "missing":
         return f"{where} is missing"

@@ -159,12 +159,12 @@ def file_of(setting: Setting) -> Path | None:
 
 def unknown(environment: Mapping[str, str]) -> list[str]:
     """A warning for each TAME_* variable in `environment` that nothing reads, with the nearest name that is read."""
-    known = [setting.name for setting in SETTINGS]
+    names = [setting.name for setting in SETTINGS]
     warnings = []
     for name in sorted(environment):
-        if name.startswith("TAME_") and name not in known and name not in OF_SCRIPTS:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        if name.startswith("TAME_") and name not in names and name not in OF_SCRIPTS:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
             warnings.append(f"{name} is set, but tame reads no such variable; {hint}")
     return warnings
 

@@ -14,7 +14,7 @@ from configs.errors import NotCachedError, named_line
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from tasks import result as results
 from tasks.calibrate.prepare import calibrate
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
@@ -101,65 +101,65 @@ def make(
     Raises:
         NotCachedError: something is missing within `tasks.store.cache_only.nothing_made`. Whatever `before` raises.
     """
-    told = Told(recipe, stages, say)
+    lines = StageLines(recipe, stages, say)
     try:
         plan = stages.plan(recipe, folder)
-        told.published = len(plan.targets)
-        told.begin("downloading" if plan.found.path is None else "reading the model")
+        lines.published = len(plan.targets)
+        lines.begin("downloading" if plan.found.path is None else "reading the model")
         snapshot = stages.download(recipe.source, plan.found)
-        told.downloaded(snapshot)
+        lines.downloaded(snapshot)
         remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         baseline = None
         if recipe.evaluate is not None:
             assert plan.text is not None
             baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
-            told.baseline(baseline)
+            lines.baseline(baseline)
         result = result.with_baseline(baseline, snapshot)
     except NotCachedError:
         raise
     except Exception as error:
-        told.failed(error)
+        lines.failed(error)
         return result.ended_by(error)
     for variant in recipe.variants:
         before()
-        told.begin(variant.label)
-        made = _measure(told, result.variant(variant.label), variant, snapshot, baseline, recipe)
-        told.measured(made)
+        lines.begin(variant.label)
+        made = _measure(lines, result.variant(variant.label), variant, snapshot, baseline, recipe)
+        lines.measured(made)
         result = result.with_variant(made)
         after(variant.label, result)
     passed = {label: to for label, to in plan.targets.items() if result.variant(label).status == "passed"}
-    told.published = len(passed)
+    lines.published = len(passed)
     if not recipe.publish.approve:
         for label, target in passed.items():
             before()
             documents = partial(release_files, result, label, plan.targets, plan.benchmarks)
-            result = _publish(told, result, label, target, documents)
+            result = _publish(lines, result, label, target, documents)
         return result
     shown = _to_show(result, passed, plan)
-    return _publish_shown(shown, told, before) if shown.targets else shown.result
+    return _publish_shown(shown, lines, before) if shown.targets else shown.result
 
 
 def go_on(
     shown: Shown, stages: Stages, before: Callable[[], None] = lambda: None, say: Callable[[str], None] = log.info
 ) -> Result:
     """Go on with a release that another process has measured and asked about; as `make`, from there."""
-    told = Told(shown.result.recipe, stages, say)
-    told.done = told.stages
-    return _publish_shown(shown, told, before)
+    lines = StageLines(shown.result.recipe, stages, say)
+    lines.done = lines.stages
+    return _publish_shown(shown, lines, before)
 
 
-def _publish_shown(shown: Shown, told: "Told", before: Callable[[], None]) -> Result:
+def _publish_shown(shown: Shown, lines: "StageLines", before: Callable[[], None]) -> Result:
     """Ask what of `shown` is to be published, publish that, and return the result with what came of it."""
-    answer, result, began = told.by.approve(shown), shown.result, time.monotonic()
+    answer, result, began = lines.by.approve(shown), shown.result, time.monotonic()
     result = result.model_copy(update={"approval": answer})
-    told.published = len(answer.variants)
+    lines.published = len(answer.variants)
     for label, target in shown.targets.items():
         if label not in answer.variants:
             result = result.with_variant(results.refused(result.variant(label), answer))
             continue
         before()
-        result = _publish(told, result, label, target, partial(shown.documents.__getitem__, label))
+        result = _publish(lines, result, label, target, partial(shown.documents.__getitem__, label))
     return result.model_copy(update={"seconds": round(shown.result.seconds + time.monotonic() - began, 3)})
 
 
@@ -180,7 +180,7 @@ def _to_show(result: Result, passed: dict[str, str], plan: Plan) -> Shown:
 
 
 def _measure(
-    told: "Told",
+    lines: "StageLines",
     known: ResultVariant,
     variant: Variant,
     snapshot: Snapshot,
@@ -188,10 +188,10 @@ def _measure(
     recipe: Recipe,
 ) -> ResultVariant:
     """A variant made, measured and judged; or only made, where there is no baseline to measure it against."""
-    stages = told.by
+    stages = lines.by
     try:
         if variant.checkpoint is not None and baseline is not None and recipe.evaluate is not None:
-            theirs = stages.download(variant.source, look(variant.source, quantized=True))
+            theirs = stages.download(variant.source, inspect_source(variant.source, quantized=True))
             known = results.found(known, theirs)
             checkpoint = Checkpoint(path=theirs.path, digest=theirs.digest, label=variant.label)
             return results.judged(known, stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate), None)
@@ -199,10 +199,10 @@ def _measure(
         fitted = None
         if variant.fit is not None:
             fitted = stages.fit(snapshot, variant, recipe.gate, recipe.calibration, calibration)
-            told.fitted(fitted)
+            lines.fitted(fitted)
         quantized = stages.quantize(snapshot, variant, calibration, fitted)
         known = results.quantized(known, quantized, fitted)
-        told.quantized()
+        lines.quantized()
         remember(quantized.digest, f"{snapshot.name} {variant.label}")
         checkpoint = Checkpoint(path=quantized.path, digest=quantized.digest, label=variant.label)
         if baseline is None or recipe.evaluate is None:
@@ -217,18 +217,18 @@ def _measure(
 
 
 def _publish(
-    told: "Told", result: Result, label: str, target: str, documents: Callable[[], dict[str, bytes]]
+    lines: "StageLines", result: Result, label: str, target: str, documents: Callable[[], dict[str, bytes]]
 ) -> Result:
     """`result` with the variant `label` published, or failed."""
-    told.begin(f"publishing {label}")
+    lines.begin(f"publishing {label}")
     try:
-        by = partial(told.by.publish, label)
+        by = partial(lines.by.publish, label)
         done = results.published(result.variant(label), _published(result, label, target, documents(), by))
     except NotCachedError:
         raise
     except Exception as error:
         done = results.failed(result.variant(label), error)
-    told.publishing(done)
+    lines.publishing(done)
     return result.with_variant(done)
 
 
@@ -247,7 +247,7 @@ def _published(
     return by(recalled(artifact.path), artifact.files, documents, target, spec)
 
 
-class Told:
+class StageLines:
     """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
 
     def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
@@ -269,8 +269,8 @@ class Told:
         """The original was measured."""
         how = "measured before" if baseline.cached else f"measured {self._seconds()}"
         perplexity = baseline.metrics.get("perplexity")
-        known = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
-        self._say("✓", "baseline", [how, *known])
+        perplexities = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
+        self._say("✓", "baseline", [how, *perplexities])
 
     def fitted(self, fitted: Fitted) -> None:
         """The mix that keeps a variant's limit is known; it is written now."""
@@ -296,10 +296,10 @@ class Told:
         measured = "before" if "evaluate" in variant.cached else self._seconds()
         how = [*self.fit, f"quantized {quantized}", f"measured {measured}"]
         damage = variant.metrics.get("kl_mean")
-        known = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
+        divergence = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
         reasons = variant.gate.reasons if variant.gate else []
         mark = "✗" if variant.status == "rejected" else "✓"
-        self._say(mark, variant.name, [*how, *known, *reasons, variant.status])
+        self._say(mark, variant.name, [*how, *divergence, *reasons, variant.status])
 
     def publishing(self, variant: ResultVariant) -> None:
         """A variant is where it was to go, or it has failed."""

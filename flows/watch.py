@@ -29,7 +29,7 @@ def finish(rows: list[Row], key: str) -> State[list[Row]]:
     from prefect.artifacts import create_table_artifact
 
     counted = {action: [row for row in rows if row.action == action] for action in ACTIONS}
-    parts = [f"{len(some)} {action}" for action, some in counted.items() if some]
+    parts = [f"{len(group)} {action}" for action, group in counted.items() if group]
     started, unseen = counted["started"], counted["error"]
     summary = ", ".join(parts) + (f"; {'; '.join(f'{row.model}: {row.why}' for row in unseen)}" if unseen else "")
     create_table_artifact(

@@ -42,17 +42,17 @@ def create_automations(dead_after: int = DEAD_AFTER, answer_within: float | None
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        known = {automation.name: automation.id for automation in client.read_automations(limit=200)}
+        existing = {automation.name: automation.id for automation in client.read_automations(limit=200)}
         within = int(3600 * approval_hours() if answer_within is None else answer_within)
         wanted = [*_restarts(dead_after), _no_answer(within), *_notifications(client)]
         for automation in wanted:
-            if automation.name in known:
-                client.update_automation(known[automation.name], automation)
+            if automation.name in existing:
+                client.update_automation(existing[automation.name], automation)
             else:
                 client.create_automation(automation)
-        for name in sorted(known.keys() - {automation.name for automation in wanted}):
+        for name in sorted(existing.keys() - {automation.name for automation in wanted}):
             if name.startswith("tame: "):  # its block is gone, or an older version of tame made it
-                client.delete_automation(known[name])
+                client.delete_automation(existing[name])
 
 
 def _restarts(dead_after: int) -> list["AutomationCore"]:

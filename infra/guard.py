@@ -31,10 +31,10 @@ def main() -> None:
         for process in ended:
             _send(process, signal.SIGTERM)
         psutil.wait_procs(ended, patience)
-        while left := _marked(mark):
-            for process in left:
+        while remaining := _marked(mark):
+            for process in remaining:
                 _send(process, signal.SIGKILL)
-            psutil.wait_procs(left, 1.0)
+            psutil.wait_procs(remaining, 1.0)
 
 
 def _marked(mark: str) -> list[psutil.Process]:

@@ -106,9 +106,9 @@ def _work_pool(client: "SyncPrefectClient") -> Iterator[str]:
             yield f"work pool {work_queues.POOL}"
         except ObjectAlreadyExists:
             pass  # somebody else provisions at the same time
-    known = {queue.name for queue in client.read_work_queues(work_pool_name=work_queues.POOL)}
+    existing = {queue.name for queue in client.read_work_queues(work_pool_name=work_queues.POOL)}
     for name in work_queues.QUEUES:
-        if name not in known:
+        if name not in existing:
             try:
                 waits = kind == "process" and name != work_queues.DEFAULT  # Prefect's own workers do not wake a queue
                 about = work_queues.UNSERVED if waits else None
@@ -152,9 +152,9 @@ def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[s
     asked["version"] = f"{version('tame')}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     name = f"{flow.name}/{spec['name']}"
     try:
-        known = client.read_deployment_by_name(name)
-        if known.version != asked["version"]:
-            client.update_deployment(known.id, DeploymentUpdate(**asked))
+        existing = client.read_deployment_by_name(name)
+        if existing.version != asked["version"]:
+            client.update_deployment(existing.id, DeploymentUpdate(**asked))
             yield f"deployment {name}, changed"
     except ObjectNotFound:
         schedules = [

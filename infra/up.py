@@ -60,7 +60,7 @@ def up(host: str) -> int:
             lock.write(pages.replace("\n", "  "))
             lock.flush()
             servers = running_up.Servers(os.environ["PREFECT_API_URL"], _mlflow())
-            write_text(running_up.told(), json.dumps(servers._asdict()))
+            write_text(running_up.addresses_file(), json.dumps(servers._asdict()))
             print(pages)
             print(
                 "\nStart one: open Prefect, choose quantize/model, then Run > Custom run. release/any takes a whole recipe."
@@ -78,7 +78,7 @@ def up(host: str) -> int:
             return 0
         finally:
             begin("")
-            running_up.told().unlink(missing_ok=True)
+            running_up.addresses_file().unlink(missing_ok=True)
             for number in ENDINGS:
                 signal.signal(number, signal.SIG_IGN)
 

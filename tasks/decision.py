@@ -56,13 +56,13 @@ def decide(result: Result) -> Decision:
     choices = [
         Choice(
             name=variant.name,
-            purpose="use" if place == 0 else "closest" if place == len(named) - 1 else "between",
+            purpose="use" if rank == 0 else "closest" if rank == len(named) - 1 else "between",
             size=variant.metrics["size_bytes"],
             smaller=1 - variant.metrics["size_bytes"] / whole if whole else None,
             damage=_damage(variant, metric),
             limit=_limit(gate, metric),
         )
-        for place, variant in enumerate(named)
+        for rank, variant in enumerate(named)
     ]
     return Decision(choices, judged=any(limit is not None for limit in gate.model_dump().values()))
 

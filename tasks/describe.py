@@ -16,7 +16,7 @@ from configs.settings import home
 from tasks.calibrate.prepare import calibrate
 from tasks.download.adapter import base_of
 from tasks.download.facts import Facts, facts_of
-from tasks.download.look import look, tokenizer_folder
+from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
@@ -80,8 +80,8 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     sizes = [_estimate(facts, variant) for variant in recipe.variants]
     if exact and folder:
         what = f"look at {source.model}"
-        known = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
-        sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in known]
+        previews = isolated(what, preview, folder, recipe.variants, source.trust_remote_code)
+        sizes = [Size(one["weight_bytes"], one["parameters"], one["quantized"], one["notes"], True) for one in previews]
     here = found.adapter is None and (found.path or found.kind == "gguf")
     snapshot = download(source, found) if folder and here else None
     spec = recipe.evaluate
@@ -91,8 +91,8 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
         for variant, expected in zip(recipe.variants, sizes, strict=True)
     ]
     pinned = f" at {found.commit[:12]}" if found.commit else ""
-    there = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
-    lines = [("source", f"{source.model}{pinned}: {facts.told}, {there}"), ("device", name_of(pick()))]
+    location = f"{size(found.bytes)} on this disk" if found.path else f"{size(found.bytes)} to download"
+    lines = [("source", f"{source.model}{pinned}: {facts.summary}, {location}"), ("device", name_of(pick()))]
     lines[1:1] = _adapter(source, found)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
         lines += _of_variant(variant, outlook, plan, recipe.publish.approve)
@@ -118,11 +118,11 @@ def size(value: float) -> str:
     return figure("size_bytes", value)
 
 
-def cached(look: Callable[[], T]) -> T | None:
+def cached(lookup: Callable[[], T]) -> T | None:
     """What a stage gives, if all of it is in the cache."""
     try:
         with cache_only.nothing_made():
-            return look()
+            return lookup()
     except NotCachedError:
         return None
 
@@ -144,7 +144,7 @@ def _adapter(source: Source, found: Found) -> list[tuple[str, str]]:
 
 def _theirs(variant: Variant) -> tuple[str, str]:
     """The line of somebody else's checkpoint."""
-    weight = size(look(variant.source, quantized=True).bytes)
+    weight = size(inspect_source(variant.source, quantized=True).bytes)
     return variant.label, f"{variant.checkpoint}, {weight}, is measured and not published"
 
 
@@ -174,17 +174,17 @@ def _outlook(
 
 def _of_variant(variant: Variant, outlook: Outlook, plan: Plan, approve: bool) -> list[tuple[str, str]]:
     expected, about = outlook.size, "" if outlook.size.exact else "about "
-    told = [f"{about}{size(expected.weight_bytes)}"]
+    details = [f"{about}{size(expected.weight_bytes)}"]
     if variant.fit is not None and not outlook.where:
-        told[0] = f"from {about}{size(expected.weight_bytes)} up: the limit decides what stays in 16 bits"
+        details[0] = f"from {about}{size(expected.weight_bytes)} up: the limit decides what stays in 16 bits"
     elif expected.parameters:
-        told.append(f"{about}{expected.quantized / expected.parameters:.1%} of its parameters quantized")
+        details.append(f"{about}{expected.quantized / expected.parameters:.1%} of its parameters quantized")
     if outlook.where:
-        told.append(f"{'quantized and measured' if outlook.measured else 'quantized'}: in {outlook.where}")
+        details.append(f"{'quantized and measured' if outlook.measured else 'quantized'}: in {outlook.where}")
     asked = ", if a person approves it" if approve else ""
-    told.append(f"goes to {plan.targets[variant.label]}{asked}" if plan.targets else "is published nowhere")
+    details.append(f"goes to {plan.targets[variant.label]}{asked}" if plan.targets else "is published nowhere")
     return [
-        (variant.label, ", ".join(told)),
+        (variant.label, ", ".join(details)),
         *(("note", f"{variant.label}: {note}") for note in expected.notes),
     ]
 
@@ -224,9 +224,9 @@ def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], baseline: bool)
             tokens += FIT_TOKENS[bool(gpus())]
     seconds = 2 * facts.parameters * tokens / speed + 15 * to_measure + to_make * facts.parameters / 1e8 + 20
     minutes = max(1, round(seconds / 60))
-    told = f"{seconds / 3600:.0f} hours" if minutes > 90 else f"{minutes} minute{'s' * (minutes > 1)}"
+    duration = f"{seconds / 3600:.0f} hours" if minutes > 90 else f"{minutes} minute{'s' * (minutes > 1)}"
     missing = [f"{count} to {what}" for count, what in ((to_make, "quantize"), (to_measure, "measure")) if count]
-    return f"about {told}, downloading aside: {', '.join(missing)}"
+    return f"about {duration}, downloading aside: {', '.join(missing)}"
 
 
 def _room(recipe: Recipe, plan: Plan, outlooks: list[Outlook], download: int) -> list[tuple[str, str]]:

@@ -96,9 +96,9 @@ def outcome(result: Result) -> str:
 def headline(result: Result) -> str:
     """The release in a line, the worst first: `Rejected: KL up to 0.131 > limit 0.1 for nf4. Published: int8`."""
     parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
-    told = [variant for variant in result.variants if not result.error or variant.error != result.error]
+    judged = [variant for variant in result.variants if not result.error or variant.error != result.error]
     for said in VERDICTS:
-        variants = [variant for variant in told if verdict(variant) == said]
+        variants = [variant for variant in judged if verdict(variant) == said]
         if variants:
             parts.append(f"{said.capitalize()}: {'; '.join(map(_why, variants))}")
     return ". ".join(parts)
@@ -184,7 +184,7 @@ def markdown(result: Result) -> str:
     measured = rows(result)
     main = ("size_bytes", "perplexity", "kl_mean", "top1_agreement", "peak_memory_bytes", "decode_tokens_per_second")
     names = [name for name in main if any(name in row.metrics for row in measured)]
-    lines = [f"**{plain(told)}**\n" for told in (advice(result), headline(result)) if told]
+    lines = [f"**{plain(sentence)}**\n" for sentence in (advice(result), headline(result)) if sentence]
     lines += [f"{plain(result.source.model)} at `{_commit(result)}`", ""]
     lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
     lines += ["|" + " --- |" * (len(names) + 2)]
@@ -201,14 +201,14 @@ def markdown(result: Result) -> str:
 
 def settings(protocol: Protocol) -> dict[str, str]:
     """A protocol as people read it: flat, its noise floor as figures."""
-    known = protocol.model_dump()
-    floor = known.get("floor") or {}
-    told = {
+    fields = protocol.model_dump()
+    floor = fields.get("floor") or {}
+    values = {
         f"floor.{name}": figure(f"floor_{name}", value)
         for name, value in floor.items()
         if name in ("kl_mean", "top1_agreement")
     }
-    return flat("", known) | told
+    return flat("", fields) | values
 
 
 def flat(prefix: str, value: Any) -> dict[str, str]:
@@ -227,8 +227,8 @@ def _commit(result: Result) -> str:
     return result.source.commit or f"sha256 {result.source.digest[:12]}"
 
 
-def _address(place: str) -> str:
-    return f"<{place}>" if re.fullmatch(r"https?://[^\s<>]+", place) else f"`{place.replace('`', '')}`"
+def _address(address: str) -> str:
+    return f"<{address}>" if re.fullmatch(r"https?://[^\s<>]+", address) else f"`{address.replace('`', '')}`"
 
 
 def plain(text: str) -> str:

@@ -14,7 +14,7 @@ from configs.settings import home
 from tasks.download.architectures import called_by, check_known, check_language_model, no_language_model
 from tasks.download.facts import facts_of
 from tasks.download.folder import check_tokenizer_files
-from tasks.download.look import local_path, look, tokenizer_folder
+from tasks.download.inspection import inspect_source, local_path, tokenizer_folder
 from tasks.download.text import LoadedText, load_text
 from tasks.download.tokenizer_files import chat_template, check_bos
 from tasks.fit.limits import check_no_experts
@@ -125,10 +125,10 @@ def look_at(source: Source, measured: bool = True) -> Found:
     One that is not to be `measured` may be any model that transformers has a class for.
 
     Raises:
-        BadInputError: the source is something else, or the cases that `look` names.
-        TameError: as `look`.
+        BadInputError: the source is something else, or the cases that `inspect_source` names.
+        TameError: as `inspect_source`.
     """
-    found, where = look(source), f"source.model {source.model}"
+    found, where = inspect_source(source), f"source.model {source.model}"
     if found.kind != "gguf":  # whose header tells
         if measured:
             check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
@@ -142,9 +142,9 @@ def _check_theirs(variant: Variant, ours: Found) -> None:
     """See that somebody else's checkpoint is there, and has our model's vocabulary, as far as its config.json tells.
 
     Raises:
-        BadInputError, TameError: as `look`; or it is of another model.
+        BadInputError, TameError: as `inspect_source`; or it is of another model.
     """
-    theirs = look(variant.source, quantized=True)
+    theirs = inspect_source(variant.source, quantized=True)
     sizes = [(each.config.get("text_config") or each.config).get("vocab_size") for each in (ours, theirs)]
     kinds = [each.config.get("model_type") for each in (ours, theirs)]
     if None not in sizes and (sizes[0] != sizes[1] or kinds[0] != kinds[1]):

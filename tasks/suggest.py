@@ -11,7 +11,7 @@ from configs.settings import home
 from configs.write import yaml_of
 from tasks.download import hub
 from tasks.download.facts import Facts, facts_of
-from tasks.download.look import look, tokenizer_folder
+from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.formatting import figure
 from tasks.runtime.device import gpus, pick
 from tasks.runtime.device import name_of as name_of_device
@@ -61,7 +61,7 @@ def suggest(
         raise BadInputError(f"--to: expected formats such as nf4,int8; there are {', '.join(METHODS)}")
     source = {"model": model} if revision == "main" else {"model": model, "revision": revision}
     asked = Source(model=model, revision=revision)
-    found = _look(asked)
+    found = _inspect(asked)
     facts = facts_of(found, tokenizer_folder(asked, found) if found.path else None)
     recipe: dict[str, Any] = {
         "name": name_of(found.name),
@@ -72,9 +72,9 @@ def suggest(
     }
     if publish is not None:
         folder = publish.startswith((".", "/", "~"))
-        place = "{model}-{variant}" if publish == "." else f"{publish.rstrip('/')}/{{model}}-{{variant}}"
+        repo = "{model}-{variant}" if publish == "." else f"{publish.rstrip('/')}/{{model}}-{{variant}}"
         recipe["publish"] = (
-            {"to": "folder", "repo": place} if folder else {"to": "hub", "repo": place, "private": private}
+            {"to": "folder", "repo": repo} if folder else {"to": "hub", "repo": repo, "private": private}
         )
     return Suggestion(recipe, facts, found)
 
@@ -83,12 +83,12 @@ def commented(suggestion: Suggestion) -> str:
     """The recipe as YAML for somebody to edit: what each part is for, and why it is as it is."""
     recipe, facts, found = suggestion
     free = shutil.disk_usage(existing_parent(home())).free
-    there = gpus()
-    memory = f", {figure('size_bytes', there[0].memory_bytes)}" if there else ""
+    devices = gpus()
+    memory = f", {figure('size_bytes', devices[0].memory_bytes)}" if devices else ""
     other = "fp8" if not facts.is_mixture else "w8a16"
     where = recipe.get("publish") or {"to": "nowhere", "repo": "me/{model}-{variant}"}
     parts = [
-        f"# {recipe['source']['model']}: {facts.told}, {figure('size_bytes', found.bytes)}.",
+        f"# {recipe['source']['model']}: {facts.summary}, {figure('size_bytes', found.bytes)}.",
         f"# Made for this machine: {name_of_device(pick())}{memory}; {figure('size_bytes', free)} of disk free.",
         "# Every key is explained in configs/schema.py. `tame plan` says what this would do, `tame run` does it.",
         yaml_of({key: recipe[key] for key in ("name", "source")}).rstrip(),
@@ -111,10 +111,10 @@ def commented(suggestion: Suggestion) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _look(source: Source) -> Found:
-    """`look`, whose refusal names the owner's model that is nearest to one that is not there."""
+def _inspect(source: Source) -> Found:
+    """`inspect_source`, whose refusal names the owner's model that is nearest to one that is not there."""
     try:
-        return look(source)
+        return inspect_source(source)
     except BadInputError as error:
         owner, slash, name = source.model.partition("/")
         if not slash or not hub.REPO_ID.fullmatch(source.model):

@@ -118,8 +118,8 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
             return get_class_from_dynamic_module(remote[auto], str(folder))
-    if name and (known := getattr(transformers, name, None)) is not None:
-        return known
+    if name and (found := getattr(transformers, name, None)) is not None:
+        return found
     for auto in AUTO:
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping.keys():  # noqa: SIM118

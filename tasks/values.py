@@ -180,8 +180,8 @@ class Protocol(_Value):
 
     @model_serializer(mode="wrap")
     def _known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        known: dict[str, Any] = serialize(self)
-        return {key: value for key, value in known.items() if key in self.model_fields_set}
+        fields: dict[str, Any] = serialize(self)
+        return {key: value for key, value in fields.items() if key in self.model_fields_set}
 
 
 class Sample(_Value):

@@ -10,7 +10,7 @@ import pytest
 from configs.errors import BadInputError
 from configs.schema import Source
 from tasks.download.adapter_merge import CONFIG, WEIGHTS
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tests.hub import Hub
 from tests.models import tiny, zoo
@@ -95,7 +95,7 @@ def test_an_adapter_alone_finds_its_base_and_the_key_covers_both(
 ) -> None:
     adapter = write_adapter(tmp_path / "mine", str(tiny_llama))
     alone, both = Source(model=str(adapter)), Source(model=str(tiny_llama), adapter=str(adapter))
-    found = look(alone)
+    found = inspect_source(alone)
     assert (found.name, found.path) == ("mine", str(tiny_llama))
     first, second = download(alone, found), download(both)
     assert first.digest == second.digest
@@ -133,7 +133,7 @@ def test_adapters_that_cannot_be_merged_are_refused_by_name(
 ) -> None:
     adapter = write_adapter(tmp_path / "mine", str(tiny_llama), **config)
     with pytest.raises(BadInputError, match=said):
-        look(Source(model=str(tiny_llama), adapter=str(adapter)))
+        inspect_source(Source(model=str(tiny_llama), adapter=str(adapter)))
 
 
 def test_a_base_that_is_quantized_takes_no_adapter(tmp_path: Path, tiny_llama: Path) -> None:
@@ -142,15 +142,15 @@ def test_a_base_that_is_quantized_takes_no_adapter(tmp_path: Path, tiny_llama: P
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     adapter = write_adapter(tmp_path / "mine", str(base))
     with pytest.raises(BadInputError, match="quantized"):
-        look(Source(model=str(base), adapter=str(adapter)))
+        inspect_source(Source(model=str(base), adapter=str(adapter)))
     with pytest.raises(BadInputError, match=r"its base .* is quantized; give the base in 16 or 32 bits"):
-        look(Source(model=str(base), adapter=str(adapter)), quantized=True)
+        inspect_source(Source(model=str(base), adapter=str(adapter)), quantized=True)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, tiny_llama: Path, tame_home: Path) -> None:
     adapter = write_adapter(tmp_path / "mine", None)
     with pytest.raises(BadInputError, match="does not name its base"):
-        look(Source(model=str(adapter)))
+        inspect_source(Source(model=str(adapter)))
     base = tiny(tmp_path / "gpt2", zoo("gpt2"))
     with pytest.raises(
         BadInputError, match=r"changes model.layers.0.self_attn.q_proj.weight, and the base has no tensor"

@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Source, Variant
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tasks.store import on_disk
 from tests.hub import Hub
@@ -144,7 +144,7 @@ def damage(model: Path, how: str) -> None:
 def test_a_bad_folder_is_refused(tame_home: Path, model: Path, how: str, code: int, said: str) -> None:
     damage(model, how)
     with pytest.raises(TameError) as error:
-        look(Source(model=str(model)))
+        inspect_source(Source(model=str(model)))
     assert error.value.exit_code == code
     assert said in str(error.value)
     assert str(model) in str(error.value)
@@ -181,13 +181,13 @@ def test_code_is_taken_along_only_where_it_was_allowed(tame_home: Path, model: P
 @pytest.mark.parametrize("name", ["./nothing/here", "/nothing/here", "nothing.gguf", "a/b/c", "package:nothing/x.gguf"])
 def test_what_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(BadInputError, match=name.split(":")[-1].split("/", maxsplit=1)[0] or "nothing"):
-        look(Source(model=name))
+        inspect_source(Source(model=name))
 
 
 def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"not one")
     with pytest.raises(BadInputError, match="not b'GGUF'"):
-        look(Source(model=str(tmp_path / "x.gguf")))
+        inspect_source(Source(model=str(tmp_path / "x.gguf")))
 
 
 def test_from_the_hub_pinned_complete_and_again_without_a_hub(model: Path, tmp_path: Path) -> None:
@@ -283,5 +283,5 @@ def test_a_local_folders_own_card_says_what_it_is(
 ) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "mine")
     (folder / "README.md").write_text(readme)
-    found = look(Source(model=str(folder)))
+    found = inspect_source(Source(model=str(folder)))
     assert (found.card, found.licence) == (card, licence)

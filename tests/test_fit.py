@@ -184,7 +184,7 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     from safetensors import safe_open
 
     from tasks.calibrate.prepare import calibrate as sequences
-    from tasks.download.look import look
+    from tasks.download.inspection import inspect_source
     from tasks.download.task import download
     from tasks.fit import task
     from tasks.quantize.task import quantize as stage
@@ -192,7 +192,7 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
     (tmp_path / "text.txt").write_text(TEXT)
     source = Source(model=str(tiny(tmp_path / "model", spread=True)))
-    snapshot = download(source, look(source))
+    snapshot = download(source, inspect_source(source))
     spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
     calibration = sequences(snapshot, spec) if calibrate else None
     asked = Variant(method="nf4", calibrate=calibrate, fit=Fit(max_bytes="200KB"))
@@ -251,7 +251,7 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
     from safetensors import safe_open
 
     from tasks.calibrate.prepare import calibrate as sequences
-    from tasks.download.look import look
+    from tasks.download.inspection import inspect_source
     from tasks.download.task import download
     from tasks.fit import task
     from tasks.quantize.task import quantize as stage
@@ -260,7 +260,7 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
     (tmp_path / "text.txt").write_text(TEXT)
     source = Source(model=str(tiny(tmp_path / "model", spread=True)))
-    snapshot = download(source, look(source))
+    snapshot = download(source, inspect_source(source))
     spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
     calibration = sequences(snapshot, spec) if calibrate else None
     asked = Variant(method="w4a16", calibrate=calibrate, fit=Fit(max_bytes="200KB"))

@@ -12,7 +12,7 @@ import pytest
 from configs.errors import BadInputError, TameError
 from configs.schema import Source
 from tasks.download.gguf import read_gguf
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tests.gguf_files import write
 from tests.models import tiny, zoo
@@ -195,7 +195,7 @@ def test_a_truncated_gguf_is_refused_at_the_first_look(tiny_llama: Path, tmp_pat
     path = write(tmp_path / "x.gguf", tiny_llama)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(TameError, match="truncated"):
-        look(Source(model=str(path)))
+        inspect_source(Source(model=str(path)))
 
 
 def test_all_parts_of_a_split_gguf_are_read(tame_home: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_all_parts_of_a_split_gguf_are_read(tame_home: Path, tmp_path: Path) -> 
     assert snapshot.name == "x"
     assert same_model(Path(snapshot.path), model)
     assert not list(tame_home.rglob("*.gguf"))
-    assert len(look(Source(model=str(first))).files) == 3
+    assert len(inspect_source(Source(model=str(first))).files) == 3
     second = tmp_path / "x-00002-of-00003.gguf"
     assert download(Source(model=str(second))).digest == snapshot.digest
 
@@ -236,5 +236,5 @@ def test_a_split_gguf_that_is_not_whole_is_refused(tiny_llama: Path, tmp_path: P
     else:
         third.write_bytes(third.read_bytes()[:-40])
     with pytest.raises(TameError) as error:
-        look(Source(model=str(first)))
+        inspect_source(Source(model=str(first)))
     assert said in str(error.value)

@@ -48,7 +48,7 @@ def home(tame_home: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(liveness, "SYSTEM_METRICS_EVERY", 3600.0)
     yield tame_home
     for run_id in list(liveness.alive):
-        liveness.rest(run_id)
+        liveness.stop_heartbeat(run_id)
 
 
 @pytest.fixture

@@ -63,13 +63,13 @@ class SplitExperts(nn.Module):
         """What the experts make of tokens [tokens, width], that go to the experts `index` [tokens, k], by `share` [tokens, k]."""
         out = torch.zeros_like(hidden)
         for number, expert in self.named_children():
-            token, place = torch.where(index == int(number))
+            token, slot = torch.where(index == int(number))
             if not len(token):
                 continue
             given = hidden[token]
             layers: Any = expert
             inner = self._gate(torch.cat([layers["gate_proj"](given), layers["up_proj"](given)], -1))
-            made = layers["down_proj"](inner) * share[token, place, None]
+            made = layers["down_proj"](inner) * share[token, slot, None]
             out.index_add_(0, token, made.to(out.dtype))
         return out
 

@@ -22,11 +22,11 @@ class Group:
 
 
 @contextmanager
-def looking(block: nn.Module, layers: list[str], look: Look) -> Iterator[None]:
-    """While this lasts, `look` is called in place of each of `layers`."""
+def looking(block: nn.Module, layers: list[str], observe: Look) -> Iterator[None]:
+    """While this lasts, `observe` is called in place of each of `layers`."""
 
     def watched(name: str, run: Run) -> Run:
-        return lambda given: look(name, given, run)
+        return lambda given: observe(name, given, run)
 
     modules = {name: block.get_submodule(name) for name in layers}
     for name, module in modules.items():
@@ -45,11 +45,11 @@ def find_groups(block: nn.Module, layers: list[str], run: Callable[[], object]) 
     """
     inputs: dict[str, list[torch.Tensor]] = {}
 
-    def look(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
+    def observe(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
         inputs.setdefault(name, []).append(given)  # kept, so that no other tensor gets its address
         return run(given)
 
-    with looking(block, layers, look):
+    with looking(block, layers, observe):
         run()
     shared: dict[tuple[object, ...], list[str]] = {}
     for name, (given, *more) in inputs.items():
@@ -65,29 +65,29 @@ def input_of(
     group: Group,
     layers: list[str],
     run: Callable[[], object],
-    known: dict[str, torch.Tensor] | None = None,
+    computed: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
     """What the layers of a group are given, [tokens, columns], by running the block up to them; None if they are not reached.
 
-    `layers` are all that may be looked at. `known` has outputs of such that need not run again, and takes up those of others.
+    `layers` are all that may be looked at. `computed` has outputs of such that need not run again, and takes up those of others.
     """
     found: list[torch.Tensor] = []
 
-    def look(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
+    def observe(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
         if name in group.layers:
             found.append(given)
             raise ReachedError("the layer whose input was wanted is reached")
-        return run_once(name, given, run, known)
+        return run_once(name, given, run, computed)
 
-    with looking(block, layers, look), suppress(ReachedError):
+    with looking(block, layers, observe), suppress(ReachedError):
         run()
     return found[0].reshape(-1, found[0].shape[-1]) if found else None
 
 
-def run_once(name: str, given: torch.Tensor, run: Run, known: dict[str, torch.Tensor] | None) -> torch.Tensor:
-    """A layer's output: from `known`, or made, and then kept there; without `known`, made."""
-    if known is None:
+def run_once(name: str, given: torch.Tensor, run: Run, computed: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    """A layer's output: from `computed`, or made, and then kept there; without `computed`, made."""
+    if computed is None:
         return run(given)
-    if name not in known:
-        known[name] = run(given)
-    return known[name]
+    if name not in computed:
+        computed[name] = run(given)
+    return computed[name]

@@ -99,18 +99,18 @@ def solved(
     stored = grid.as_stored(found)
     ranks = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
 
-    def some(piece: slice) -> torch.Tensor:
+    def piece_of(piece: slice) -> torch.Tensor:
         """The scales of some rows, [blocks]."""
         return stored if not whole else stored.view(rows, -1)[piece].reshape(-1)
 
     for piece in pieces:
-        ranks[piece] = solve.column_loop(goal[piece], grid.spread(some(piece), goal[piece].shape), made, grid)
+        ranks[piece] = solve.column_loop(goal[piece], grid.spread(piece_of(piece), goal[piece].shape), made, grid)
     for _ in range(effort.rounds):
         if whole:
-            fits = [solve.refit(goal[piece], some(piece), ranks[piece].int(), made, grid) for piece in pieces]
+            fits = [solve.refit(goal[piece], piece_of(piece), ranks[piece].int(), made, grid) for piece in pieces]
             found = torch.cat(fits)
             stored = grid.as_stored(found)
         for piece in pieces:
-            spread = grid.spread(some(piece), goal[piece].shape)
+            spread = grid.spread(piece_of(piece), goal[piece].shape)
             ranks[piece] = solve.descend(goal[piece], spread, ranks[piece].int(), made, grid)
     return Codes(grid.order[ranks.int()], found)

@@ -99,7 +99,7 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
         finished.copy_streams(index, streams.states)
     progress(f"calibrate {label}", count, count)
     where, plain = finished.where()
-    found = {name: (where[there], there) for name, there in called.items() if there in where}
+    found = {name: (where[group], group) for name, group in called.items() if group in where}
     return Chosen(found, _notes(outside, plain, len(asked.weights)))
 
 

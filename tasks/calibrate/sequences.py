@@ -31,9 +31,9 @@ def check_apart(texts: list[LoadedText], evaluated: LoadedText) -> None:
     Raises:
         BadInputError: a text has words in a row that the evaluated one has too; it shows them.
     """
-    known = _runs(evaluated.text, 1)
+    evaluated_runs = _runs(evaluated.text, 1)
     for text in texts:
-        if shared := known & _runs(text.text, RUN):
+        if shared := evaluated_runs & _runs(text.text, RUN):
             words = " ".join(min(shared)[:8])
             raise BadInputError(
                 f"calibration.text {text.name} overlaps evaluate.text {evaluated.name}: both have “{words} …”; calibrate on "

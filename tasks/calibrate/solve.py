@@ -134,11 +134,11 @@ def local_loop(goal: torch.Tensor, scales: torch.Tensor, made: LocalForm, grid: 
     """As `column_loop`, with what was lost put on the later columns of the same block alone."""
     rows = len(goal)
     blocks, width = made.order.shape
-    place = made.order[:, :, None].expand(blocks, width, rows)
+    columns = made.order[:, :, None].expand(blocks, width, rows)
 
     def turned(values: torch.Tensor) -> torch.Tensor:
         """[rows, columns] as [blocks, columns of a block in their order, rows]."""
-        return values.T.view(blocks, width, rows).gather(1, place)
+        return values.T.view(blocks, width, rows).gather(1, columns)
 
     rest, scale = turned(goal), turned(scales)
     kept, ranks = torch.empty_like(rest), torch.empty(rest.shape, dtype=torch.int32, device=goal.device)
@@ -148,7 +148,7 @@ def local_loop(goal: torch.Tensor, scales: torch.Tensor, made: LocalForm, grid: 
             wanted = wanted - (made.factor[:, None, :j, j] @ kept[:, :j])[:, 0]
         ranks[:, j] = grid.ranks(torch.where(own != 0, wanted / own, 0))
         kept[:, j] = (wanted - grid.sorted[ranks[:, j]] * own) / made.factor[:, j, j, None]
-    out = torch.empty_like(ranks).scatter_(1, place, ranks)
+    out = torch.empty_like(ranks).scatter_(1, columns, ranks)
     return out.view(-1, rows).T.contiguous()
 
 

@@ -85,24 +85,24 @@ class Walk:
 
     def block(self, index: int, module: nn.Module) -> dict[str, Codes]:
         """Choose the codes of a loaded block, and take both streams through it. The codes are by the weights' names."""
-        block = self._look(index, module)
+        block = self._read_block(index, module)
         inputs = self._original_inputs(block)
-        known: Known = [{} if inputs else None for _ in self.streams.pieces]
+        computed: Known = [{} if inputs else None for _ in self.streams.pieces]
         chosen: dict[str, Codes] = {}
         for number, group in enumerate(block.groups):
-            hessian, other = self._products(block, group, [found[number] for found in inputs], known)
+            hessian, other = self._products(block, group, [found[number] for found in inputs], computed)
             found = self._solve(block, group, hessian, other)
             block.round(found, self.grid)
             chosen |= found
         if self.effort.tunings and chosen:
-            chosen, known = self._tuned(block, chosen), [None for _ in self.streams.pieces]
+            chosen, computed = self._tuned(block, chosen), [None for _ in self.streams.pieces]
         chosen |= self._rest(block, chosen)
-        self._through(block, known)
+        self._through(block, computed)
         return {f"{block.name}.{name}.weight": codes for name, codes in chosen.items()}
 
     def replay(self, index: int, module: nn.Module, chosen: dict[str, Codes]) -> None:
         """Take both streams through a block whose codes are known."""
-        block = self._look(index, module)
+        block = self._read_block(index, module)
         by_layer = {name: chosen[f"{block.name}.{name}.weight"] for name in self.layers(index)}
         block.round(by_layer, self.grid)
         self._through(block, [None for _ in self.streams.pieces])
@@ -114,19 +114,19 @@ class Walk:
 
     def search(self, index: int, module: nn.Module) -> dict[str, Codes]:
         """Codes chosen within each block of columns, by what the original block gives its layers: one pass through it."""
-        block = self._look(index, module)
+        block = self._read_block(index, module)
         groups = {group.layers[0]: group for group in block.groups}
         products: dict[str, torch.Tensor] = {}
         tokens: dict[str, int] = {}
 
-        def look(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
+        def observe(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
             if name in groups:
                 flat = given.reshape(-1, given.shape[-1]).float()
                 products[name] = products.get(name, 0) + _local_products(flat, self.grid.block)
                 tokens[name] = tokens.get(name, 0) + len(flat)
             return run(given)
 
-        with looking(module, block.layers, look):
+        with looking(module, block.layers, observe):
             for piece in range(len(self.streams.pieces)):
                 self.streams.put("original", piece, self.run(index, "original", piece))
         chosen = {}
@@ -145,7 +145,7 @@ class Walk:
         with torch.no_grad():
             return self.model.run(index, hidden, self.streams.arguments(piece, index))
 
-    def _look(self, index: int, module: nn.Module) -> Block:
+    def _read_block(self, index: int, module: nn.Module) -> Block:
         layers = self.layers(index)
         original = {name: module.get_parameter(f"{name}.weight").data for name in layers}
         block = Block(index, self.model.block_name(index), module, layers, original, dict(original))
@@ -164,21 +164,21 @@ class Walk:
         for piece in range(len(self.streams.pieces)):
             found: list[torch.Tensor | None] = [None] * len(block.groups)
 
-            def look(
+            def observe(
                 name: str, given: torch.Tensor, run: Run, found: list[torch.Tensor | None] = found
             ) -> torch.Tensor:
                 if name in first:
                     found[first[name]] = given.reshape(-1, given.shape[-1])
                 return run(given)
 
-            with looking(block.module, block.layers, look):
+            with looking(block.module, block.layers, observe):
                 self.streams.put("original", piece, self.run(block.index, "original", piece))
             inputs.append(found)
         block.passed = True
         return inputs
 
     def _products(
-        self, block: Block, group: Group, inputs: list[torch.Tensor | None], known: Known
+        self, block: Block, group: Group, inputs: list[torch.Tensor | None], computed: Known
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """H = X^T X and C = X'^T X of a group, F32 [columns, columns], the mean over all tokens; of no token: zeros."""
         first = group.layers[0]
@@ -188,7 +188,7 @@ class Walk:
         tokens = 0
         for piece in range(len(self.streams.pieces)):
             theirs = inputs[piece] if inputs else self._input(block, group, "original", piece, None)
-            ours = self._input(block, group, "rounded", piece, known[piece])
+            ours = self._input(block, group, "rounded", piece, computed[piece])
             if ours is None or not len(ours):
                 continue
             tokens += len(ours)
@@ -205,10 +205,10 @@ class Walk:
         return hessian.div_(max(tokens, 1)), other.div_(max(tokens, 1))
 
     def _input(
-        self, block: Block, group: Group, stream: str, piece: int, known: dict[str, torch.Tensor] | None
+        self, block: Block, group: Group, stream: str, piece: int, computed: dict[str, torch.Tensor] | None
     ) -> torch.Tensor | None:
         block.use(block.original if stream == "original" else block.rounded)
-        return input_of(block.module, group, block.layers, lambda: self.run(block.index, stream, piece), known)
+        return input_of(block.module, group, block.layers, lambda: self.run(block.index, stream, piece), computed)
 
     def _check(self, block: Block, name: str, squares: torch.Tensor) -> None:
         if not bool(torch.isfinite(squares).all()):
@@ -259,7 +259,7 @@ class Walk:
         block.round(found, self.grid)
         return found
 
-    def _through(self, block: Block, known: Known) -> None:
+    def _through(self, block: Block, computed: Known) -> None:
         """Take the streams through the block: the original one, unless that is done, and the one of rounded weights."""
         last = block.index == len(self.model.blocks) - 1
         for piece in range(0 if last else len(self.streams.pieces)):
@@ -268,10 +268,10 @@ class Walk:
                 self.streams.put("original", piece, self.run(block.index, "original", piece))
             block.use(block.rounded)
 
-            def look(name: str, given: torch.Tensor, run: Run, piece: int = piece) -> torch.Tensor:
-                return run_once(name, given, run, known[piece])
+            def observe(name: str, given: torch.Tensor, run: Run, piece: int = piece) -> torch.Tensor:
+                return run_once(name, given, run, computed[piece])
 
-            with looking(block.module, block.layers, look):
+            with looking(block.module, block.layers, observe):
                 self.streams.put("rounded", piece, self.run(block.index, "rounded", piece))
 
 

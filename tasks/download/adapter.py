@@ -19,7 +19,7 @@ from tasks.values import AdapterOf, Found, FoundAdapter, Snapshot
 STAGE = 1  # raise it when the bytes of a merged model change
 
 
-def look_adapter(model: str, revision: str) -> FoundAdapter:
+def inspect_adapter(model: str, revision: str) -> FoundAdapter:
     """What an adapter is, and of which base, from its small files. `model` is a Hub repo or a folder.
 
     Raises:

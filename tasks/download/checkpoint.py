@@ -96,8 +96,8 @@ def refuse_quantized(config: dict[str, Any], where: str) -> None:
 
 def _is_read(quantization_config: Any) -> bool:
     """Whether it is of blocks of 8-bit floats, of fused experts in 4-bit ones, or of groups of modules with a scheme each."""
-    known = quantization_config if isinstance(quantization_config, dict) else {}
-    return known.get("quant_method") in ("fp8", "mxfp4") or "config_groups" in known
+    config = quantization_config if isinstance(quantization_config, dict) else {}
+    return config.get("quant_method") in ("fp8", "mxfp4") or "config_groups" in config
 
 
 def quantization_of(folder: Path) -> dict[str, Any]:

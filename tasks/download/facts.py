@@ -31,7 +31,7 @@ class Facts(NamedTuple):
         return self.experts > self.parameters / 2
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In a few words: `1.7 billion parameters, dense, made to chat`."""
         count = self.parameters
         size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"

@@ -38,11 +38,11 @@ SMALL = ("config.json", INDEX, TOKENIZER, ADAPTER)
 """The files that are read to decide which of the others are taken."""
 
 
-def look_folder(source: Source, path: Path, quantized: bool) -> Found:
+def inspect_folder(source: Source, path: Path, quantized: bool) -> Found:
     """What a local folder holds. `quantized` admits a checkpoint that is quantized already.
 
     Raises:
-        BadInputError, TameError: as `tasks.download.look.look`.
+        BadInputError, TameError: as `tasks.download.inspection.inspect_source`.
     """
     names = [
         p.relative_to(path).as_posix()

@@ -19,11 +19,11 @@ from tasks.values import Found, Snapshot
 log = logging.getLogger("tame.download")
 
 
-def look_gguf(path: Path) -> Found:
+def inspect_gguf(path: Path) -> Found:
     """What a .gguf, or all parts of one, hold.
 
     Raises:
-        BadInputError, TameError: as `tasks.download.look.look`.
+        BadInputError, TameError: as `tasks.download.inspection.inspect_source`.
     """
     check_gguf(as_one(read_parts(path)))
     return Found(
@@ -72,9 +72,11 @@ def dequantized_before(gguf: Path) -> Path | None:
 
 
 def _inputs(gguf: Path) -> dict[str, Any]:
-    known = versions()
+    library_versions = versions()
     return {
         "gguf": [sha256_file(part) for part in part_paths(gguf)],
         "stage": 2,  # what the file lacks is refused, and what transformers does not read of it is set or refused
-        "versions": {name: known.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")},
+        "versions": {
+            name: library_versions.get(name) for name in ("torch", "transformers", "safetensors", "tokenizers")
+        },
     }

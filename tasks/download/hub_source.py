@@ -18,11 +18,11 @@ from tasks.values import Found
 log = logging.getLogger("tame.download")
 
 
-def look_hub(source: Source, quantized: bool) -> Found:
+def inspect_hub(source: Source, quantized: bool) -> Found:
     """What a repo holds, from its small files and the names of its tensors; from the cache where the Hub does not answer.
 
     Raises:
-        BadInputError, TameError: as `tasks.download.look.look`.
+        BadInputError, TameError: as `tasks.download.inspection.inspect_source`.
     """
     cached = hub.cached_commit(source.model, source.revision)
     try:
@@ -33,7 +33,7 @@ def look_hub(source: Source, quantized: bool) -> Found:
                 f"{source.model}: {error}, and no complete copy of it is cached; try again when it can be reached"
             ) from None
         log.info("%s: %s; using the cached commit %s", source.model, error, cached.commit[:12])
-        return _look_cached(source, cached)
+        return _inspect_cached(source, cached)
     small = hub.fetch_json(source.model, info.commit, [name for name in SMALL if name in info.files])
     taken = select(source, list(info.files), small)
     if not quantized:
@@ -114,10 +114,10 @@ def compare(model: str, folder: Path, actual: dict[str, str], expected: dict[str
             )
 
 
-def _look_cached(source: Source, cached: hub.CachedRepo) -> Found:
+def _inspect_cached(source: Source, cached: hub.CachedRepo) -> Found:
     small = {name: read_json(cached.folder / name) for name in SMALL if name in cached.names}
     taken = select(source, cached.names, small)
-    known = hub.remembered(source.model, cached.commit)
+    remembered = hub.remembered(source.model, cached.commit)
     names = _tensors(cached.folder)
     return Found(
         kind="hub",
@@ -127,7 +127,7 @@ def _look_cached(source: Source, cached: hub.CachedRepo) -> Found:
         files={name: (cached.folder / name).stat().st_size for name in taken},
         config=small["config.json"],
         top_tensors=None if names is None else top_tensors(names),
-        **(known.model_dump(include={"licence", "card", "gated"}) if known else {}),
+        **(remembered.model_dump(include={"licence", "card", "gated"}) if remembered else {}),
     )
 
 

@@ -12,7 +12,7 @@ from tasks.download.adapter import base_of, merged
 from tasks.download.folder import check_weights
 from tasks.download.gguf_source import dequantized
 from tasks.download.hub_source import compare, fetch
-from tasks.download.look import look
+from tasks.download.inspection import inspect_source
 from tasks.runtime.progress import Progress, show
 from tasks.store import on_disk
 from tasks.store.digests import sha256_files
@@ -26,13 +26,13 @@ def download(
 
     A Hub repo goes into the Hub client's own cache (HF_HOME), resumed where a killed run left it, and its large files are
     compared with the sha256 that the Hub names. With TAME_STORE, one machine does so and the others fetch from it.
-    A .gguf is dequantized to bf16 safetensors, once, in the artifact store. `quantized` as in `look`.
+    A .gguf is dequantized to bf16 safetensors, once, in the artifact store. `quantized` as in `inspect_source`.
 
     Raises:
-        BadInputError: as `look`.
+        BadInputError: as `inspect_source`.
         TameError: a download that does not match its digest, a damaged .gguf, no space.
     """
-    found = found or look(source, quantized)
+    found = found or inspect_source(source, quantized)
     quantized = quantized or found.quantized
     if found.adapter is not None:
         alone = found.model_copy(update={"adapter": None})
@@ -46,7 +46,7 @@ def download(
         try:
             folder, cached = fetch(source, found, progress)
         except ChangedError:  # since it was looked at, which may be a while ago
-            found = look(source, quantized)
+            found = inspect_source(source, quantized)
             folder, cached = fetch(source, found, progress)
     try:
         files = sha256_files(folder, sorted(found.files))

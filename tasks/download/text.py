@@ -269,9 +269,9 @@ def dataset_commit(dataset: str, revision: str) -> str:
         what = "revision " + revision if isinstance(error, RevisionNotFoundError) else "data set"
         raise BadInputError(f"{dataset}: the Hub has no such {what}, or your HF_TOKEN may not see it") from None
     except Exception as error:
-        known = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "refs" / revision
-        if known.is_file():
-            return known.read_text().strip()
+        ref = Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}" / "refs" / revision
+        if ref.is_file():
+            return ref.read_text().strip()
         raise TameError(
             f"data set {dataset}: the Hub cannot be reached ({line(error)}), and it is not cached"
         ) from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from configs.schema import Evaluate, Source
-from tasks.download.look import look, tokenizer_folder
+from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.download.task import download
 from tasks.download.text import check_text, load_text
 from tasks.download.tokenizer_files import chat_template, check_bos
@@ -21,7 +21,7 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
         TameError: as `tasks.evaluate.task.evaluate_baseline`.
     """
     text = load_text(spec.text)
-    found = {source.model: look(source, quantized=True) for source in (model, baseline) if source}
+    found = {source.model: inspect_source(source, quantized=True) for source in (model, baseline) if source}
     for source in [model, *([baseline] if baseline else [])]:
         if folder := tokenizer_folder(source, found[source.model]):
             check_text(text, spec.window, folder, source.trust_remote_code)

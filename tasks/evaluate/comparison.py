@@ -72,7 +72,7 @@ def assemble(
     baseline: Folders | None,
     failed: dict[str, str],
     spec: Evaluate,
-    known: dict[str, Any],
+    facts: dict[str, Any],
     folder: Path,
 ) -> None:
     """Turn the parts of an evaluation into one result with its evidence.
@@ -94,7 +94,7 @@ def assemble(
         name: Pair(_read(path), _read(baseline[name]) if name in (baseline or {}) else None, spec.seed, folder)  # type: ignore[index]
         for name, path in parts.items()
     }
-    told = [note for pair in pairs.values() for note in pair.ours.result.get("notes", [])]
+    all_notes = [note for pair in pairs.values() for note in pair.ours.result.get("notes", [])]
     found = [_scores(pairs["scores"])] if "scores" in pairs else []
     tasks = {name.removeprefix(TASK): pair for name, pair in pairs.items() if name.startswith(TASK)}
     if tasks:
@@ -109,10 +109,10 @@ def assemble(
     if samples:
         found.append(Outcome({}, [], {"samples": pairs["samples"].ours.result["protocol"]}))
     found.append(_missing(failed, spec))
-    notes = dict.fromkeys([*told, *(note for outcome in found for note in outcome.notes)])
+    notes = dict.fromkeys([*all_notes, *(note for outcome in found for note in outcome.notes)])
     content = {
         "metrics": {name: value for outcome in found for name, value in outcome.metrics.items()},
-        "protocol": known | {name: value for outcome in found for name, value in outcome.protocol.items()},
+        "protocol": facts | {name: value for outcome in found for name, value in outcome.protocol.items()},
         "notes": list(notes),
         "samples": samples,
     }

@@ -48,7 +48,7 @@ def _native(name: str) -> bool:
     """Whether the CPU multiplies `bf16` or `fp16` itself: AVX-512, AMX, or Arm's extensions."""
     import torch
 
-    known: dict[str, object] = getattr(
+    instructions: dict[str, object] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # newer than the oldest torch that tame runs with
-    return any(there is True and name in instruction for instruction, there in known.items())
+    return any(supported is True and name in instruction for instruction, supported in instructions.items())

@@ -160,8 +160,8 @@ def adapter(loaded: Loaded, batch_size: int, new_tokens: int | None = None) -> A
             return list(ids)
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
-            some = [request for request in requests if request.args[1] != ""]
-            found = iter(super().loglikelihood(some, disable_tqdm=True))
+            answered = [request for request in requests if request.args[1] != ""]
+            found = iter(super().loglikelihood(answered, disable_tqdm=True))
             return [(0.0, True) if request.args[1] == "" else next(found) for request in requests]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -64,22 +64,22 @@ def find_tasks(tasks: list[str], task_path: str | None) -> dict[str, Definition]
     """
     if not tasks:
         return {}
-    known: dict[str, Definition] = {}
+    definitions: dict[str, Definition] = {}
     if task_path is not None:
         folder = Path(task_path).expanduser().absolute()
         if not folder.is_dir():
             raise BadInputError(
                 f"evaluate.task_path {task_path}: not a folder; give one with lm-evaluation-harness YAML files"
             )
-        known = _index(folder, {"files": _digests(folder)})
-    if not _closed(tasks, known):
-        known = {**_index(None, {"lm_eval": version("lm_eval")}), **known}
+        definitions = _index(folder, {"files": _digests(folder)})
+    if not _closed(tasks, definitions):
+        definitions = {**_index(None, {"lm_eval": version("lm_eval")}), **definitions}
     for name in tasks:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        if name not in definitions:
+            near = difflib.get_close_matches(name, definitions, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; see lm_eval's list of tasks"
             raise BadInputError(f"evaluate.tasks {name}: lm-evaluation-harness has no such task{hint}")
-    return {name: known[name] for name in _all(tasks, known) if name in known}
+    return {name: definitions[name] for name in _all(tasks, definitions) if name in definitions}
 
 
 def work_of(tasks: list[str], found: dict[str, Definition]) -> TaskWork:
@@ -129,18 +129,18 @@ def _data(name: str, definition: Definition, commits: dict[tuple[str, str], str]
     return found
 
 
-def _closed(tasks: list[str], known: dict[str, Definition]) -> bool:
-    return set(_all(tasks, known)) <= known.keys()
+def _closed(tasks: list[str], definitions: dict[str, Definition]) -> bool:
+    return set(_all(tasks, definitions)) <= definitions.keys()
 
 
-def _all(tasks: list[str], known: dict[str, Definition]) -> list[str]:
+def _all(tasks: list[str], definitions: dict[str, Definition]) -> list[str]:
     seen: list[str] = []
     waiting = list(tasks)
     while waiting:
         name = waiting.pop()
         if name not in seen:
             seen.append(name)
-            waiting += known[name].children if name in known else []
+            waiting += definitions[name].children if name in definitions else []
     return sorted(seen)
 
 

@@ -155,8 +155,8 @@ def _check_kind(config: Any, path: Path) -> list[str]:
             "decoder-only language models"
         )
     own = getattr(config, "auto_map", None) or {}
-    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in table(IMAGES)
-    if not known and "AutoModelForCausalLM" not in own:
+    supported = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in table(IMAGES)
+    if not supported and "AutoModelForCausalLM" not in own:
         raise BadInputError(
             f"{path}: {kind} is not a causal language model that transformers knows; tame cannot measure it"
         )

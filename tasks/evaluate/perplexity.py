@@ -233,17 +233,17 @@ def _windows(ids: list[int], window: int) -> Array:
 
 
 def _same_vocabulary(
-    loaded: Loaded, head: Head, known: dict[str, Any], baseline_model: Path, trust_remote_code: bool
+    loaded: Loaded, head: Head, reference: dict[str, Any], baseline_model: Path, trust_remote_code: bool
 ) -> Head:
     """The baseline's head: the variant's own where they are equal, as most methods leave it, else read again."""
     digest = hashlib.sha256(vocabulary(loaded.tokenizer).encode()).hexdigest()
-    rows = known["head"]["vocabulary"]
-    if digest != known["vocabulary"] or head.weight.shape[0] != rows:
+    rows = reference["head"]["vocabulary"]
+    if digest != reference["vocabulary"] or head.weight.shape[0] != rows:
         raise BadInputError(
             f"the baseline {baseline_model} has another vocabulary ({rows} logits, the model has {head.weight.shape[0]}); "
             "compare a model with the one it was made from"
         )
-    if _digest(head) == known["head"]:
+    if _digest(head) == reference["head"]:
         return head
     loaded.notes.append("its output head differs from the baseline's")
     return load(baseline_model, "cpu", trust_remote_code).head.to(loaded.device)

@@ -65,10 +65,10 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
         TameError: the model does not load, or its scores cannot be measured, in one line.
     """
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         progress(f"{work.label}: {what}", done, total)
 
-    def alone(part: str, run: Callable[[Path], None]) -> None:
+    def measure_part(part: str, run: Callable[[Path], None]) -> None:
         """Measure a part that takes down no other."""
         if part in work.folders:
             try:
@@ -83,8 +83,8 @@ def measure(work: Work, *, progress: Progress = silent) -> None:
 
     try:
         if work.folders.keys() - {"layers"}:
-            _measure_model(work, told, alone)
-        alone("layers", lambda folder: _measure_layers(work, folder, told))
+            _measure_model(work, report, measure_part)
+        measure_part("layers", lambda folder: _measure_layers(work, folder, report))
     except TameError as error:
         raise type(error)(f"{work.label}: {error}") from None
     except Exception as error:
@@ -102,16 +102,16 @@ def _reason(work: Work, error: Exception) -> str:
     return f"{type(error).__name__}: {line(error)}"
 
 
-def _measure_layers(work: Work, folder: Path, told: Progress) -> None:
+def _measure_layers(work: Work, folder: Path, report: Progress) -> None:
     from tasks.evaluate.weight_error import layer_errors
     from tasks.runtime.quiet import quieten
 
     quieten()
     source, made = Path(str(work.baseline_model)), Path(work.model)
-    layer_errors(source, made, work.device, folder, work.trust_remote_code, told)
+    layer_errors(source, made, work.device, folder, work.trust_remote_code, report)
 
 
-def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[Path], None]], None]) -> None:
+def _measure_model(work: Work, report: Progress, measure_part: Callable[[str, Callable[[Path], None]], None]) -> None:
     from tasks.evaluate.cpu_float32 import widen
     from tasks.evaluate.lm_eval_run import run_tasks
     from tasks.evaluate.memory import reuse_memory
@@ -128,9 +128,9 @@ def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[P
 
     loaded = loading()
     if (speed := spec.speed) is not None:
-        alone("speed", lambda folder: measure_speed(loaded, speed, folder, told))
+        measure_part("speed", lambda folder: measure_speed(loaded, speed, folder, report))
     if (samples := spec.samples) is not None:
-        alone("samples", lambda folder: answer_samples(loaded, samples, folder, told))
+        measure_part("samples", lambda folder: answer_samples(loaded, samples, folder, report))
     if not any(part == "scores" or part.startswith(TASK) for part in work.folders):
         return
     reuse_memory()
@@ -140,22 +140,22 @@ def _measure_model(work: Work, told: Progress, alone: Callable[[str, Callable[[P
     dequantize(loaded)
     widen(loaded.model)
     if "scores" in work.folders:
-        _measure_scores(work, loaded, work.folders["scores"], told)
+        _measure_scores(work, loaded, work.folders["scores"], report)
     for name, needs in work.tasks.items():
-        alone(
+        measure_part(
             f"{TASK}{name}",
-            lambda folder, needs=needs: run_tasks(loaded, needs, spec, folder, told, floor=work.role == "baseline"),  # type: ignore[misc]
+            lambda folder, needs=needs: run_tasks(loaded, needs, spec, folder, report, floor=work.role == "baseline"),  # type: ignore[misc]
         )
 
 
-def _measure_scores(work: Work, loaded: Loaded, folder: Path, told: Progress) -> None:
+def _measure_scores(work: Work, loaded: Loaded, folder: Path, report: Progress) -> None:
     from tasks.evaluate.perplexity import score_alone, score_baseline, score_variant
 
     spec = work.spec
     if work.role == "variant":
         baseline, source = Path(str(work.baseline)), Path(str(work.baseline_model))
-        score_variant(loaded, baseline, source, spec.batch_size, folder, told, work.trust_remote_code)
+        score_variant(loaded, baseline, source, spec.batch_size, folder, report, work.trust_remote_code)
         return
     assert work.text is not None
     score = score_baseline if work.role == "baseline" else score_alone
-    score(loaded, work.text, spec, folder, told)
+    score(loaded, work.text, spec, folder, report)

@@ -69,11 +69,11 @@ def evaluate_baseline(
     scores = {"text": text.digest, "role": work.role}
     scores |= spec.model_dump(include={"window", "max_tokens", "batch_size", "bos"})
     parts = _parts(work, _wanted(work, snapshot.digest, scores), progress)
-    known = {
+    facts = {
         "device": name_of(device),
         "text": {"name": text.name, "revision": text.revision, "sha256": text.digest},
     }
-    return _assembled(work, parts, None, known)
+    return _assembled(work, parts, None, facts)
 
 
 def evaluate_variant(
@@ -114,8 +114,8 @@ def evaluate_variant(
     if weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
         inputs = {**_common(work, checkpoint.digest), "source": snapshot.digest, "layers": weight_error.STAGE}
         wanted["layers"] = store.Wanted("layers", inputs)
-    known = baseline.protocol.model_dump(include={"device", "text"})
-    return _assembled(work, _parts(work, wanted, progress), baseline.parts, known)
+    facts = baseline.protocol.model_dump(include={"device", "text"})
+    return _assembled(work, _parts(work, wanted, progress), baseline.parts, facts)
 
 
 def compare_weights(
@@ -187,20 +187,22 @@ def _parts(work: Work, wanted: dict[str, store.Wanted], progress: Progress) -> _
         """A part whose process is killed is left out, as one that fails is; without scores there is nothing."""
         found = find_tasks(work.spec.tasks, work.spec.task_path)
         asked = {name: work_of([name], found) for name in work.spec.tasks}
-        left = in_order(folders)
+        remaining = in_order(folders)
         with held():
-            while left:
-                todo = work.model_copy(update={"folders": {part: folders[part] for part in left}, "tasks": asked})
+            while remaining:
+                todo = work.model_copy(update={"folders": {part: folders[part] for part in remaining}, "tasks": asked})
                 try:
                     isolated(f"evaluate {work.label}", measure, todo, progress=progress)
-                    left = []
+                    remaining = []
                 except KilledError as error:
-                    left = [part for part in left if not any((folders[part] / name).is_file() for name in ENDED)]
-                    if not left or left[0] == "scores":
+                    remaining = [
+                        part for part in remaining if not any((folders[part] / name).is_file() for name in ENDED)
+                    ]
+                    if not remaining or remaining[0] == "scores":
                         raise
-                    (folders[left[0]] / FAILED).write_text(str(error))
-                    log.warning("%s: %s could not be measured: %s", work.label, left[0], error)
-                    left = left[1:]
+                    (folders[remaining[0]] / FAILED).write_text(str(error))
+                    log.warning("%s: %s could not be measured: %s", work.label, remaining[0], error)
+                    remaining = remaining[1:]
         failed.update(
             {part: (folder / FAILED).read_text() for part, folder in folders.items() if (folder / FAILED).is_file()}
         )
@@ -218,7 +220,7 @@ def _deciding_versions(model: Path) -> dict[str, str]:
 
 
 def _assembled(
-    work: Work, parts: _Parts, baseline: dict[str, EvaluatedPart] | None, known: dict[str, Any]
+    work: Work, parts: _Parts, baseline: dict[str, EvaluatedPart] | None, facts: dict[str, Any]
 ) -> Evaluation:
     """The numbers that come of the parts; of a comparison with `baseline`, if there is one."""
     kinds: dict[Role, str] = {"baseline": "baseline", "alone": "baseline", "variant": "evaluation"}
@@ -227,26 +229,26 @@ def _assembled(
         "baseline": {name: part.digest for name, part in (baseline or {}).items()},
         "failed": parts.failed,
         "seed": work.spec.seed,
-        "protocol": known,
+        "protocol": facts,
         "stage": comparison.STAGE,
     }
 
     def make(folder: Path) -> on_disk.Made:
         ours, theirs = (
-            None if some is None else {name: Path(part.path) for name, part in some.items()}
-            for some in (parts.made, baseline)
+            None if evaluation is None else {name: Path(part.path) for name, part in evaluation.items()}
+            for evaluation in (parts.made, baseline)
         )
         assert ours is not None
-        comparison.assemble(ours, theirs, parts.failed, work.spec, known, folder)
+        comparison.assemble(ours, theirs, parts.failed, work.spec, facts, folder)
         return on_disk.Made()
 
-    artifact, there = store.build(kinds[work.role], inputs, make)
+    artifact, was_cached = store.build(kinds[work.role], inputs, make)
     content = json.loads((Path(artifact.path) / comparison.RESULT).read_bytes())
     return Evaluation(
         name=work.label,
         path=artifact.path,
         digest=artifact.digest,
-        cached=parts.cached and there,
+        cached=parts.cached and was_cached,
         parts=parts.made,
         **content,
     )

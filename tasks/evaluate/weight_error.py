@@ -70,17 +70,19 @@ def _compare(
         return []
     layout = lay_out(source, method, variant, read_tensors(source), trust_remote_code)
     jobs = [job for job in layout.jobs if job.quantized]
-    there = written_tensors(quantized)
+    written = written_tensors(quantized)
     for name in (name for job in jobs for name in job.outputs):
-        if name not in there or (there[name].shape != tuple(layout.outputs[name].shape) and name not in layout.growing):
+        if name not in written or (
+            written[name].shape != tuple(layout.outputs[name].shape) and name not in layout.growing
+        ):
             raise TameError(f"{quantized}: {name} is not as in a checkpoint made from {source}")
     with ExitStack() as stack:
-        paths = {source / job.source.file for job in jobs} | {quantized / found.file for found in there.values()}
+        paths = {source / job.source.file for job in jobs} | {quantized / found.file for found in written.values()}
         opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
 
         def error_of(job: "Job") -> float:
             weight = opened[source / job.source.file].get_tensor(job.source.name)
-            parts = {part: opened[quantized / there[name].file].get_tensor(name) for part, name in job.parts.items()}
+            parts = {part: opened[quantized / written[name].file].get_tensor(name) for part, name in job.parts.items()}
             restored = method.restore(parts, (job.shape[0], job.shape[1]), device)
             return _error(weight.T if job.transposed else weight, restored, device)
 

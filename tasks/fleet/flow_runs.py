@@ -129,10 +129,10 @@ def destinations(models: list[str], template: Template) -> tuple[dict[str, str],
     wrong: dict[str, str] = {}
     for model in models:
         recipe = template.recipe(model)
-        for there in targets(recipe, Path(model).name, folder_of(recipe, None)).values():
-            first = goes.setdefault(there if "/" in there else f"{model.partition('/')[0]}/{there}", model)
+        for target in targets(recipe, Path(model).name, folder_of(recipe, None)).values():
+            first = goes.setdefault(target if "/" in target else f"{model.partition('/')[0]}/{target}", model)
             if first != model:
-                why = f"both {first} and {model} would be published to {there}; put {{name}} into publish.repo"
+                why = f"both {first} and {model} would be published to {target}; put {{name}} into publish.repo"
                 wrong |= dict.fromkeys((model, first), why)
     return goes, wrong
 
@@ -142,9 +142,9 @@ def by_key(client: "SyncPrefectClient", keys: list[str]) -> dict[str, "FlowRun"]
     return {str(run.idempotency_key): run for run in _runs(client, idempotency_key={"any_": keys})} if keys else {}
 
 
-def children(client: "SyncPrefectClient", parent: UUID, known: list[UUID]) -> dict[str, "FlowRun"]:
-    """The runs that were started with `parent`, but for `known`, by their key."""
-    found = _runs(client, parent_flow_run_id={"any_": [parent]}, id={"not_any_": known})
+def children(client: "SyncPrefectClient", parent: UUID, seen: list[UUID]) -> dict[str, "FlowRun"]:
+    """The runs that were started with `parent`, but for `seen`, by their key."""
+    found = _runs(client, parent_flow_run_id={"any_": [parent]}, id={"not_any_": seen})
     return {str(run.idempotency_key): run for run in found}
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line
 from configs.schema import Recipe, Source, Sweep, Track
 from tasks import formatting
-from tasks.download.look import local_path, look
+from tasks.download.inspection import inspect_source, local_path
 from tasks.fleet import flow_runs
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
                 return pairs[model]
             try:
                 source = Source(model=model, revision=template.revision, trust_remote_code=template.trust_remote_code)
-                found = look(source)
+                found = inspect_source(source)
                 queue = flow_runs.queue(fleet, found, template.recipe(model), spec.device)
             except (TameError, ValueError) as error:
                 return error
@@ -87,13 +87,13 @@ def plan(spec: Sweep, sweep_id: UUID) -> list[Pair]:
         planned = dict(zip(pairs, pool.map(complete, pairs), strict=True))
     failed = {model: error for model, error in planned.items() if isinstance(error, Exception)}
     if wrong := {**failed, **flow_runs.destinations(list(pairs), template)[1]}:
-        told = "; ".join(f"{model}: {line(str(why), limit=None)}" for model, why in wrong.items())
-        raise TameError(f"nothing {'more ' if started else ''}was started, as this cannot be done: {told}")
+        reasons = "; ".join(f"{model}: {line(str(why), limit=None)}" for model, why in wrong.items())
+        raise TameError(f"nothing {'more ' if started else ''}was started, as this cannot be done: {reasons}")
     # One variant of every model first: workers that start on the same model wait for each other's baseline.
     return [
         pair
-        for some in zip(*(some for some in planned.values() if isinstance(some, list)), strict=True)
-        for pair in some
+        for rows in zip(*(rows for rows in planned.values() if isinstance(rows, list)), strict=True)
+        for pair in rows
     ]
 
 
@@ -136,9 +136,9 @@ def leaderboard(spec: Sweep, pairs: list[Pair], runs: Mapping[str, "FlowRun"]) -
         if baseline and not any(row.status == "baseline" for row in of_model):
             of_model.append(Row(model=pair.model, variant="baseline", status="baseline", metrics=baseline[1]))
         of_model.append(row)
-    for some in rows.values():
-        some.sort(key=lambda row: (row.status != "baseline", row.metrics.get("kl_mean", math.inf)))
-    return [row for some in rows.values() for row in some], notes
+    for group in rows.values():
+        group.sort(key=lambda row: (row.status != "baseline", row.metrics.get("kl_mean", math.inf)))
+    return [row for group in rows.values() for row in group], notes
 
 
 def headline(spec: Sweep, rows: list[Row]) -> str:
@@ -150,8 +150,8 @@ def headline(spec: Sweep, rows: list[Row]) -> str:
         for row in released
         if row.status in FAILED
     ]
-    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return "; ".join([f"{len(released)} runs of {spec.name}: {told}", *failed])
+    counted = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    return "; ".join([f"{len(released)} runs of {spec.name}: {counted}", *failed])
 
 
 def table(rows: list[Row]) -> list[dict[str, str]]:
@@ -175,8 +175,8 @@ def grid(rows: list[Row]) -> str:
     lines = [" | ".join(["", *cells[0], ""]).strip(), "|" + " --- |" * len(cells[0])]
     for row in cells:
         link = f"[open]({row['link']})" if row["link"].startswith("http") else formatting.plain(row["link"])
-        told = [formatting.plain(text) for name, text in row.items() if name != "link"]
-        lines.append(" | ".join(["", *told, link, ""]).strip())
+        texts = [formatting.plain(text) for name, text in row.items() if name != "link"]
+        lines.append(" | ".join(["", *texts, link, ""]).strip())
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.schema import Recipe, Source, Template, Watch, is_pattern
 from tasks.download import hub
-from tasks.download.look import local_path, look
+from tasks.download.inspection import inspect_source, local_path
 from tasks.fleet import flow_runs
 from tasks.store import on_disk
 from tasks.store.digests import sha256_file, sha256_files
@@ -65,9 +65,9 @@ def look_at(spec: Watch) -> list[Row]:
     now = datetime.now(UTC)
     with ThreadPoolExecutor(AT_ONCE) as pool, get_client(sync_client=True) as client:
         looks = pool.map(lambda model: list(_see(model, spec, now)), spec.models)
-        seen = _apart({one.model: one for some in looks for one in some}, spec)
+        seen = _apart({one.model: one for group in looks for one in group}, spec)
         keys = {one.model: [_key(one, spec.recipe, n) for n in range(spec.attempts)] for one in seen}
-        runs = flow_runs.by_key(client, [key for some in keys.values() for key in some])
+        runs = flow_runs.by_key(client, [key for group in keys.values() for key in group])
         busy = flow_runs.busy(client)
         rows = {
             one.model: decide(
@@ -128,7 +128,7 @@ def _placed(seen: Seen, spec: Watch, fleet: flow_runs.Fleet) -> _Sent | Row:
     pinned = None if Path(seen.model).is_absolute() else seen.commit
     try:
         recipe = spec.recipe.recipe(seen.model, pinned)
-        return _Sent(recipe, flow_runs.queue(fleet, look(recipe.source), recipe, spec.device))
+        return _Sent(recipe, flow_runs.queue(fleet, inspect_source(recipe.source), recipe, spec.device))
     except (BadInputError, ValueError) as error:
         return Row(model=seen.model, commit=seen.commit, action="refused", why=named_line(error))
     except TameError as error:
@@ -156,7 +156,7 @@ def _see_repo(model: str, revision: str) -> Seen:
 
 def _see_path(path: Path, spec: Watch, now: datetime) -> Seen:
     """A folder or a .gguf by the content of what a release would take of it; files that change just now are not read."""
-    found = look(Source(model=str(path), trust_remote_code=spec.recipe.trust_remote_code))
+    found = inspect_source(Source(model=str(path), trust_remote_code=spec.recipe.trust_remote_code))
     files = [path / name for name in sorted(found.files)] if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     changed = datetime.fromtimestamp(max(max(stat.st_mtime, stat.st_ctime) for stat in stats), UTC)

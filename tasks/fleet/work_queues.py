@@ -58,12 +58,12 @@ def check_fits(found: "Found", spec: Evaluate | None, gpus: Sequence[Gpu]) -> No
     Raises:
         BadInputError: the release does not fit; the message names the queue where it would.
     """
-    there, needed = sum(gpu.memory_bytes for gpu in gpus), memory_needed(found, spec, batch_size=1)
-    if gpus and needed > there:
+    available, needed = sum(gpu.memory_bytes for gpu in gpus), memory_needed(found, spec, batch_size=1)
+    if gpus and needed > available:
         queue = smallest(needed)
         where = f"send it to the queue {queue}" if queue else "no queue has GPUs that large"
         raise BadInputError(
-            f"source.model {found.name}: it needs about {needed / 1e9:.1f} GB, and {gpus[0].name} has {there / 1e9:.1f} GB; "
+            f"source.model {found.name}: it needs about {needed / 1e9:.1f} GB, and {gpus[0].name} has {available / 1e9:.1f} GB; "
             f"{where}, or hide the GPU (CUDA_VISIBLE_DEVICES=) to work on the CPU"
         )
 

@@ -105,7 +105,9 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     """
     result = shown.result
     names = [name for name in SHORT if any(name in variant.metrics for variant in result.variants)]
-    lines = [f"**{plain(told)}**\n" for told in (advice(result), headline(result)) if told]  # the form is narrow
+    lines = [
+        f"**{plain(sentence)}**\n" for sentence in (advice(result), headline(result)) if sentence
+    ]  # the form is narrow
     lines.append("| variant | verdict | " + " | ".join(SHORT[name] for name in names) + " |")
     lines.append("| --- " * (2 + len(names)) + "|")
     for row in rows(result):

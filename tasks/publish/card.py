@@ -195,7 +195,7 @@ def _sample(variant: ResultVariant) -> list[str]:
         return []
     first = variant.samples[0]
     same = first.diverges_at is None
-    told = "Both answered the same." if same else f"The answers differ from character {first.diverges_at} on."
+    comparison = "Both answered the same." if same else f"The answers differ from character {first.diverges_at} on."
     return [
         "## An answer of each",
         "The first of the prompts in the report, and what followed, always the likeliest token:",
@@ -203,7 +203,7 @@ def _sample(variant: ResultVariant) -> list[str]:
         "The base model:",
         _block(first.baseline),
         *([] if same else ["This model:", _block(first.answer)]),
-        f"{told} One answer shows the style of a model, not its quality.",
+        f"{comparison} One answer shows the style of a model, not its quality.",
     ]
 
 
@@ -232,13 +232,13 @@ def _difference(name: str, metrics: dict[str, float]) -> str:
 def _protocol(variant: ResultVariant) -> str:
     """What makes the numbers comparable, in one sentence."""
     digest = variant.protocol.text.sha256 if variant.protocol.text else None
-    told = [text_name(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
+    parts = [text_name(variant) + (f" (sha256 `{digest[:12]}…`)" if digest else "")]
     plain = {
         key: value
         for key, value in variant.protocol.model_dump().items()
         if key != "text" and not isinstance(value, dict)
     }
-    return ", ".join(told + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
+    return ", ".join(parts + [f"{key.replace('_', ' ')} {value}" for key, value in plain.items()])
 
 
 def _speed(result: Result, variant: ResultVariant) -> list[str]:
@@ -280,8 +280,8 @@ def _limits(variant: ResultVariant, method: CardText) -> list[str]:
         "may have suffered more or less."
     )
     notes = [note for note in variant.notes if note != NOTHING_MEASURED]  # which the card begins with
-    known = [*map(_plain, notes), *([compared] if variant.measured else []), *method.limits]
-    return ["## Limits", "\n".join(f"- {note}" for note in known)]
+    limits = [*map(_plain, notes), *([compared] if variant.measured else []), *method.limits]
+    return ["## Limits", "\n".join(f"- {note}" for note in limits)]
 
 
 def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> list[str]:
@@ -308,12 +308,12 @@ def _siblings(result: Result, this: ResultVariant, repos: dict[str, str]) -> lis
             verdict(row).replace("published, ", "").replace("published", "passed"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    told = (
+    sentence = (
         "Each is published only if it kept the limits."
         if any(v.gate and v.gate.checked for v in result.variants)
         else ""
     )
-    return ["## Variants of the same release", "\n".join(lines), *([told] if told else [])]
+    return ["## Variants of the same release", "\n".join(lines), *([sentence] if sentence else [])]
 
 
 def _reproduce(result: Result) -> list[str]:

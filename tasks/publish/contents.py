@@ -40,9 +40,9 @@ def contents(folder: Path) -> Contents:
     if not folder.is_dir():
         raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
     names = _names(folder)
-    told = _told(folder)
+    record = _recorded(folder)
     with_code = _names_code(folder, names)
-    published = [name for name in names if name in told or _belongs(name, with_code)]
+    published = [name for name in names if name in record or _belongs(name, with_code)]
     weights = _weights(folder, names)
     if not weights:
         raise BadInputError(f"{folder}: no folder with .safetensors files; give the folder of a model")
@@ -71,7 +71,7 @@ def _names(folder: Path) -> list[str]:
     return names
 
 
-def _told(folder: Path) -> set[str]:
+def _recorded(folder: Path) -> set[str]:
     """The names of all files that the tame.json of `folder` names; whether they are right is for its check to say."""
     if not (folder / provenance.NAME).is_file():
         return set()

@@ -44,12 +44,12 @@ def put(
     lock = home() / "locks" / hashlib.sha256(str(target).encode()).hexdigest()[:24]
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        there = digests(target)
-        if there and provenance.NAME not in there:
+        present = digests(target)
+        if present and provenance.NAME not in present:
             raise TameError(f"{target}: holds files that tame did not put there; give another folder, or empty it")
-        extra = provenance.settled({name: (target / name).read_bytes() for name in extra if name in there}, extra)
+        extra = provenance.settled({name: (target / name).read_bytes() for name in extra if name in present}, extra)
         wanted = files | {name: in_memory(content) for name, content in extra.items()}
-        if SIGNATURE in there and all(there.get(name) == file.sha256 for name, file in wanted.items()):
+        if SIGNATURE in present and all(present.get(name) == file.sha256 for name, file in wanted.items()):
             wanted[SIGNATURE] = in_memory((target / SIGNATURE).read_bytes())
         elif sign:
             wanted[SIGNATURE] = in_memory(sign(wanted))
@@ -57,7 +57,7 @@ def put(
         if target.exists():  # what a killed run left; without a target, the old one may be all there is
             for rubbish in (partial, target.parent / f".{target.name}.old"):
                 shutil.rmtree(rubbish, ignore_errors=True)
-        if there == {name: file.sha256 for name, file in wanted.items()}:
+        if present == {name: file.sha256 for name, file in wanted.items()}:
             return []
         may_make(f"all of {target}")
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +66,7 @@ def put(
             _swap(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return sorted(name for name, file in wanted.items() if there.get(name) != file.sha256)
+        return sorted(name for name, file in wanted.items() if present.get(name) != file.sha256)
 
 
 def digests(target: Path) -> dict[str, str]:

@@ -186,10 +186,10 @@ def metadata(api: Any, card: str, whose: str) -> None:
         return answer.json()
 
     try:
-        told = ask("the card", once)
+        validation = ask("the card", once)
     except MissingError:  # a Hub that does not check cards
         return
-    if reasons := [line(str(error.get("message")), limit=None) for error in told.get("errors") or []]:
+    if reasons := [line(str(error.get("message")), limit=None) for error in validation.get("errors") or []]:
         raise BadInputError(f"{whose} has metadata that {endpoint()} does not take: {'; '.join(reasons)}")
 
 

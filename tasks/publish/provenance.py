@@ -55,22 +55,22 @@ def tag(extra: dict[str, bytes], files: dict[str, str]) -> str:
     return f"tame-{content['versions'].get('tame', '0')}-{content['variant']['name']}-{source[:12]}"
 
 
-def source_of(told: bytes) -> str | None:
+def source_of(content: bytes) -> str | None:
     """The model that a tame.json says it was made from, if it says so."""
     try:
-        return str(json.loads(told)["source"]["model"])
+        return str(json.loads(content)["source"]["model"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def settled(there: dict[str, bytes], extra: dict[str, bytes]) -> dict[str, bytes]:
-    """`extra`, or `there` if it tells of the same release and nobody has edited it: run ids and times that differ are no
+def settled(present: dict[str, bytes], extra: dict[str, bytes]) -> dict[str, bytes]:
+    """`extra`, or `present` if it tells of the same release and nobody has edited it: run ids and times that differ are no
     reason to publish again.
     """
-    if NAME not in extra or there.keys() != extra.keys() or not same_release(there[NAME], extra[NAME]):
+    if NAME not in extra or present.keys() != extra.keys() or not same_release(present[NAME], extra[NAME]):
         return extra
-    documents = {name: hashlib.sha256(content).hexdigest() for name, content in there.items() if name != NAME}
-    return there if json.loads(there[NAME]).get("documents") == documents else extra
+    documents = {name: hashlib.sha256(content).hexdigest() for name, content in present.items() if name != NAME}
+    return present if json.loads(present[NAME]).get("documents") == documents else extra
 
 
 def base_name(model: str) -> str:

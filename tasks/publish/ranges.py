@@ -13,7 +13,7 @@ from configs.errors import BadInputError, TameError
 from tasks.download.checkpoint import INDEX, WEIGHTS, Stored, header_length, parse_header, weight_files
 from tasks.download.hub_client import endpoint
 from tasks.publish.client import ask, connect
-from tasks.publish.repo import look
+from tasks.publish.repo import read_repo
 
 SMALL = ("config.json", "generation_config.json", INDEX)
 GUESS = 1 << 16  # bytes that are read at first of a file, as most headers are shorter
@@ -48,8 +48,8 @@ class RangedFiles(ABC):
     @contextmanager
     def skeleton(self) -> Iterator[Path]:
         """A temporary folder with the small files alone: what tells the architecture and where each tensor lies."""
-        with tempfile.TemporaryDirectory(prefix="tame-ranges-") as place:
-            folder = Path(place)
+        with tempfile.TemporaryDirectory(prefix="tame-ranges-") as scratch:
+            folder = Path(scratch)
             for name in SMALL:
                 if name in self.sizes:
                     (folder / name).write_bytes(self.read(name, 0, self.sizes[name]))
@@ -94,12 +94,12 @@ class HubFiles(RangedFiles):
 
     def __init__(self, repo: str, revision: str | None = None) -> None:
         self.api = connect(required=False)
-        there = look(self.api, repo, revision)
-        if there is None:
+        remote = read_repo(self.api, repo, revision)
+        if remote is None:
             at = f" at {revision[:12]}" if revision else ""
             raise BadInputError(f"{repo}{at} is not on {endpoint()}, or HF_TOKEN may not read it")
-        self.repo = there
-        super().__init__(there.id, {name: file.size for name, file in there.files.items()})
+        self.repo = remote
+        super().__init__(remote.id, {name: file.size for name, file in remote.files.items()})
 
     def _read(self, file: str, start: int, size: int) -> bytes:
         from huggingface_hub import get_session, hf_hub_url

@@ -57,8 +57,8 @@ class Rederived(BaseModel):
         read = f"{figure('size_bytes', self.source_bytes)} read of it, {figure('size_bytes', self.release_bytes)} of the release"
         what = f"{len(self.checked)} of {self.of} tensors, computed again from {self.source}"
         same = f"{repo}: {what}, are the same, byte for byte ({read}, {self.seconds:.1f} s)"
-        told = self.problems or [same]
-        return [*told, *(f"note: {note}" for note in self.notes)]
+        record = self.problems or [same]
+        return [*record, *(f"note: {note}" for note in self.notes)]
 
 
 def rederive(repo: str, count: int, source: str | None = None, progress: Progress = show) -> Rederived:
@@ -82,9 +82,9 @@ def rederive(repo: str, count: int, source: str | None = None, progress: Progres
 def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> Rederived:
     started = time.monotonic()
     release = files_of(repo)
-    told = _told(release)
-    variant = _variant(release.name, told)
-    original = _source(told, source)
+    record = _record(release)
+    variant = _variant(release.name, record)
+    original = _source(record, source)
     with original.skeleton() as folder, release.skeleton() as made:
         layout, packed = _layout(folder, variant, original)
         stored = release.tensors(made)
@@ -113,13 +113,13 @@ def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> 
             whole = job in layout.jobs  # and no piece of a larger tensor
             if start + len(data) > end or (whole and start + len(data) != end):
                 problems.append(f"{name} has {end - stored[name].start} bytes; the source gives {job.at + len(data)}")
-            elif (there := release.read(file, start, len(data))) != data:
-                problems.append(_difference(name, there, data, job))
+            elif (published := release.read(file, start, len(data))) != data:
+                problems.append(_difference(name, published, data, job))
     progress(f"check {repo}", len(chosen), len(chosen))
     if any("differs" in problem for problem in problems):
-        notes += _why(told)
+        notes += _why(record)
     return Rederived(
-        source=original.name + (f" at {commit[:12]}" if (commit := told["source"].get("commit")) else ""),
+        source=original.name + (f" at {commit[:12]}" if (commit := record["source"].get("commit")) else ""),
         checked=checked,
         of=len(stored),
         problems=problems,
@@ -130,33 +130,33 @@ def _rederive(repo: str, count: int, source: str | None, progress: Progress) -> 
     )
 
 
-def _told(release: RangedFiles) -> dict[str, Any]:
+def _record(release: RangedFiles) -> dict[str, Any]:
     """The release's tame.json, with the keys that are read here."""
     if provenance.NAME not in release.sizes:
         raise BadInputError(f"{release.name}: there is no {provenance.NAME}: tame did not publish this")
     try:
-        told: dict[str, Any] = json.loads(release.read(provenance.NAME, 0, release.sizes[provenance.NAME]))
-        if not isinstance(told["source"]["model"], str):
+        record: dict[str, Any] = json.loads(release.read(provenance.NAME, 0, release.sizes[provenance.NAME]))
+        if not isinstance(record["source"]["model"], str):
             raise TypeError("source.model")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInputError(
             f"{release.name}: {provenance.NAME} names no source ({line(error)}), so nothing can be computed"
         ) from None
-    return told
+    return record
 
 
-def _variant(name: str, told: dict[str, Any]) -> Variant:
+def _variant(name: str, record: dict[str, Any]) -> Variant:
     try:
-        return Variant.model_validate(told["variant"]["spec"])
+        return Variant.model_validate(record["variant"]["spec"])
     except (KeyError, TypeError, ValidationError) as error:
         raise BadInputError(
             f"{name}: {provenance.NAME} says of no variant that this tame can make ({line(error)})"
         ) from None
 
 
-def _source(told: dict[str, Any], given: str | None) -> RangedFiles:
+def _source(record: dict[str, Any], given: str | None) -> RangedFiles:
     """The files of the source: of `given`, or of the Hub repo that the release names, at the commit that it names."""
-    model, commit = told["source"]["model"], told["source"].get("commit")
+    model, commit = record["source"]["model"], record["source"].get("commit")
     if given is None and not commit:
         raise BadInputError(
             f"it was made from {model}, which is no repo of the Hub; name a folder that holds it as safetensors with --source"
@@ -185,9 +185,9 @@ def _layout(folder: Path, variant: Variant, original: RangedFiles) -> "tuple[Lay
         raise type(error)(str(error).replace(str(folder), original.name)) from None
 
 
-def _names(layout: "Layout", there: Any) -> list[str]:
+def _names(layout: "Layout", release: Any) -> list[str]:
     """Tensors that the source gives and the release lacks, and the reverse."""
-    missing, more = sorted(layout.outputs.keys() - there), sorted(there - layout.outputs.keys())
+    missing, more = sorted(layout.outputs.keys() - release), sorted(release - layout.outputs.keys())
     return [f"{name} is missing" for name in missing] + [f"{name} does not come from the source" for name in more]
 
 
@@ -203,19 +203,19 @@ def _config(folder: Path, made: Path, layout: "Layout") -> list[str]:
     return [f"config.json: {key} is not what the source gives" for key in wrong]
 
 
-def _difference(name: str, there: bytes, computed: bytes, job: "Job") -> str:
-    first = next(at for at, (one, other) in enumerate(zip(there, computed, strict=True)) if one != other)
+def _difference(name: str, published: bytes, computed: bytes, job: "Job") -> str:
+    first = next(at for at, (one, other) in enumerate(zip(published, computed, strict=True)) if one != other)
     return f"{name} differs from what {job.source.name} gives, first at byte {job.at + first}"
 
 
-def _why(told: dict[str, Any]) -> list[str]:
+def _why(record: dict[str, Any]) -> list[str]:
     """What could be an innocent reason for bytes that differ: other libraries, or another kind of device."""
-    here, there = versions(), told.get("versions") or {}
+    here, then = versions(), record.get("versions") or {}
     other = [
-        f"{name} {there[name]}, here {here[name]}" for name in sorted(here.keys() & there) if here[name] != there[name]
+        f"{name} {then[name]}, here {here[name]}" for name in sorted(here.keys() & then) if here[name] != then[name]
     ]
     notes = [f"it was made with {', '.join(other)}"] if other else []
-    device = str(((told.get("run") or {}).get("hardware") or {}).get("device", pick()))
+    device = str(((record.get("run") or {}).get("hardware") or {}).get("device", pick()))
     if device.partition(":")[0] != pick().partition(":")[0]:
         notes.append(f"it was made on {device}, and computed again on {pick()}, which need not round alike")
     return notes

@@ -82,7 +82,7 @@ class Wanted(BaseModel):
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def look(api: Any, repo: str, revision: str | None = None) -> Repo | None:
+def read_repo(api: Any, repo: str, revision: str | None = None) -> Repo | None:
     """What stands at `repo`; None if there is nothing, or nothing that this token may see."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -127,9 +127,9 @@ def files_at(api: Any, repo: str, commit: str) -> dict[str, Remote]:
     }
 
 
-def has(api: Any, repo: str, commit: str, there: dict[str, Remote], name: str, file: Wanted) -> bool:
+def has(api: Any, repo: str, commit: str, present: dict[str, Remote], name: str, file: Wanted) -> bool:
     """Whether `repo` has `file`: by the Hub's digest, or by the bytes where that digest is not one of the content."""
-    found = there.get(name)
+    found = present.get(name)
     if file.is_at(found):
         return True
     if found is None or found.sha256 or found.size != file.size:

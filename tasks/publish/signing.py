@@ -67,12 +67,12 @@ def _sign(files: dict[str, Wanted], key: Path, name: str) -> bytes:
     with tempfile.TemporaryDirectory(prefix="tame-") as temporary:
         folder, signature = Path(temporary) / name, Path(temporary) / SIGNATURE
         for path, file in files.items():
-            place = folder / path
-            place.parent.mkdir(parents=True, exist_ok=True)
+            signed = folder / path
+            signed.parent.mkdir(parents=True, exist_ok=True)
             if file.path:
-                place.symlink_to(Path(file.path).resolve())
+                signed.symlink_to(Path(file.path).resolve())
             else:
-                place.write_bytes(file.content or b"")
+                signed.write_bytes(file.content or b"")
         try:
             config: Any = signing.Config().use_elliptic_key_signer(private_key=key)
             config.set_hashing_config(hashing.Config().set_allow_symlinks(True)).sign(folder, signature)

@@ -57,7 +57,7 @@ def publish(
         for name, digest in files.items()
     }
     if spec.to == "folder":
-        return _told(_to_folder(wanted, extra, repo, progress))
+        return _log_published(_to_folder(wanted, extra, repo, progress))
     tag = provenance.tag(extra, files)
     release = Release(
         repo=repo,
@@ -67,7 +67,7 @@ def publish(
         review=spec.review,
         tag=tag if tag.startswith(TAG) else TAG + tag,
     )
-    done = _told(again_when_reached(lambda: _to_hub(release, progress), pauses))
+    done = _log_published(again_when_reached(lambda: _to_hub(release, progress), pauses))
     if spec.collection:
         collect(spec.collection, done.repo, spec.private)
     return done
@@ -114,7 +114,7 @@ def _to_hub(release: Release, progress: Progress) -> Published:
     )
 
 
-def _told(done: Published) -> Published:
+def _log_published(done: Published) -> Published:
     if done.already:
         log.debug("%s is there already, as it should be", done.url)
     else:
@@ -168,8 +168,8 @@ def tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
     from prefect.events import emit_event
 
     try:
-        told = json.loads(extra[provenance.NAME])
-        source = f"{endpoint()}/{told['source']['model']}"
+        record = json.loads(extra[provenance.NAME])
+        source = f"{endpoint()}/{record['source']['model']}"
         target = f"{endpoint()}/{done.repo}" if done.to == "hub" else f"file://{done.repo}"
         emit_event(
             event="prefect.asset.materialization.succeeded",
@@ -179,7 +179,7 @@ def tell_lineage(done: Published, extra: dict[str, bytes]) -> None:
                 "prefect.asset.url": done.url,
             },
             related=[{"prefect.resource.id": source, "prefect.resource.role": "asset"}],
-            payload={"commit": done.commit, "source_commit": told["source"]["commit"], **told["artifact"]},
+            payload={"commit": done.commit, "source_commit": record["source"]["commit"], **record["artifact"]},
         )
     except Exception as error:  # what is published is published, whoever hears of it
         log.debug("no asset event for %s: %s", done.repo, error)

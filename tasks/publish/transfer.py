@@ -44,14 +44,14 @@ def upload(
             with super().as_file() as file:
                 if with_tqdm:
                     read = file.read
-                    file.read = lambda size=-1: told(read(size))  # type: ignore[method-assign]
+                    file.read = lambda size=-1: report(read(size))  # type: ignore[method-assign]
                 yield file
 
     operations = [Addition(name, content) for name, content in sorted(change.additions.items())]
     total = sum(operation.upload_info.size for operation in operations)
     done = 0
 
-    def told(piece: bytes) -> bytes:
+    def report(piece: bytes) -> bytes:
         nonlocal done
         done += len(piece)
         progress(f"upload {repo}", min(done, total - 1), total)  # what is sent again counts again, up to the end
@@ -94,11 +94,11 @@ def fetch(
     name: str,
     size: int,
     sink: BinaryIO | None = None,
-    told: Callable[[int], None] = lambda size: None,
+    report: Callable[[int], None] = lambda size: None,
 ) -> str:
     """Download one file past every cache, into `sink` if there is one, and return its sha256.
 
-    A connection that breaks is resumed by the client. `told` hears the size of each piece. Files larger than TOO_LARGE
+    A connection that breaks is resumed by the client. `report` hears the size of each piece. Files larger than TOO_LARGE
     are not fetched: "".
     """
     from huggingface_hub import hf_hub_url
@@ -110,7 +110,7 @@ def fetch(
     url = hf_hub_url(repo, name, revision=commit, endpoint=api.endpoint)
 
     def once() -> str:
-        hasher = _Hasher(sink, told)
+        hasher = _Hasher(sink, report)
         with quiet():
             http_get(url, hasher, headers=build_hf_headers(token=api.token), expected_size=size or None)  # type: ignore[arg-type]
         return hasher.digest.hexdigest()
@@ -128,8 +128,8 @@ def content(api: Any, repo: str, commit: str, name: str, size: int) -> bytes:
 class _Hasher:
     """What the client writes a download into: it may start over, and never skips."""
 
-    def __init__(self, sink: BinaryIO | None, told: Callable[[int], None]) -> None:
-        self.sink, self.told = sink, told
+    def __init__(self, sink: BinaryIO | None, report: Callable[[int], None]) -> None:
+        self.sink, self.report = sink, report
         self.restart()
 
     def restart(self) -> None:
@@ -143,7 +143,7 @@ class _Hasher:
         self.at += len(piece)
         if self.sink:
             self.sink.write(piece)
-        self.told(len(piece))
+        self.report(len(piece))
         return len(piece)
 
     def tell(self) -> int:

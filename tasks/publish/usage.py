@@ -29,9 +29,9 @@ def usage(repo: str, method: CardText | None, folder: Path | None = None, size: 
     lines = ["## Use", text if other is None else _forward(repo, called_by(config), other == ENCODER_DECODER)]
     lines.append(f"Needs `pip install {' '.join(packages)}`.")
     if other is None and folder and size and (needed := memory(folder, size)):
-        told = ", ".join(f"{figure('size_bytes', value)} with {tokens:,} tokens" for tokens, value in needed.items())
+        sizes = ", ".join(f"{figure('size_bytes', value)} with {tokens:,} tokens" for tokens, value in needed.items())
         lines.append(
-            f"On a GPU it takes about {told} of context: weights, and keys and values in 16 bits, for one sequence. Activations, "
+            f"On a GPU it takes about {sizes} of context: weights, and keys and values in 16 bits, for one sequence. Activations, "
             "and what CUDA itself needs, come on top."
         )
     return lines

@@ -26,10 +26,10 @@ def verify(
     Raises:
         TameError: a file is missing, is not what was measured, or the model cannot be built from its configuration.
     """
-    there, where = files_at(api, repo, commit), f"{repo} at {commit[:12]}"
+    remote, where = files_at(api, repo, commit), f"{repo} at {commit[:12]}"
     for name, file in wanted.items():
-        if not has(api, repo, commit, there, name, file):
-            found = there.get(name)
+        if not has(api, repo, commit, remote, name, file):
+            found = remote.get(name)
             what = f"has {found.size} bytes and digest {(found.sha256 or found.oid)[:12]}…" if found else "is missing"
             expected = f"{file.size} bytes with sha256 {file.sha256[:12]}… were uploaded"
             raise TameError(f"{where}: {name} {what}, but {expected}; {fate}; run it again to upload it anew")
@@ -42,9 +42,9 @@ def verify(
 
     with tempfile.TemporaryDirectory(prefix="tame-") as folder:
         for name in whole:
-            file, place = wanted[name], Path(folder) / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("w+b") as sink:
+            file, path = wanted[name], Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w+b") as sink:
                 kept = sink if file.size <= SMALL else None
                 digest = fetch(api, repo, commit, name, file.size, kept, tell)
             if digest not in (file.sha256, ""):

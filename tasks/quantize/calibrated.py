@@ -75,9 +75,9 @@ def taking(folder: Path, jobs: "list[Job]") -> "list[Job]":
     Raises:
         TameError: the checkpoint lacks some.
     """
-    there = {name: (folder / found.file, found) for name, found in written_tensors(folder).items()}
+    written = {name: (folder / found.file, found) for name, found in written_tensors(folder).items()}
     alike = {job.key for job in jobs if job.quantized and job.variant is None}
-    lost = [name for job in jobs if job.key in alike for name in job.outputs if name not in there]
+    lost = [name for job in jobs if job.key in alike for name in job.outputs if name not in written]
     if lost:
         raise TameError(f"{folder}: {lost[0]} is not there; remove the folder, and run again")
-    return [replace(job, taken={n: there[n] for n in job.outputs}) if job.key in alike else job for job in jobs]
+    return [replace(job, taken={n: written[n] for n in job.outputs}) if job.key in alike else job for job in jobs]

@@ -151,7 +151,7 @@ def _order(jobs: list[Job], shard_of: dict[str, Shard], shards: list[Shard], sev
     of_file: dict[str, list[Job]] = {shard.path.name: [] for shard in shards}
     for job in sorted(jobs, key=lambda job: -job.bytes_read):
         of_file[shard_of[job.output].path.name].append(job)
-    alone = [
+    unshared = [
         job for shard in _filled_by_one(shards) for job in sorted(of_file.pop(shard.path.name), key=lambda job: job.at)
     ]
     queues = list(of_file.values())
@@ -162,7 +162,7 @@ def _order(jobs: list[Job], shard_of: dict[str, Shard], shards: list[Shard], sev
         for job in row
         if job is not None
     )
-    for row in zip_longest(alone, *[mixed] * several):
+    for row in zip_longest(unshared, *[mixed] * several):
         yield from (job for job in row if job is not None)
 
 

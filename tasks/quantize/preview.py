@@ -33,14 +33,14 @@ def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = Fal
     from tasks.quantize.layout import lay_out
     from tasks.quantize.packed import unpacked
 
-    known = (
+    facts = (
         unpacked(folder, read_tensors(folder), method_of_source(folder))[0]
         if any((folder / name).is_file() for name in (WEIGHTS, INDEX))
         else None
     )
     found = []
     for variant in variants:
-        layout = lay_out(folder, method_of(variant), variant, known, trust_remote_code)
+        layout = lay_out(folder, method_of(variant), variant, facts, trust_remote_code)
         found.append(
             {
                 "parameters": layout.parameters,

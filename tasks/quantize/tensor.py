@@ -82,9 +82,9 @@ class Worker:
 
     def do(self, job: Job, journal: Journal) -> bool:
         """Write what is to be written for one tensor, unless a killed run did. Returns whether it had to."""
-        known = journal.done.get(job.key)
-        if known is not None and self._written(job) == known.checksum:
-            for name, text in known.late.items():
+        recorded = journal.done.get(job.key)
+        if recorded is not None and self._written(job) == recorded.checksum:
+            for name, text in recorded.late.items():
                 self.shards[name].late[name] = text.encode()
             return False
         checksum = self.write(job)
@@ -139,11 +139,11 @@ class Worker:
         if isinstance(tensor_format, WholeFormat):
             tensor_format = tensor_format.knowing(self._largest(job))
         scale = self._scales(tensor_format.scale_count((job.shape[0], job.shape[1]), self._variant(job)))
-        checksum, at, known = xxh3_64(), 0, 0
+        checksum, at, scales_done = xxh3_64(), 0, 0
         for _, block in self._blocks(job):
-            codes, some = tensor_format.quantize_rows(block, self._variant(job))
-            scale[known : known + len(some)] = some
-            known += len(some)
+            codes, block_scales = tensor_format.quantize_rows(block, self._variant(job))
+            scale[scales_done : scales_done + len(block_scales)] = block_scales
+            scales_done += len(block_scales)
             data = self._host(codes)
             checksum.update(data)
             self.shards[job.output].write(job.output, at, data)
@@ -225,7 +225,7 @@ class Worker:
         """Refuse a weight whose scales say that it is broken, or that the format cannot hold it; then find where."""
         if self.tensor_format.plausible(scales):
             return
-        known = 0
+        checked = 0
         for row, stored in self._stored_blocks(job):
             block = stored.to(self.device).to(job.dtype)
             bad = (~torch.isfinite(block)).nonzero()
@@ -233,10 +233,10 @@ class Worker:
                 first, column = (int(index) for index in bad[0])
                 raise TameError(f"{self._where(job)} {_lost(stored[first, column], [row + first, column], job.dtype)}")
             count = self.tensor_format.scale_count((block.shape[0], block.shape[1]), self._variant(job))
-            if lost := self.tensor_format.fault(block, scales[known : known + count]):
+            if lost := self.tensor_format.fault(block, scales[checked : checked + count]):
                 lost_row, why = lost
                 raise TameError(f"{self._where(job)}: row {row + lost_row} {why}")
-            known += count
+            checked += count
 
     def _written(self, job: Job) -> int:
         """The checksum of what is in the output for a tensor."""

@@ -168,21 +168,23 @@ def history(model: str | None = None) -> str:
 
     try:
         client = connection.connect()
-        known = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
+        experiments = {found.name: found for found in client.search_experiments(filter_string="tags.tame = 'true'")}
     except Exception as error:  # whatever MLflow throws
         raise TameError(f"{connection.away(error)}; start it, or see MLFLOW_TRACKING_URI") from error
-    if model is not None and model not in known:
-        names = ", ".join(sorted(known)[:10]) or "none yet"
-        raise BadInputError(f"--model {model}: no release of it is logged in {connection.place()}; there are: {names}")
-    chosen = sorted(known) if model is None else [model]
+    if model is not None and model not in experiments:
+        names = ", ".join(sorted(experiments)[:10]) or "none yet"
+        raise BadInputError(
+            f"--model {model}: no release of it is logged in {connection.public_address()}; there are: {names}"
+        )
+    chosen = sorted(experiments) if model is None else [model]
     sections = []
     for name in chosen:
-        found = mlflow.search_runs([known[name].experiment_id], "tags.kind = 'variant'", output_format="list")
+        found = mlflow.search_runs([experiments[name].experiment_id], "tags.kind = 'variant'", output_format="list")
         if found:
             sections.append(_history_of(name, found))
     if not sections:
         raise BadInputError(
-            f"{connection.place()} has no release {f'of {model} ' if model else ''}yet; tame run makes one"
+            f"{connection.public_address()} has no release {f'of {model} ' if model else ''}yet; tame run makes one"
         )
     return _page("history.html", sections=sections)
 

@@ -18,7 +18,7 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
     from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
     key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
-    summary = " ".join(told for told in (advice(result), headline(result)) if told)
+    summary = " ".join(sentence for sentence in (advice(result), headline(result)) if sentence)
     try:
         create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
         place = f"[report.html]({mlflow_url}/artifacts/report.html)" if mlflow_url else f"`{report}`"

@@ -76,13 +76,13 @@ def _header(column: str, result: Result) -> str:
 def _cells(measured: Measured, shown: tuple[str, ...], result: Result) -> list[str]:
     whole = result.baseline.metrics.get("size_bytes") if result.baseline else None
     size = measured.metrics.get("size_bytes")
-    known = {name: figure(name, measured.metrics.get(name)) for name in shown if name != "smaller"}
-    known["smaller"] = (
+    cells = {name: figure(name, measured.metrics.get(name)) for name in shown if name != "smaller"}
+    cells["smaller"] = (
         "" if measured is result.baseline or not whole or not size else f"{100 * (1 - size / whole):.0f} %"
     )
     if measured is result.baseline:
-        known |= {name: "" for name in ("kl_mean", "top1_agreement") if name not in measured.metrics}
-    return [measured.name, *(known[name] for name in shown)]
+        cells |= {name: "" for name in ("kl_mean", "top1_agreement") if name not in measured.metrics}
+    return [measured.name, *(cells[name] for name in shown)]
 
 
 def _made(result: Result, out: Path) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def _made(result: Result, out: Path) -> list[tuple[str, str]]:
     lines += [("published", f"{variant.published}") for variant in result.variants if variant.published]
     lines += [("result", str(out / "result.json")), ("report", str(out / "report.html"))]
     if result.mlflow_run:
-        from tasks.track.connection import place
+        from tasks.track.connection import public_address
 
-        lines.append(("mlflow", f"run {result.mlflow_run} in {place()}"))
+        lines.append(("mlflow", f"run {result.mlflow_run} in {public_address()}"))
     return lines

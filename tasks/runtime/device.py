@@ -62,9 +62,9 @@ def gpus() -> tuple[Gpu, ...]:
         cuda.cuDeviceGetName(name, len(name), device)
         cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
         cuda.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
-        known = None if cuda.cuDeviceGetUuid(uuid, device) else f"GPU-{UUID(bytes=uuid.raw)}"
+        uuid_text = None if cuda.cuDeviceGetUuid(uuid, device) else f"GPU-{UUID(bytes=uuid.raw)}"
         called = name.value.decode(errors="replace")
-        found.append(Gpu(name=called, memory_bytes=size.value, bfloat16=major.value >= AMPERE, uuid=known))
+        found.append(Gpu(name=called, memory_bytes=size.value, bfloat16=major.value >= AMPERE, uuid=uuid_text))
     return tuple(found)
 
 
@@ -74,16 +74,16 @@ def pick(device: str = "auto") -> str:
     Raises:
         BadInputError: a device that is not there, or no device at all.
     """
-    known = gpus()
+    devices = gpus()
     if device == "auto":
-        return "cuda:0" if known else "cpu"
+        return "cuda:0" if devices else "cpu"
     if device == "cpu":
         return "cpu"
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdecimal()):
         raise BadInputError(f"device {device!r} is not known; give auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= len(known):
-        seen = f"{len(known)} CUDA device(s)" if known else "no CUDA device"
+    if int(index or 0) >= len(devices):
+        seen = f"{len(devices)} CUDA device(s)" if devices else "no CUDA device"
         raise BadInputError(f"device {device!r} is not there: this process sees {seen}; give auto or cpu")
     return f"cuda:{int(index or 0)}"
 

@@ -87,17 +87,11 @@ def check_addresses(environment: Mapping[str, str]) -> None:
             raise BadInputError(
                 f"{name} is {bare_address(value)!r}: expected an address with its scheme, such as {example}"
             )
-    place = environment.get("MLFLOW_TRACKING_URI", "").strip()
-    is_path = place.startswith((".", "/", "~", "file:")) or Path(place).exists()
-    if (
-        place
-        and "://" not in place
-        and not is_path
-        and re.search(r"[.:]", place)
-        and not re.match(r"[a-z-]+:[a-z]", place)
-    ):
+    uri = environment.get("MLFLOW_TRACKING_URI", "").strip()
+    is_path = uri.startswith((".", "/", "~", "file:")) or Path(uri).exists()
+    if uri and "://" not in uri and not is_path and re.search(r"[.:]", uri) and not re.match(r"[a-z-]+:[a-z]", uri):
         raise BadInputError(
-            f"MLFLOW_TRACKING_URI is {bare_address(place)!r}: expected an address with its scheme, such as http://127.0.0.1:5000"
+            f"MLFLOW_TRACKING_URI is {bare_address(uri)!r}: expected an address with its scheme, such as http://127.0.0.1:5000"
         )
 
 

@@ -33,10 +33,10 @@ def write_text(path: Path, text: str) -> Path:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):
-        number = left.suffix[1:]
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        number = leftover.suffix[1:]
         if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)

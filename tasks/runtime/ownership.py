@@ -23,7 +23,7 @@ def begin() -> int | None:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
         return None
-    return _look(context.flow_run.id)[0]
+    return _read_run(context.flow_run.id)[0]
 
 
 def check(attempt: int | None) -> None:
@@ -37,14 +37,14 @@ def check(attempt: int | None) -> None:
     from prefect.exceptions import Abort
     from prefect.runtime import flow_run
 
-    now, state = _look(flow_run.get_id())
+    now, state = _read_run(flow_run.get_id())
     if (now, state) != (attempt, "RUNNING"):
         message = f"the run is now at attempt {now} and {state.lower()}; attempt {attempt} of it stops here"
         log.warning(message)
         raise Abort(message)
 
 
-def _look(run_id: object) -> tuple[int, str]:
+def _read_run(run_id: object) -> tuple[int, str]:
     """How often the run was begun, and its state's type."""
     from uuid import UUID
 

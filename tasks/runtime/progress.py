@@ -40,8 +40,8 @@ def show(what: str, done: int, total: int) -> None:
     if _due("artifact", what, ARTIFACT_EVERY, at_first=False) or (last and _artifact.get()):
         _update_artifact(what, 100.0 * done / max(total, 1))
     if last:
-        for place in ("log", "artifact"):
-            _last.pop((place, what), None)
+        for sink in ("log", "artifact"):
+            _last.pop((sink, what), None)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -136,12 +136,12 @@ class _Bottom:
         if self.bar:
             what, done, total = self.bar
             filled = BAR * done // total
-            left = (now - self.bar_began) * (total - done) / done if done else 0
+            remaining = (now - self.bar_began) * (total - done) / done if done else 0
             ending = f" {'━' * filled}{'╌' * (BAR - filled)} {100 * done // total:3d} %" + (
-                f" {_clock(left)} left" if done and now - self.bar_began > 1 else ""
+                f" {_clock(remaining)} left" if done and now - self.bar_began > 1 else ""
             )
-            place, _, name = self.stage.partition(" ")
-            text = f"{place} {what}" if what.startswith(name) else f"{self.stage}: {what}"
+            position, _, name = self.stage.partition(" ")
+            text = f"{position} {what}" if what.startswith(name) else f"{self.stage}: {what}"
         else:
             text, ending = self.stage, f" … {_clock(now - self.began)}"
         room = max(width - len(ending), 8)
@@ -160,15 +160,15 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _due(place: str, what: str, every: float, at_first: bool = True) -> bool:
+def _due(sink: str, what: str, every: float, at_first: bool = True) -> bool:
     now = time.monotonic()
-    before = _last.get((place, what))
+    before = _last.get((sink, what))
     if before is None:
-        _last[place, what] = now
+        _last[sink, what] = now
         return at_first
     if now - before < every:
         return False
-    _last[place, what] = now
+    _last[sink, what] = now
     return True
 
 

@@ -26,7 +26,7 @@ def lock_file() -> Path:
     return home() / "up.lock"
 
 
-def told() -> Path:
+def addresses_file() -> Path:
     """The file with its addresses."""
     return home() / "up.json"
 
@@ -42,6 +42,6 @@ def servers() -> Servers | None:
     except OSError:
         return None
     try:
-        return Servers(**json.loads(told().read_bytes()))
+        return Servers(**json.loads(addresses_file().read_bytes()))
     except (OSError, ValueError, TypeError):
         return None  # it is starting, or stopping

@@ -32,7 +32,7 @@ log = logging.getLogger("tame.store")
 
 def find(kind: str, inputs: dict[str, Any]) -> on_disk.Artifact | None:
     """The artifact made from `inputs`, if it is here, complete, and its files have the size and time they had."""
-    return on_disk.read(on_disk.place_of(kind, inputs))
+    return on_disk.read(on_disk.folder_of(kind, inputs))
 
 
 def where(kind: str, inputs: dict[str, Any]) -> str | None:
@@ -41,12 +41,12 @@ def where(kind: str, inputs: dict[str, Any]) -> str | None:
     Raises:
         TameError: the shared store does not answer.
     """
-    place = on_disk.place_of(kind, inputs)
-    if on_disk.read(place):
+    folder = on_disk.folder_of(kind, inputs)
+    if on_disk.read(folder):
         return "the cache"
     remote = remote_store.connect()
     try:
-        return remote.url if remote and remote_store.manifest(remote, place.name) else None
+        return remote.url if remote and remote_store.manifest(remote, folder.name) else None
     except CorruptedError:
         return None
 
@@ -117,7 +117,7 @@ def build_many(
     failure: Exception | None = None
     with ExitStack() as open_rooms:
         # In one order everywhere, so that two processes do not wait for each other.
-        for name, (kind, inputs) in sorted(wanted.items(), key=lambda item: on_disk.place_of(*item[1])):
+        for name, (kind, inputs) in sorted(wanted.items(), key=lambda item: on_disk.folder_of(*item[1])):
             room = open_rooms.enter_context(_room(kind, inputs))
             if room.artifact is not None:
                 found[name] = room.artifact
@@ -146,7 +146,7 @@ class _Room:
 
     kind: str
     inputs: dict[str, Any]
-    place: Path
+    folder: Path
     artifact: on_disk.Artifact | None = None
     """What was there."""
     remote: Remote | None = None
@@ -157,7 +157,7 @@ class _Room:
     @property
     def partial(self) -> Path:
         """Where it is made."""
-        return self.place.parent / f".partial-{self.place.name}"
+        return self.folder.parent / f".partial-{self.folder.name}"
 
     @property
     def files(self) -> Path:
@@ -168,35 +168,35 @@ class _Room:
         """Seal what was made, and bring it into its place, and into the shared store."""
         artifact = self.ready or on_disk.seal(self.kind, self.inputs, self.partial, made)
         if self.remote is None:
-            return on_disk.take(self.partial, self.place)
-        return _published(self.remote, artifact, self.partial, self.place)
+            return on_disk.take(self.partial, self.folder)
+        return _published(self.remote, artifact, self.partial, self.folder)
 
 
 @contextmanager
 def _room(kind: str, inputs: dict[str, Any], keep_partial: bool = False, shared: bool = True) -> Iterator[_Room]:
     """The artifact made from `inputs` if it is there, else room to make it; what is not taken at the end is removed."""
-    room = _Room(kind, inputs, on_disk.place_of(kind, inputs))
-    place, partial = room.place, room.partial
-    room.artifact = on_disk.read(place)
+    room = _Room(kind, inputs, on_disk.folder_of(kind, inputs))
+    folder, partial = room.folder, room.partial
+    room.artifact = on_disk.read(folder)
     if room.artifact is not None:
-        os.utime(place / "manifest.json")  # when it was last used, for prune
+        os.utime(folder / "manifest.json")  # when it was last used, for prune
         yield room
         return
-    cache_only.may_make(f"{kind} {place.name[-on_disk.KEY_LENGTH :][:8]}")
+    cache_only.may_make(f"{kind} {folder.name[-on_disk.KEY_LENGTH :][:8]}")
     with (
         on_disk.locked(
-            place, f"another process is making {kind} {place.name[-on_disk.KEY_LENGTH :][:8]}; waiting for it"
+            folder, f"another process is making {kind} {folder.name[-on_disk.KEY_LENGTH :][:8]}; waiting for it"
         ),
         ExitStack() as held,
     ):
         try:
-            room.artifact = on_disk.read(place)
+            room.artifact = on_disk.read(folder)
             if room.artifact is None:
                 _prepare(room, keep_partial, shared, held)
             yield room
         except OSError as error:
             on_disk.clear(partial)
-            raise TameError(on_disk.os_error(error, place.parent)) from error
+            raise TameError(on_disk.os_error(error, folder.parent)) from error
         except (KilledError, AwayError, KeyboardInterrupt):  # what is finished is taken up by the next run
             if not keep_partial:
                 on_disk.clear(partial)
@@ -210,22 +210,22 @@ def _room(kind: str, inputs: dict[str, Any], keep_partial: bool = False, shared:
 
 def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> None:
     """Bring what another machine has made; else have the right to make it, for all machines, and an empty folder."""
-    place = room.place
-    if place.exists():
-        log.warning("%s does not verify; it is made again", place)
-        on_disk.remove_folder(place)
+    folder = room.folder
+    if folder.exists():
+        log.warning("%s does not verify; it is made again", folder)
+        on_disk.remove_folder(folder)
     room.remote = remote_store.connect() if shared else None
     if room.remote is not None:
         with contextlib.suppress(CorruptedError):
-            room.artifact = fetched(room.remote, place)
+            room.artifact = fetched(room.remote, folder)
         if room.artifact is not None:
             return
-        held.enter_context(lease(room.remote, place.name))
+        held.enter_context(lease(room.remote, folder.name))
         try:
-            room.artifact = fetched(room.remote, place)
+            room.artifact = fetched(room.remote, folder)
         except CorruptedError as error:
             log.warning("%s; it is made again", error)
-            remote_store.discard(room.remote, place.name)
+            remote_store.discard(room.remote, folder.name)
         if room.artifact is not None:
             return
     room.ready = on_disk.read(room.partial)
@@ -237,7 +237,7 @@ def _prepare(room: _Room, keep_partial: bool, shared: bool, held: ExitStack) -> 
 
 def artifacts() -> Iterator[on_disk.Artifact]:
     """Every complete artifact, oldest first."""
-    found = [a for place in on_disk.store_folder().glob("[!.]*") if (a := on_disk.read_manifest(place))]
+    found = [a for folder in on_disk.store_folder().glob("[!.]*") if (a := on_disk.read_manifest(folder))]
     yield from sorted(found, key=lambda artifact: (artifact.created, artifact.key))
 
 
@@ -258,10 +258,10 @@ def verify(artifact: on_disk.Artifact) -> list[str]:
 
 def remove(artifact: on_disk.Artifact) -> bool:
     """Remove an artifact unless a process is building it, and say whether it was removed."""
-    place = Path(artifact.path).parent
+    folder = Path(artifact.path).parent
     try:
-        with FileLock(on_disk.lock_path(place), timeout=0):
-            on_disk.remove_folder(place)
+        with FileLock(on_disk.lock_path(folder), timeout=0):
+            on_disk.remove_folder(folder)
             return True
     except Timeout:
         return False
@@ -306,35 +306,35 @@ def sweep() -> int:
     return swept
 
 
-def fetched(remote: Remote, place: Path) -> on_disk.Artifact | None:
-    """The artifact at `place`, brought from the shared store, if it has one."""
-    there = remote_store.manifest(remote, place.name)
-    if there is None:
+def fetched(remote: Remote, target: Path) -> on_disk.Artifact | None:
+    """The artifact at `target`, brought from the shared store, if it has one."""
+    manifest = remote_store.manifest(remote, target.name)
+    if manifest is None:
         return None
-    if on_disk.digest_of(there.files) != there.digest:
-        raise CorruptedError(f"{remote.url}/{place.name}/manifest.json has another digest than the files it names")
-    started, folder = time.monotonic(), place.parent / f".fetched-{place.name}"
+    if on_disk.digest_of(manifest.files) != manifest.digest:
+        raise CorruptedError(f"{remote.url}/{target.name}/manifest.json has another digest than the files it names")
+    started, folder = time.monotonic(), target.parent / f".fetched-{target.name}"
     files = folder / "files"
     files.mkdir(parents=True, exist_ok=True)
-    on_disk.need_space(folder, there.bytes, f"fetch {there.kind} from {remote.url}")
-    remote_store.fetch(remote, there, files)
-    for path in [path for path in on_disk.walk(files) if path.relative_to(files).as_posix() not in there.files]:
+    on_disk.need_space(folder, manifest.bytes, f"fetch {manifest.kind} from {remote.url}")
+    remote_store.fetch(remote, manifest, files)
+    for path in [path for path in on_disk.walk(files) if path.relative_to(files).as_posix() not in manifest.files]:
         path.unlink()  # of an earlier upload
-    stamps = {name: (files / name).stat().st_mtime_ns for name in there.files}
-    on_disk.write(folder, on_disk.Artifact(**there.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
+    stamps = {name: (files / name).stat().st_mtime_ns for name in manifest.files}
+    on_disk.write(folder, on_disk.Artifact(**manifest.model_dump(exclude={"upload"}), path=str(files), stamps=stamps))
     seconds = time.monotonic() - started
-    level = logging.INFO if there.bytes > 1e6 else logging.DEBUG
-    log.log(level, "fetched %s %s, %.1f MB in %.1f s", there.kind, there.key[:8], there.bytes / 1e6, seconds)
-    return on_disk.take(folder, place)
+    level = logging.INFO if manifest.bytes > 1e6 else logging.DEBUG
+    log.log(level, "fetched %s %s, %.1f MB in %.1f s", manifest.kind, manifest.key[:8], manifest.bytes / 1e6, seconds)
+    return on_disk.take(folder, target)
 
 
-def _published(remote: Remote, made: on_disk.Artifact, partial: Path, place: Path) -> on_disk.Artifact:
-    """Upload what was made, and take into `place` what then stands in the shared store: another machine may have won."""
+def _published(remote: Remote, made: on_disk.Artifact, partial: Path, target: Path) -> on_disk.Artifact:
+    """Upload what was made, and take into `target` what then stands in the shared store: another machine may have won."""
     ours = Shared.model_validate(made.model_dump(include=set(Shared.model_fields)))
     if remote_store.publish(remote, ours, Path(made.path)).digest == made.digest:
-        return on_disk.take(partial, place)
+        return on_disk.take(partial, target)
     log.warning("%s %s: another machine was done first; its files are taken", made.kind, made.key[:8])
     on_disk.remove_folder(partial)
-    artifact = fetched(remote, place)
+    artifact = fetched(remote, target)
     assert artifact is not None
     return artifact

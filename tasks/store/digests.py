@@ -22,8 +22,8 @@ def sha256_file(path: Path) -> str:
     identity = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
     row = None
     # The table only saves reading: without it, or with a damaged one, everything is read.
-    with contextlib.suppress(sqlite3.Error), _known_digests() as known:
-        row = known.execute(
+    with contextlib.suppress(sqlite3.Error), _known_digests() as cache:
+        row = cache.execute(
             "SELECT sha256 FROM digests WHERE path = ? AND identity = ?", (str(path), repr(identity))
         ).fetchone()
     if row:
@@ -32,8 +32,8 @@ def sha256_file(path: Path) -> str:
     after = path.stat()
     settled = time.time_ns() - max(after.st_ctime_ns, after.st_mtime_ns) > 2_000_000_000
     if settled and identity == (after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns, after.st_ctime_ns):
-        with contextlib.suppress(sqlite3.Error), _known_digests() as known:
-            known.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (str(path), repr(identity), digest))
+        with contextlib.suppress(sqlite3.Error), _known_digests() as cache:
+            cache.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (str(path), repr(identity), digest))
     return digest
 
 

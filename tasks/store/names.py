@@ -7,11 +7,11 @@ from configs.settings import home
 
 def remember(digest: str, name: str) -> None:
     """Keep the name of a snapshot or a checkpoint; that it cannot be kept is no reason to fail."""
-    place = home() / "names" / digest
+    file = home() / "names" / digest
     with contextlib.suppress(OSError):
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(name, encoding="utf-8")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(name, encoding="utf-8")
 
 
 def name_of(digest: str) -> str:

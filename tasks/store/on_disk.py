@@ -60,24 +60,24 @@ def store_folder() -> Path:
     return home() / "artifacts"
 
 
-def place_of(kind: str, inputs: dict[str, Any]) -> Path:
+def folder_of(kind: str, inputs: dict[str, Any]) -> Path:
     """The folder of the artifact that is made from `inputs`, whether it is there or not."""
     return store_folder() / f"{kind}-{key_of({'kind': kind, **inputs})}"
 
 
-def lock_path(place: Path) -> Path:
-    """The lock file of the artifact at `place`."""
-    return place.parent / ".locks" / place.name
+def lock_path(folder: Path) -> Path:
+    """The lock file of the artifact at `folder`."""
+    return folder.parent / ".locks" / folder.name
 
 
 @contextmanager
-def locked(place: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of the artifact at `place`; `waiting` is logged if another process has it.
+def locked(folder: Path, waiting: str) -> Iterator[None]:
+    """Hold the lock of the artifact at `folder`; `waiting` is logged if another process has it.
 
     Raises:
         TameError: the folder of locks cannot be written.
     """
-    path = lock_path(place)
+    path = lock_path(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -87,16 +87,16 @@ def locked(place: Path, waiting: str) -> Iterator[None]:
             log.info("%s", waiting)
             lock.acquire()
     except OSError as error:
-        raise TameError(os_error(error, place.parent)) from error
+        raise TameError(os_error(error, folder.parent)) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def read(place: Path) -> Artifact | None:
-    """The artifact at `place`, if its manifest is there and every file has the size and time that it says."""
-    artifact = read_manifest(place)
+def read(folder: Path) -> Artifact | None:
+    """The artifact at `folder`, if its manifest is there and every file has the size and time that it says."""
+    artifact = read_manifest(folder)
     if artifact is None:
         return None
     for name, size in artifact.sizes.items():
@@ -109,11 +109,11 @@ def read(place: Path) -> Artifact | None:
     return artifact
 
 
-def read_manifest(place: Path) -> Artifact | None:
-    """The manifest of the artifact at `place`; its files are not looked at. None if it is absent or damaged."""
+def read_manifest(folder: Path) -> Artifact | None:
+    """The manifest of the artifact at `folder`; its files are not looked at. None if it is absent or damaged."""
     try:
-        content = json.loads((place / "manifest.json").read_bytes())
-        return Artifact.model_validate({**content, "path": str(place / "files")})
+        content = json.loads((folder / "manifest.json").read_bytes())
+        return Artifact.model_validate({**content, "path": str(folder / "files")})
     except (OSError, ValueError):
         return None
 
@@ -158,11 +158,11 @@ def write(folder: Path, artifact: Artifact) -> None:
         fsync(path)
 
 
-def take(folder: Path, place: Path) -> Artifact:
+def take(folder: Path, target: Path) -> Artifact:
     """Rename a complete artifact into its place."""
-    folder.rename(place)
-    fsync(place.parent)
-    artifact = read_manifest(place)
+    folder.rename(target)
+    fsync(target.parent)
+    artifact = read_manifest(target)
     assert artifact is not None
     return artifact
 
@@ -181,16 +181,16 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_folder(place: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Rename the folder to a name that marks it as removed, then delete it. A kill in between leaves no half artifact."""
-    if not place.exists():
+    if not folder.exists():
         return
-    if not place.name.startswith("."):
-        removed = place.parent / f".removed-{place.name}"
+    if not folder.name.startswith("."):
+        removed = folder.parent / f".removed-{folder.name}"
         shutil.rmtree(removed, ignore_errors=True)
-        place.rename(removed)
-        place = removed
-    shutil.rmtree(place, ignore_errors=True)
+        folder.rename(removed)
+        folder = removed
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def os_error(error: OSError, folder: Path) -> str:

@@ -12,11 +12,11 @@ def recalled(path: str) -> Path:
     Raises:
         TameError: it is neither here nor in TAME_STORE, or the shared store does not answer.
     """
-    place = on_disk.store_folder() / Path(path).parent.name
-    found = on_disk.read(place)
+    folder = on_disk.store_folder() / Path(path).parent.name
+    found = on_disk.read(folder)
     if found is None and (remote := remote_store.connect()):
-        with on_disk.locked(place, f"another process is fetching {place.name}; waiting for it"):
-            found = on_disk.read(place) or artifacts.fetched(remote, place)
+        with on_disk.locked(folder, f"another process is fetching {folder.name}; waiting for it"):
+            found = on_disk.read(folder) or artifacts.fetched(remote, folder)
     if found is None:
-        raise TameError(f"{place} is gone, and was not kept in TAME_STORE; run the recipe again")
+        raise TameError(f"{folder} is gone, and was not kept in TAME_STORE; run the recipe again")
     return Path(found.path)

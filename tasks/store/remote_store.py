@@ -265,8 +265,8 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
         TameError: a file is not what it was when it was made, or the storage is full. AwayError: nothing is published.
     """
     shared = shared.model_copy(update={"upload": uuid.uuid4().hex[:12]})
-    place = f"{remote.root}/{shared.name}"
-    upload = f"{place}/{shared.upload}"
+    target = f"{remote.root}/{shared.name}"
+    upload = f"{target}/{shared.upload}"
 
     def one(name: str) -> None:
         if (actual := sha256_now(folder / name)) != shared.files[name]:
@@ -278,15 +278,15 @@ def publish(remote: Remote, shared: Shared, folder: Path) -> Shared:
     except OSError as error:
         what = "make room there" if error.errno in FULL else "see that it is there"
         raise TameError(f"TAME_STORE {remote.url}: {named_line(error)}; {what}") from error
-    there = sizes(remote, upload)
-    if missing := [n for n, size in shared.sizes.items() if there.get(f"{shared.name}/{shared.upload}/{n}") != size]:
+    uploaded = sizes(remote, upload)
+    if missing := [n for n, size in shared.sizes.items() if uploaded.get(f"{shared.name}/{shared.upload}/{n}") != size]:
         raise AwayError(f"{url_of(remote, upload)}/{missing[0]} did not arrive whole; run again")
-    while not create(remote, f"{place}/manifest.json", shared.model_dump_json(indent=1).encode()):
+    while not create(remote, f"{target}/manifest.json", shared.model_dump_json(indent=1).encode()):
         if (first := manifest(remote, shared.name)) is not None:
             delete(remote, upload)
             return first
-    for name in {n.split("/")[1] for n in sizes(remote, place) if n.count("/") > 1} - {shared.upload}:
-        delete(remote, f"{place}/{name}")  # what killed builders have left
+    for name in {n.split("/")[1] for n in sizes(remote, target) if n.count("/") > 1} - {shared.upload}:
+        delete(remote, f"{target}/{name}")  # what killed builders have left
     return shared
 
 
@@ -302,10 +302,10 @@ def put(remote: Remote, source: Path, path: str) -> None:
 
 def discard(remote: Remote, name: str) -> None:
     """Take a shared artifact out of sight in one step, its manifest, and then away; leases stay."""
-    place = f"{remote.root}/{name}"
-    delete(remote, f"{place}/manifest.json")
-    for upload in {n.split("/")[1] for n in sizes(remote, place) if n.count("/") > 1}:
-        delete(remote, f"{place}/{upload}")
+    target = f"{remote.root}/{name}"
+    delete(remote, f"{target}/manifest.json")
+    for upload in {n.split("/")[1] for n in sizes(remote, target) if n.count("/") > 1}:
+        delete(remote, f"{target}/{upload}")
 
 
 def url_of(remote: Remote, path: str) -> str:

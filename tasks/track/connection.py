@@ -74,14 +74,14 @@ def connect() -> Any:
         return mlflow.MlflowClient(uri)
 
 
-def place() -> str:
+def public_address() -> str:
     """The server's address without the credentials that it may hold."""
     return bare_address(_uri())
 
 
 def away(error: Exception) -> str:
     """In a line, that MLflow cannot be used, where and why, without credentials."""
-    return f"MLflow at {place()} cannot be used ({named_line(error)})"
+    return f"MLflow at {public_address()} cannot be used ({named_line(error)})"
 
 
 def run_url(run_id: str | None) -> str | None:
@@ -92,7 +92,7 @@ def run_url(run_id: str | None) -> str | None:
         experiment = connect().get_run(run_id).info.experiment_id
     except Exception:  # a link is never worth a release
         return None
-    return f"{place().rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{public_address().rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def _make_ready(database: Path) -> None:
@@ -142,7 +142,7 @@ def _check_answers() -> None:
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if re.match(rf"({'|'.join(mlflow_internals.SERVER_DATABASES)}|sqlite)[+:]", given):
         mlflow_internals.check_database(given, ANSWER_WITHIN)
-    if not (address := place()).startswith(("http://", "https://")):
+    if not (address := public_address()).startswith(("http://", "https://")):
         return
     try:
         retry(functools.partial(_ask, address), [1.0], lambda error: isinstance(_reason(error), ConnectionError))

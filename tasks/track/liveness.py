@@ -56,8 +56,8 @@ def close_stale(client: Any) -> None:
 
 
 def keep_alive(client: Any, run_id: str) -> None:
-    """Give signs of life and log the machine's load, in the background, until `rest`."""
-    rest(run_id)
+    """Give signs of life and log the machine's load, in the background, until `stop_heartbeat`."""
+    stop_heartbeat(run_id)
     resting = alive[run_id] = threading.Event()
     monitor = mlflow_internals.monitor(run_id, client.tracking_uri, SYSTEM_METRICS_EVERY)
 
@@ -75,7 +75,7 @@ def keep_alive(client: Any, run_id: str) -> None:
     threading.Thread(target=beat, daemon=True, name="heartbeat").start()
 
 
-def rest(run_id: str) -> None:
+def stop_heartbeat(run_id: str) -> None:
     """End the signs of life of a run."""
     if resting := alive.pop(run_id, None):
         resting.set()
@@ -84,5 +84,5 @@ def rest(run_id: str) -> None:
 def _where() -> str:
     """Names the process table that this process is in: host, boot, and, in a container, which one."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    known = [boot.read_text().strip() if boot.exists() else "", str(namespace.readlink()) if namespace.exists() else ""]
-    return " ".join([socket.gethostname(), *known])
+    parts = [boot.read_text().strip() if boot.exists() else "", str(namespace.readlink()) if namespace.exists() else ""]
+    return " ".join([socket.gethostname(), *parts])

@@ -270,8 +270,8 @@ def _batch(client: Any, run_id: str, content: _Content, timestamp: int, model: A
     if dataset is not None:
         linked |= {"dataset_name": dataset.name, "dataset_digest": dataset.digest}
     entries = [Metric(metric_key(name), value, timestamp, 0, **linked) for name, value in content.metrics.items()]
-    known = client.get_run(run_id).data.params
-    fresh = [Param(key, value[:6000]) for key, value in content.params.items() if key not in known]
+    logged = client.get_run(run_id).data.params
+    fresh = [Param(key, value[:6000]) for key, value in content.params.items() if key not in logged]
     labels = [RunTag(key, value[:7900]) for key, value in content.tags.items()]
     for start in range(0, max(len(entries), len(fresh), len(labels)), 100):
         part = slice(start, start + 100)

@@ -97,7 +97,7 @@ def register(client: Any, result: Result, variant: ResultVariant, model: Any, ru
             raise
     assert variant.artifact is not None
     digest = variant.artifact.digest
-    known = client.search_model_versions(f"name = '{name}' and tags.artifact_digest = '{digest}'", max_results=1)
+    registered = client.search_model_versions(f"name = '{name}' and tags.artifact_digest = '{digest}'", max_results=1)
     tags: dict[str, str] = {
         "artifact_digest": digest,
         "bits": bits(variant),
@@ -108,8 +108,8 @@ def register(client: Any, result: Result, variant: ResultVariant, model: Any, ru
         **{key: repr(variant.metrics[key]) for key in ("kl_mean", "perplexity_ratio") if key in variant.metrics},
         "size_bytes": repr(variant.metrics.get("size_bytes", float(variant.artifact.bytes))),
     }
-    if known:
-        version = known[0].version
+    if registered:
+        version = registered[0].version
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)
     else:

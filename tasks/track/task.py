@@ -66,7 +66,7 @@ def log(result: Result, run_id: str | None, report: Path | None, final: bool) ->
     except OSError as error:  # no space: result.json, which lies elsewhere, may still be written
         logger.warning("%s: %s; this result is not logged to MLflow", spooled, error.strerror or error)
     if final and run_id:
-        liveness.rest(run_id)
+        liveness.stop_heartbeat(run_id)
     return run_id
 
 
@@ -99,7 +99,7 @@ def replay() -> int:
 def _spool(spooled: Path, result: Result, run_id: str | None, report: Path | None, final: bool) -> None:
     page = report.read_text(encoding="utf-8") if report and report.exists() else None
     content = {
-        "server": connection.place(),
+        "server": connection.public_address(),
         "run_id": run_id,
         "final": final,
         "life": liveness.heartbeat(),
@@ -127,7 +127,7 @@ def _replay(client: Any) -> int:
     for spooled in waiting:
         try:
             with FileLock(spooled.with_suffix(".lock"), timeout=0):
-                if not spooled.exists() or json.loads(spooled.read_bytes())["server"] != connection.place():
+                if not spooled.exists() or json.loads(spooled.read_bytes())["server"] != connection.public_address():
                     continue
                 _write(client, spooled)
                 logged += 1

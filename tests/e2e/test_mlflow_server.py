@@ -77,7 +77,7 @@ def server(tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
     yield running
     for run_id in list(liveness.alive):
-        liveness.rest(run_id)
+        liveness.stop_heartbeat(run_id)
     running.stop()
 
 

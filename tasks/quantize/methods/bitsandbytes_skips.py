@@ -11,24 +11,24 @@ def with_fused(skip: list[str] | None) -> list[str] | None:
     """The list, and after it the names of fused modules all of whose parts are on it."""
     if skip is None:
         return None
-    there, parents = set(skip), dict.fromkeys(name.rpartition(".")[0] for name in skip if "." in name)
+    names, parents = set(skip), dict.fromkeys(name.rpartition(".")[0] for name in skip if "." in name)
     fused = [
         f"{parent}.{name}"
         for parent in parents
         for name, parts in FUSED.items()
-        if there.issuperset(f"{parent}.{part}" for part in parts)
+        if names.issuperset(f"{parent}.{part}" for part in parts)
     ]
-    return [*skip, *(name for name in fused if name not in there)]
+    return [*skip, *(name for name in fused if name not in names)]
 
 
 def without_fused(skip: list[str]) -> list[str]:
     """The list as it was before `with_fused`."""
-    there = set(skip)
+    names = set(skip)
     return [
         name
         for name in skip
         if not (
             (parts := FUSED.get(name.rpartition(".")[2]))
-            and there.issuperset(f"{name.rpartition('.')[0]}.{part}" for part in parts)
+            and names.issuperset(f"{name.rpartition('.')[0]}.{part}" for part in parts)
         )
     ]

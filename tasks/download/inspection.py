@@ -9,14 +9,14 @@ from pathlib import Path
 from configs.errors import AdapterError, BadInputError
 from configs.schema import Source
 from tasks.download import hub
-from tasks.download.adapter import base_of, explained, look_adapter, name_of
-from tasks.download.folder import look_folder
-from tasks.download.gguf_source import dequantized_before, look_gguf
-from tasks.download.hub_source import look_hub
+from tasks.download.adapter import base_of, explained, inspect_adapter, name_of
+from tasks.download.folder import inspect_folder
+from tasks.download.gguf_source import dequantized_before, inspect_gguf
+from tasks.download.hub_source import inspect_hub
 from tasks.values import Found, FoundAdapter
 
 
-def look(source: Source, quantized: bool = False) -> Found:
+def inspect_source(source: Source, quantized: bool = False) -> Found:
     """See whether `source` can be used, without downloading more than its small files.
 
     `quantized` admits checkpoints that are quantized already: they can be measured, if not quantized again.
@@ -27,11 +27,11 @@ def look(source: Source, quantized: bool = False) -> Found:
         TameError: it is damaged; or the Hub cannot be reached and nothing complete is cached.
     """
     if source.adapter is not None:
-        return _with(look_adapter(source.adapter, source.adapter_revision), source, quantized)
+        return _with(inspect_adapter(source.adapter, source.adapter_revision), source, quantized)
     try:
-        return _look(source, quantized).model_copy(update={"quantized": quantized})
+        return _inspect(source, quantized).model_copy(update={"quantized": quantized})
     except AdapterError:
-        adapter = look_adapter(source.model, source.revision)
+        adapter = inspect_adapter(source.model, source.revision)
     try:
         return _with(adapter, source, quantized)
     except BadInputError as error:
@@ -40,7 +40,7 @@ def look(source: Source, quantized: bool = False) -> Found:
 
 def _with(adapter: FoundAdapter, source: Source, quantized: bool) -> Found:
     """The base of an adapter, and the adapter beside it."""
-    found = _look(base_of(source, adapter), quantized)
+    found = _inspect(base_of(source, adapter), quantized)
     if found.kind == "gguf":
         raise BadInputError(f"source.adapter {adapter.model}: a .gguf takes no adapter; give the base's safetensors")
     if found.config.get("quantization_config") or found.config.get("compression_config"):
@@ -51,15 +51,15 @@ def _with(adapter: FoundAdapter, source: Source, quantized: bool) -> Found:
     return found.model_copy(update={"quantized": quantized, "adapter": adapter, "name": name_of(adapter, found)})
 
 
-def _look(source: Source, quantized: bool) -> Found:
+def _inspect(source: Source, quantized: bool) -> Found:
     path = local_path(source.model)
     if path is None:
-        return look_hub(source, quantized)
+        return inspect_hub(source, quantized)
     if path.is_dir():
-        return look_folder(source, path, quantized)
+        return inspect_folder(source, path, quantized)
     if path.suffix != ".gguf":
         raise BadInputError(f"source.model {source.model}: not a .gguf file; give a folder, a .gguf or a Hub repo")
-    return look_gguf(path)
+    return inspect_gguf(path)
 
 
 def local_path(model: str) -> Path | None:
