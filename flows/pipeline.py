@@ -17,6 +17,7 @@ from tasks.calibrate.prepare import calibrate
 from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tasks.download.text import LoadedText
+from tasks.evaluate.sanity import far_below
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
 from tasks.fit.task import fit
 from tasks.fitted import Fitted
@@ -113,7 +114,7 @@ def make(
         baseline = None
         if recipe.evaluate is not None:
             assert plan.text is not None
-            baseline = stages.baseline(snapshot, recipe.evaluate, plan.text)
+            baseline = _checked(stages.baseline(snapshot, recipe.evaluate, plan.text), plan)
             lines.baseline(baseline)
         result = result.with_baseline(baseline, snapshot)
     except NotCachedError:
@@ -177,6 +178,14 @@ def _to_show(result: Result, passed: dict[str, str], plan: Plan) -> Shown:
         except Exception as error:
             result = result.with_variant(results.failed(result.variant(label), error))
     return Shown(result=result, targets={label: passed[label] for label in documents}, documents=documents)
+
+
+def _checked(baseline: Evaluation, plan: Plan) -> Evaluation:
+    """A baseline, flagged where it is far below what its authors published."""
+    flags = far_below(baseline.metrics, plan.published)
+    for flag in flags:
+        log.warning("baseline: %s", flag)
+    return baseline.model_copy(update={"notes": [*baseline.notes, *flags]})
 
 
 def _measure(

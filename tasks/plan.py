@@ -15,6 +15,7 @@ from tasks.download.architectures import called_by, check_known, check_language_
 from tasks.download.facts import facts_of
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.inspection import inspect_source, local_path, tokenizer_folder
+from tasks.download.published_scores import PublishedScore, published_scores
 from tasks.download.text import LoadedText, load_text
 from tasks.download.tokenizer_files import chat_template, check_bos
 from tasks.fit.limits import check_no_experts
@@ -44,6 +45,8 @@ class Plan(BaseModel):
     """Tokens in the evaluation text, where they had to be counted to know that it fills a window."""
     benchmarks: dict[str, Benchmark]
     """The Hub's benchmarks that are measured in full, by the metric that is their score."""
+    published: list[PublishedScore] = []
+    """What the source's authors say that it scores, where tasks are measured."""
     warnings: list[str]
 
 
@@ -96,7 +99,16 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
     pick()
     warnings = [*warnings, *benchmarks.notes]
-    return Plan(found=found, targets=where, text=text, tokens=tokens, benchmarks=benchmarks.found, warnings=warnings)
+    asked = recipe.evaluate is not None and recipe.evaluate.tasks
+    return Plan(
+        found=found,
+        targets=where,
+        text=text,
+        tokens=tokens,
+        benchmarks=benchmarks.found,
+        published=published_scores(recipe.source, found) if asked else [],
+        warnings=warnings,
+    )
 
 
 def _check_evaluation(source: Source, spec: Evaluate, found: Found, text: LoadedText) -> int | None:

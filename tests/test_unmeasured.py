@@ -75,7 +75,7 @@ def numbers(text: str) -> list[str]:
     ],
 )
 def test_a_model_that_writes_no_text_goes_from_plan_to_a_published_folder(
-    kind: str, refused: str, tmp_path: Path, tame_home: Path
+    kind: str, refused: str, tmp_path: Path
 ) -> None:
     source, out = other(tmp_path / kind, kind), tmp_path / "out"
     measured = Recipe.model_validate({**recipe(source).model_dump(mode="json"), "evaluate": {"window": 32}})
@@ -120,7 +120,7 @@ def program(card: str, published: Path) -> None:
     exec(code.replace(f'"{place}"', repr(str(published))), {})
 
 
-def test_every_place_says_that_it_was_not_measured(tmp_path: Path, tame_home: Path) -> None:
+def test_every_place_says_that_it_was_not_measured(tmp_path: Path) -> None:
     from tasks.track import registry
     from tasks.track import task as track
 
@@ -177,13 +177,13 @@ def test_what_needs_a_measurement_is_refused(sections: dict[str, Any], said: str
 
 
 @pytest.mark.parametrize("calibrate", [True, "fast", "best"])
-def test_only_a_language_model_can_be_calibrated(calibrate: Any, tmp_path: Path, tame_home: Path) -> None:
+def test_only_a_language_model_can_be_calibrated(calibrate: Any, tmp_path: Path) -> None:
     asked = recipe(other(tmp_path / "m", "reward"), variants=[{"method": "nf4", "calibrate": calibrate}])
     with pytest.raises(BadInputError, match=r"Qwen3ForSequenceClassification: it gives scores.*leave them out"):
         preflight(asked, tmp_path / "out")
 
 
-def test_a_head_that_transformers_does_not_know_is_not_lost(tmp_path: Path, tame_home: Path) -> None:
+def test_a_head_that_transformers_does_not_know_is_not_lost(tmp_path: Path) -> None:
     source = other(tmp_path / "m", "reward")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForProcessRewardModel"]}))
@@ -191,13 +191,17 @@ def test_a_head_that_transformers_does_not_know_is_not_lost(tmp_path: Path, tame
         preflight(recipe(source), tmp_path / "out")
 
 
-def test_a_part_of_an_embedding_model_that_is_pickled_is_refused(tmp_path: Path, tame_home: Path) -> None:
+def test_a_part_of_an_embedding_model_that_is_pickled_is_refused(tmp_path: Path) -> None:
     source = other(tmp_path / "m", "embedding")
     (source / "2_Dense" / "model.safetensors").rename(source / "2_Dense" / "pytorch_model.bin")
     with pytest.raises(BadInputError, match=r"2_Dense/pytorch_model\.bin is pickled"):
         preflight(recipe(source), tmp_path / "out")
 
 
-def test_a_language_model_may_be_calibrated_and_not_measured(tiny_llama: Path, tmp_path: Path, tame_home: Path) -> None:
-    calibrated = {"variants": [{"method": "nf4", "calibrate": True}], "calibration": {"sequences": 2, "length": 16}}
+def test_a_language_model_may_be_calibrated_and_not_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A text that is long enough for some sequences of sixteen tokens. " * 9)
+    calibrated = {
+        "variants": [{"method": "nf4", "calibrate": True}],
+        "calibration": {"text": {"files": [str(tmp_path / "text.txt")]}, "sequences": 2, "length": 16},
+    }
     assert preflight(recipe(tiny_llama, **calibrated), tmp_path / "out").text is None

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from configs.errors import TameError
+from tasks.evaluate.sanity import PUBLISHED
 from tasks.formatting import NOT_MEASURED, advice, cell, figure, label, points, rows, span, verdict
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
@@ -136,7 +137,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         *_sample(variant),
         *_speed(result, variant),
         *_left(variant),
-        *_limits(variant, method),
+        *_limits(result, variant, method),
         *_siblings(result, variant, repos),
         *_reproduce(result),
     ]
@@ -162,13 +163,7 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
         return ["## What is known", "\n".join(lines), f"Read from the files. All else was {NOT_MEASURED}."]
     lines = [
         "## What it cost",
-        "\n".join(
-            [
-                "| | Base model | This model | 95 % interval | Difference |",
-                "| --- | ---: | ---: | ---: | ---: |",
-                *table,
-            ]
-        ),
+        _beside("This model", table),
         "The difference in perplexity is its ratio to the base model's. Figures are rounded; `tame.json` has them in full.",
         f"Measured on {_protocol(variant)}.",
     ]
@@ -176,17 +171,17 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
     if plain and (beside := cost_rows(base, plain.metrics)):
         lines += [
             f"Calibrating is what differs from {plain.name}, which was measured in the same way:",
-            "\n".join(
-                [
-                    "| | Base model | Not calibrated | 95 % interval | Difference |",
-                    "| --- | ---: | ---: | ---: | ---: |",
-                    *beside,
-                ]
-            ),
+            _beside("Not calibrated", beside),
         ]
     if variant.gate and (limits := variant.gate.checked + variant.gate.reasons):
         lines.append(f"Limits, each at the pessimistic end of its interval: {'; '.join(limits)}.")
     return lines
+
+
+def _beside(name: str, table: list[str]) -> str:
+    """A table of `cost_rows`, of what is called `name`."""
+    head = [f"| | Base model | {name} | 95 % interval | Difference |", "| --- | ---: | ---: | ---: | ---: |"]
+    return "\n".join([*head, *table])
 
 
 def _sample(variant: ResultVariant) -> list[str]:
@@ -274,12 +269,14 @@ def _left(variant: ResultVariant) -> list[str]:
     return ["## What was not quantized", table, *more]
 
 
-def _limits(variant: ResultVariant, method: CardText) -> list[str]:
+def _limits(result: Result, variant: ResultVariant, method: CardText) -> list[str]:
     compared = (
         "It was compared with its base model on the text and tasks above. Other languages, long contexts and safety behaviour "
         "may have suffered more or less."
     )
-    notes = [note for note in variant.notes if note != NOTHING_MEASURED]  # which the card begins with
+    base = result.baseline.notes if result.baseline else []
+    notes = [f"Of the base model, {note}" for note in base if PUBLISHED in note]
+    notes += [note for note in variant.notes if note != NOTHING_MEASURED]  # which the card begins with
     limits = [*map(_plain, notes), *([compared] if variant.measured else []), *method.limits]
     return ["## Limits", "\n".join(f"- {note}" for note in limits)]
 
