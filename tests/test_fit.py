@@ -171,6 +171,38 @@ def test_the_walk_gives_the_divergences_of_the_whole_model(name: str, tmp_path: 
         assert torch.allclose(everything.kl, diverged(names), rtol=2e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gemma2", "gpt2"])
+def test_single_groups_are_compared_on_the_likely_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tasks.fit import walk as walks
+
+    monkeypatch.setattr(walks, "LIKELY", 100)
+    source = tiny(tmp_path / "model", zoo(name), spread=True)
+    quantize(source, tmp_path / "out", Variant(method="nf4"))
+    restorer = Restorer(source, tmp_path / "out", Variant(method="nf4"))
+    ids = torch.randint(1, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+    walk = Walk(source, ids, set(restorer.jobs), [lambda weight: restorer.weight(weight, "cpu")], "cpu")
+    group, _, found = walk.alone(lambda *_: None, "it")[-1]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        original = model(ids).logits[:, :-1].double()
+        for weight in group.weights:
+            restored = restorer.weight(weight, "cpu")
+            model.get_parameter(weight).data = restored.T.contiguous() if name == "gpt2" else restored
+        ours = model(ids).logits[:, :-1].double()
+    for window in range(3):
+        likely = original[window].softmax(-1).sum(0).topk(100).indices
+        p, q = (logits[window][:, likely].log_softmax(-1) for logits in (original, ours))
+        assert float(found.kl[window]) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3)
+    (everything,) = walk.measure([dict.fromkeys(group.weights, 0)], lambda *_: None, "it")
+    assert bool((everything.agreement <= 1).all())
+    p, q = original.log_softmax(-1), ours.log_softmax(-1)
+    assert everything.kl.mean() == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=2e-3)
+
+
 TEXT = "".join(
     f"Chapter {i}. It was {i * 7 % 13} o'clock, and the {i % 5}th rain fell on {i * i % 97} roofs.\n"
     for i in range(900)

@@ -5,7 +5,7 @@ arguments of every block: masks, positions, rotary angles. A block is loaded whe
 loading, so that whatever an architecture renames, splits or fuses on the way in is done here too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,25 @@ class BlockModel:
         out = self.blocks[index](hidden, *args, **kwargs)
         states: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return states
+
+    @contextmanager
+    def narrow_head(self, rows: torch.Tensor) -> Iterator[bool]:
+        """Let `finish` give the logits of these tokens alone, where the output head is a plain layer; says whether it is."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            yield False
+            return
+        weight, bias = head.weight.data, None if head.bias is None else head.bias.data
+        tied = head.weight
+        try:
+            head.weight = nn.Parameter(weight[rows], requires_grad=False)
+            if bias is not None:
+                head.bias.data = bias[rows]
+            yield True
+        finally:
+            head.weight = tied
+            if bias is not None:
+                head.bias.data = bias
 
     def finish(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The logits [batch, tokens, vocabulary], of token ids [batch, tokens] whose states behind the last block are `hidden`.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LENGTH = 512
 """Tokens in a window of the fit text."""
 WINDOWS = 32
-WHOLE = {"cpu": (16, 256), "cuda": (WINDOWS, LENGTH)}
+WHOLE = {"cpu": (WINDOWS, 256), "cuda": (WINDOWS, LENGTH)}
 """Windows on which a whole mix is measured, and tokens in each."""
 ALONE = {"cpu": (4, 160), "cuda": (8, LENGTH)}
 """The same for each group alone, which takes a hundred passes through half of the model, and ranks the groups alone."""

@@ -5,6 +5,7 @@ is computed; and each block is loaded once for all of them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tasks.calibrate.groups import find_groups
 from tasks.runtime.progress import Progress
 
 AT_ONCE = 2048  # tokens that go through a block together
+LIKELY = 4096  # tokens of the vocabulary that single groups are compared on
 
 Mix = dict[str, int]
 """The weights that are quantized, by the model's names, and at which of the levels. All others are the original's."""
@@ -103,7 +105,7 @@ class Walk:
                 if not known:
                     original = [self._block(index, given, arguments[i][index]) for i, given in enumerate(original)]
         self.final = self.final or original
-        found = self._compare(self.final, streams, agreement=not alone)
+        found = self._compare(self.final, streams, whole=not alone)
         progress(what, 1, 1)
         return [(group, level, one) for (group, level), one in zip(of, found, strict=True)]
 
@@ -169,29 +171,48 @@ class Walk:
         transposed = not isinstance(module.get_submodule(layer), nn.Linear)  # GPT-2's Conv1D
         module.get_parameter(f"{layer}.weight").data = weight.T.contiguous() if transposed else weight
 
-    def _compare(self, original: list[torch.Tensor], streams: list[_Stream], agreement: bool) -> list[Divergence]:
-        """Compare the logits of every stream with the original's, a window at a time."""
+    def _compare(self, original: list[torch.Tensor], streams: list[_Stream], whole: bool) -> list[Divergence]:
+        """Compare the logits of every stream with the original's, a window at a time.
+
+        All of them where the mix is a `whole` one. Of single groups, those of the window's LIKELY tokens, as if there were no
+        others: the output head costs as much as half of the blocks, and the groups' order is the same.
+        """
         windows = len(self.ids)
         found = [Divergence(*(torch.zeros(windows, dtype=torch.float64) for _ in range(3))) for _ in streams]
         at = 0
         for number, piece in enumerate(self.pieces):
             for row in range(len(piece)):
                 ids = piece[row : row + 1]
-                base = self.model.finish(ids, original[number][row : row + 1])[0, :-1].float()
-                shares, top = base.softmax(-1), base.argmax(-1)
-                for stream, one in zip(streams, found, strict=True):
-                    if not stream.states:
-                        one.agreement[at] = 1.0
-                        continue
-                    logits = self.model.finish(ids, stream.states[number][row : row + 1])[0, :-1].float()
-                    if agreement:
-                        one.agreement[at] = float((logits.argmax(-1) == top).double().mean())
-                    # KL = log E_p[exp(d)] - E_p[d], d being the difference of the logits: precise where that is small.
-                    difference = logits.sub_(base)
-                    mean = torch.linalg.vecdot(shares, difference)
-                    chosen = difference.gather(1, ids[0, 1:, None].to(difference.device))[:, 0]
-                    grown = torch.linalg.vecdot(shares, torch.expm1(difference)).log1p_()
-                    one.kl[at] = float((grown - mean).double().mean())
-                    one.loss[at] = float((grown - chosen).double().mean())
+                base = self._logits(ids, original[number][row : row + 1])
+                shares, targets = base.softmax(-1), ids[0, 1:, None].to(base.device)
+                rows = None if whole else _likely(shares)
+                with self.model.narrow_head(rows) if rows is not None else nullcontext(False) as narrow:
+                    if narrow:
+                        base = base[:, rows]
+                        shares = base.softmax(-1)
+                    for stream, one in zip(streams, found, strict=True):
+                        if not stream.states:
+                            one.agreement[at] = 1.0
+                            continue
+                        logits = self._logits(ids, stream.states[number][row : row + 1])
+                        if whole:
+                            one.agreement[at] = float((logits.argmax(-1) == base.argmax(-1)).double().mean())
+                        # KL = log E_p[exp(d)] - E_p[d], d being the difference of the logits: precise where that is small.
+                        difference = logits.sub_(base)
+                        grown = torch.linalg.vecdot(shares, torch.expm1(difference)).log1p_()
+                        one.kl[at] = float((grown - torch.linalg.vecdot(shares, difference)).double().mean())
+                        if whole:
+                            one.loss[at] = float((grown - difference.gather(1, targets)[:, 0]).double().mean())
                 at += 1
         return found
+
+    def _logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """F32 [tokens - 1, vocabulary], of a window whose states behind the last block are `hidden`."""
+        return self.model.finish(ids, hidden)[0, :-1].float()
+
+
+def _likely(shares: torch.Tensor) -> torch.Tensor | None:
+    """The LIKELY tokens of the vocabulary that have most of a window's probability, in their order; None where it has no more."""
+    if shares.shape[1] <= LIKELY:
+        return None
+    return shares.sum(0).topk(LIKELY).indices.sort().values
