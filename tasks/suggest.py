@@ -13,7 +13,7 @@ from tasks.download import hub
 from tasks.download.facts import Facts, facts_of
 from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.formatting import figure
-from tasks.runtime.device import gpus, pick
+from tasks.runtime.device import gpus, hardware, pick
 from tasks.runtime.device import name_of as name_of_device
 from tasks.runtime.files import existing_parent
 from tasks.values import Found
@@ -22,6 +22,10 @@ LEVELS: dict[str, bool | str] = {"true": True, "fast": "fast", "best": "best"}
 LIMITS = ((4e8, 0.5), (3e9, 0.2), (2e10, 0.1))
 """Parameters, and the KL in nats a token up to which a 4-bit model of fewer is worth having: small ones lose more."""
 LIMIT_OF_LARGE = 0.05
+FREE = 0.8
+"""The part of the memory that weights may take: activations and what is kept of the context need the rest."""
+BYTES_IN_4_BITS = 0.5625
+"""Bytes of a weight in 4 bits, with its share of a scale for 64."""
 
 
 class Suggestion(NamedTuple):
@@ -95,6 +99,7 @@ def commented(suggestion: Suggestion) -> str:
         _why_these(facts),
         yaml_of({"variants": recipe["variants"]}).rstrip(),
         f"# - {{method: {other}}}   # another format; there are {', '.join(METHODS)}",
+        *_fitted(recipe, facts),
     ]
     if "calibration" in recipe:
         parts += ["# Calibrated variants choose their codes on this text; it must not be the one that is measured.",
@@ -162,6 +167,37 @@ def _why_these(facts: Facts) -> str:
     if facts.is_mixture:
         return f"# Most of it are experts, which {', '.join(WITH_EXPERTS)} quantize and others leave in 16 bits."
     return "# One in 4 bits, its codes chosen on a text (a fraction of the damage), and one in 8 bits, closest to the original."
+
+
+def _fitted(recipe: dict[str, Any], facts: Facts) -> list[str]:
+    """A variant that is fitted, as a comment: to this machine's memory where the original does not fit in, else to a KL."""
+    variant = next((one for one in recipe["variants"] if "fit" in METHODS[one["method"]]), None)
+    if variant is None or facts.is_mixture:
+        return []
+    room = int(FREE * _memory())
+    plain, least = 2 * facts.parameters, int(2 * facts.parameters - (2 - BYTES_IN_4_BITS) * facts.linear)
+    options = ", ".join(f"{key}: {str(value).lower()}" for key, value in variant.items())
+    if least > room:
+        return [
+            f"# In 4 bits it takes about {figure('size_bytes', least)}, and this machine has room for {figure('size_bytes', room)}."
+        ]
+    if plain > room:
+        unit, name = next(
+            (unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")) if room >= 10 * unit
+        )
+        size = f"{room // unit}{name}"
+        why = f"the best mix of 4 and 16 bits for this machine's memory, as the original's {figure('size_bytes', plain)} do not fit"
+        return [f"# - {{{options}, fit: {{max_bytes: {size}}}}}   # {why}"]
+    close = recipe["gate"]["max_mean_kl"] / 10
+    return [
+        f"# - {{{options}, fit: {{max_mean_kl: {close:g}}}}}   # the smallest mix of 4 and 16 bits that is this close"
+    ]
+
+
+def _memory() -> int:
+    """The memory in which a model is loaded here, in bytes."""
+    there = gpus()
+    return there[0].memory_bytes if there else int(hardware()["memory_bytes"])
 
 
 def _measuring(found: Found) -> dict[str, Any]:
