@@ -241,7 +241,8 @@ class Variant(Spec):
     eight_bit_modules: list[Text] = Field(
         default=[],
         description="List modules of w4a16 that are quantized to 8 bits instead of 4, by their names in the model. Name "
-        "modules that vLLM fuses together: q, k and v; gate and up. fit finds such a list by itself.",
+        "modules that vLLM fuses together: q, k and v; gate and up. The output head, lm_head, can be one of them where it is not "
+        "tied to the embedding. fit finds such a list by itself.",
         examples=[["model.layers.0.mlp.down_proj"]],
         max_length=10_000,
     )

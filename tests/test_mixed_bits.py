@@ -77,10 +77,34 @@ def test_a_mix_is_the_packages_bytes_and_loads_everywhere(name: str, options: di
     assert max(errors[name] for name in EIGHT) < 0.02 < 0.05 < min(errors[name] for name in errors.keys() - set(EIGHT))
 
 
+@pytest.mark.parametrize("skip", [[], SIXTEEN])
+def test_an_output_head_of_its_own_can_be_in_8_bits(skip: list[str], tmp_path: Path) -> None:
+    source, variant = (
+        tiny(tmp_path / "model"),
+        Variant(method="w4a16", eight_bit_modules=["lm_head"], skip_modules=skip),
+    )
+    made = quantize(source, tmp_path / "made", variant)
+    assert "output head" not in {entry.reason for entry in made.left}
+    stored, config = tensors(tmp_path / "made"), quantization_of(tmp_path / "made")
+    assert "lm_head.weight" not in stored
+    assert "lm_head" not in config["ignore"]
+    described = described_by(config)
+    assert described is not None
+    assert described[1].eight_bit_modules == ["lm_head"]
+    model, plain = loaded(tmp_path / "made"), loaded(source)
+    parts = {part.removeprefix("lm_head."): tensor for part, tensor in stored.items() if part.startswith("lm_head.")}
+    head = method_of(variant).restore(parts, tuple(plain.lm_head.weight.shape), "cpu")
+    count = plain.lm_head.weight.numel()
+    assert logits(model).isfinite().all()
+    assert model.lm_head.weight.float().equal(head.piece(0, count).view(plain.lm_head.weight.shape))
+
+
 def test_what_no_reader_would_open_is_refused(tmp_path: Path) -> None:
-    source = tiny(tmp_path / "model")
-    with pytest.raises(BadInputError, match=r"eight_bit_modules: 'lm_head' matches no module that is quantized"):
+    source = tiny(tmp_path / "model", zoo("qwen3-tied"))
+    with pytest.raises(BadInputError, match=r"eight_bit_modules: lm_head is the embedding under another name"):
         quantize(source, tmp_path / "made", Variant(method="w4a16", eight_bit_modules=["lm_head"]))
+    with pytest.raises(BadInputError, match=r"eight_bit_modules: 'model.norm' matches no module that is quantized"):
+        quantize(source, tmp_path / "other", Variant(method="w4a16", eight_bit_modules=["model.norm"]))
     mixture = tiny(tmp_path / "mixture", zoo("qwen3-moe"))
     with pytest.raises(BadInputError, match=r"are for models without experts"):
         quantize(mixture, tmp_path / "mixed", Variant(method="w4a16", eight_bit_modules=EIGHT[1:]))

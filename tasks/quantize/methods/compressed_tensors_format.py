@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from configs.errors import BadInputError
 from configs.schema import Variant
+from tasks import transformers_adapter
 from tasks.quantize.methods.compressed_tensors_codes import (
     INTEGERS,
     ROW,
@@ -37,6 +38,7 @@ from tasks.quantize.methods.compressed_tensors_selection import (
     as_selection,
     choose,
     ignored,
+    output_heads,
     quantized_by_transformers,
 )
 from tasks.quantize.protocols import Restored
@@ -54,7 +56,13 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
     Raises:
         BadInputError: `group_size` does not divide the rows of a layer; a mixture of experts as w8a8 or nvfp4.
     """
-    chosen = choose(model, skip, dtype, loading_quantizer(_config(variant, [])))
+    heads = [name for name in output_heads(model) if name in variant.eight_bit_modules]
+    if tied := [name for name in heads if f"{name}.weight" in transformers_adapter.tied(model)]:
+        raise BadInputError(
+            f"eight_bit_modules: {tied[0]} is the embedding under another name in this model, which nothing opens in 8 bits; "
+            "leave it out"
+        )
+    chosen = choose(model, skip, dtype, loading_quantizer(_config(variant, [])), heads)
     if SCHEMES[variant.method].stored in WITHOUT_EXPERTS and chosen.experts:
         raise BadInputError(
             f"{variant.method}: transformers loads no mixture of experts in this format, whether {min(chosen.experts)} is "

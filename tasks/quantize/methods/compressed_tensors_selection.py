@@ -4,6 +4,7 @@ Routers, embeddings, output heads, norms, and the towers of other senses stay, a
 quantized where transformers can load what is written, one expert a name; where it cannot, they stay too, and are counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,11 @@ class Chosen:
         self.reasons[name] = reason
 
 
-def choose(model: Any, skip: list[str] | None, dtype: torch.dtype, quantizer: Any) -> Chosen:
-    """Choose among a model's weights; `quantizer` is the one that will load them, `skip` names modules that stay."""
+def choose(model: Any, skip: list[str] | None, dtype: torch.dtype, quantizer: Any, heads: Sequence[str] = ()) -> Chosen:
+    """Choose among a model's weights; `quantizer` is the one that will load them, `skip` names modules that stay.
+
+    Output heads stay, but for those that are named in `heads`.
+    """
     chosen = Chosen()
     tower = _language_model(model)
     usual = transformers_adapter.skipped_by_default(model)
@@ -49,6 +53,9 @@ def choose(model: Any, skip: list[str] | None, dtype: torch.dtype, quantizer: An
             name = f"{module_name}.{part}"
             linear = isinstance(module, torch.nn.Linear) and part == "weight"
             if not linear and not in_parts(name):
+                continue
+            if module_name in heads:
+                chosen.columns[name] = parameter.shape[-1]
                 continue
             if transformers_adapter.is_skipped(module_name, usual):
                 continue  # output heads and what is tied to them have reasons of their own
@@ -78,9 +85,14 @@ def ignored(model: Any, chosen: Chosen, by_module: bool = False) -> list[str]:
             names.add(module if by_module else EXPERTS)
         elif parameter.ndim == 2 and name.endswith(".weight"):
             names.add(module)
-    head = model.get_output_embeddings()
-    names |= {name for name, module in model.named_modules() if head is not None and module is head}
+    names |= {name for name in output_heads(model) if f"{name}.weight" not in chosen.columns}
     return transformers_adapter.natural_order(names)
+
+
+def output_heads(model: Any) -> list[str]:
+    """The module that makes logits of hidden states, where there is one, by its name."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
 
 
 def quantized_by_transformers(model: Any, quantizer: Any) -> set[str]:
