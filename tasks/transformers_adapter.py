@@ -7,7 +7,7 @@ its own conversion mappings rename the checkpoint's tensors on the way in and ou
 import json
 import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,25 @@ def is_skipped(module: str, patterns: Iterable[str]) -> bool:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return not should_convert_module(module, list(patterns))
+
+
+def needs_weights(model: Any, names: Iterable[str]) -> str | None:
+    """The class of a module that `from_pretrained` cannot initialize where these linear weights are packed: T5's attention."""
+    layers = [model.get_submodule(name.removesuffix(".weight")) for name in names if name.endswith(".weight")]
+    whole = [dict(layer._parameters) for layer in layers]
+    try:
+        for layer in layers:
+            del layer._parameters["weight"]
+        for module in model.modules():
+            with suppress(RuntimeError, NotImplementedError):  # of numbers that a model without weights does not have
+                model._init_weights(module)
+    except AttributeError:
+        return type(module).__name__
+    finally:
+        for layer, parameters in zip(layers, whole, strict=True):
+            layer._parameters.clear()
+            layer._parameters.update(parameters)
+    return None
 
 
 def transposed_modules(model: Any) -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.errors import BadInputError
-from configs.schema import Recipe
+from configs.schema import Recipe, Variant
 from flows.pipeline import DIRECT, make
 from tasks import formatting
 from tasks import result as results
@@ -17,7 +17,7 @@ from tasks.plan import preflight
 from tasks.report.html import render
 from tasks.report.terminal import closing
 from tasks.result import NOTHING_MEASURED, Result
-from tests.models import VOCABULARY, tokenizer
+from tests.models import VOCABULARY, quantize, tokenizer
 from tests.test_quantize import assert_same, by_transformers, variant_of
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -205,3 +205,38 @@ def test_a_language_model_may_be_calibrated_and_not_measured(tiny_llama: Path, t
         "calibration": {"text": {"files": [str(tmp_path / "text.txt")]}, "sequences": 2, "length": 16},
     }
     assert preflight(recipe(tiny_llama, **calibrated), tmp_path / "out").text is None
+
+
+@pytest.mark.parametrize("kind", ["reward", "embedding"])
+def test_what_vllm_reads_is_made_of_them_too_and_runs(kind: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    from tasks.publish.load_check import loads
+
+    source = other(tmp_path / "source", kind)
+    written = quantize(source, tmp_path / "made", Variant(method="w4a16"))
+    cls = getattr(transformers, json.loads((tmp_path / "made" / "config.json").read_text())["architectures"][0])
+    ids = torch.arange(5, 14)[None]
+    answers = []
+    for folder in (source, tmp_path / "made"):
+        model, info = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        with torch.no_grad():
+            answers.append(model(input_ids=ids)[0].float())
+    assert 0 < (answers[0] - answers[1]).abs().max() < 0.1
+    assert loads(str(tmp_path / "made")) is None
+    assert [entry.module for entry in written.left if entry.module.startswith("score")] == ["score.weight"] * (
+        kind == "reward"
+    )
+
+
+@pytest.mark.parametrize("method", ["w4a16", "mxfp4"])
+def test_a_packed_t5_is_refused_as_transformers_cannot_load_it(method: str, tmp_path: Path) -> None:
+    source = other(tmp_path / "source", "t5")
+    with pytest.raises(
+        BadInputError, match=f"{method}: transformers cannot load T5ForConditionalGeneration in this format"
+    ):
+        quantize(source, tmp_path / "made", Variant(method=method))
+    quantize(source, tmp_path / "fp8", Variant(method="fp8"))

@@ -54,7 +54,8 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
     """The linear layers of the language model, and its experts, where transformers can load them in this scheme.
 
     Raises:
-        BadInputError: `group_size` does not divide the rows of a layer; a mixture of experts as w8a8 or nvfp4.
+        BadInputError: `group_size` does not divide the rows of a layer; a mixture of experts as w8a8 or nvfp4; a model that
+            transformers cannot load in a packed format.
     """
     heads = [name for name in output_heads(model) if name in variant.eight_bit_modules]
     if tied := [name for name in heads if f"{name}.weight" in transformers_adapter.tied(model)]:
@@ -67,6 +68,11 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
         raise BadInputError(
             f"{variant.method}: transformers loads no mixture of experts in this format, whether {min(chosen.experts)} is "
             "quantized or not; use fp8, w8a16 or w4a16"
+        )
+    if "pack" in SCHEMES[variant.method].stored and (cls := transformers_adapter.needs_weights(model, chosen.columns)):
+        raise BadInputError(
+            f"{variant.method}: transformers cannot load {type(model).__name__} in this format: its {cls} wants weights that are "
+            "not packed; use nf4, int8, fp8 or w8a8"
         )
     variant = _decided(variant, chosen)
     width = scheme_for(variant).weights.group_size
