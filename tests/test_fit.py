@@ -13,7 +13,7 @@ import torch
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Calibrate, CalibrationSource, Fit, Gate, Source, Variant
-from tasks.fit.allocate import Choice, best_within, frontier, predicted, smallest_keeping
+from tasks.fit.allocate import Choice, best_within, frontier, predicted, smallest_keeping, smallest_within
 from tasks.fit.limits import Limits, Measure
 from tasks.fit.search import WHOLE
 from tasks.fit.table import Table
@@ -39,17 +39,21 @@ def drawn(seed: int, count: int, choices: int = 2) -> list[list[Choice]]:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("choices", [2, 3])
-def test_a_mix_fits_and_no_other_is_better_by_more_than_a_step(seed: int, choices: int) -> None:
+def test_a_mix_fits_and_no_other_is_better(seed: int, choices: int) -> None:
     groups = drawn(seed, 7, choices)
     every = [(sum(c[0] for c in mix), sum(c[1] for c in mix)) for mix in itertools.product(*groups)]
-    step = max(c[1] for group in groups for c in group)
     for most in range(min(size for size, _ in every), max(size for size, _ in every), 23):
         found = best_within(groups, most)
         assert found is not None
         assert found.bytes == sum(group[i][0] for group, i in zip(groups, found.chosen, strict=True)) <= most
         assert found.sum == pytest.approx(sum(group[i][1] for group, i in zip(groups, found.chosen, strict=True)))
-        assert found.sum <= min(total for size, total in every if size <= most) + step
+        assert found.sum <= min(total for size, total in every if size <= most) + 1e-9
+        smallest = smallest_within(groups, found.sum + 1e-3)
+        assert smallest is not None
+        assert smallest.sum <= found.sum + 1e-3
+        assert smallest.bytes <= min(size for size, total in every if total <= found.sum + 1e-4)
     assert best_within(groups, min(size for size, _ in every) - 1) is None
+    assert smallest_within(groups, min(total for _, total in every) - 1e-6) is None
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -68,11 +72,11 @@ def test_a_prediction_goes_through_what_was_measured() -> None:
         [0.25, 1, 4, 16, 24, 32, 64]
     )
     measured = [(10.0, 5.0), (4.0, 1.0)]
-    points = frontier([[(10, 4.0), (20, 0.0)], [(10, 6.0), (30, 0.0)]])
-    taken = smallest_keeping(points, 1.0, measured)
+    groups = [[(10, 4.0), (20, 0.0)], [(10, 6.0), (30, 0.0)]]
+    taken = smallest_keeping(groups, 1.0, measured)
     assert taken is not None
-    assert taken.sum <= 4
-    assert smallest_keeping(points[:1], 1.0, measured) is None
+    assert (taken.bytes, taken.sum) == (40, 4.0)
+    assert smallest_keeping([[(10, 4.5)]], 1.0, measured) is None
 
 
 def table(limits: Limits, whole: float = 0.4, count: int = 40, seed: int = 0) -> Table:

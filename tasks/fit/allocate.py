@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+LEVELS = 20_000
+"""Into so many what is left of a limit is divided; there are fewer groups."""
 Choice = tuple[int, float]
 """Bytes, and the KL divergence of this group alone in that state, in nats a token."""
 
@@ -84,24 +86,60 @@ def frontier(groups: list[list[Choice]]) -> list[Point]:
 
 
 def best_within(groups: list[list[Choice]], most: int) -> Point | None:
-    """The mix of at most so many bytes with the least sum; None where the smallest takes more.
+    """The mix of at most so many bytes with the least sum; None where the smallest takes more."""
+    chosen = _least([[(kl, size) for size, kl in choices] for choices in groups], most)
+    return None if chosen is None else _point(groups, chosen)
 
-    Along the frontier, and where its next step does not fit, the later ones that do. What an exact solution could gain is less
-    than one step.
+
+def smallest_within(groups: list[list[Choice]], total: float) -> Point | None:
+    """The smallest mix whose sum is at most `total`; None where the least sum is more."""
+    chosen = _least([[(size, kl) for size, kl in choices] for choices in groups], total)
+    return None if chosen is None else _point(groups, chosen)
+
+
+def _least(groups: list[list[tuple[float, float]]], most: float) -> list[int] | None:
+    """Of all mixes whose second numbers add up to at most `most`, the choices of the one with the least sum of first numbers.
+
+    By dynamic programming over LEVELS levels of what is left of `most`. What a choice takes is rounded up to a level, and a
+    level for each group is granted for that; where the mix then takes too much, none is, and what is found keeps `most`.
     """
-    smallest, found = steps(groups)
-    first = _point(groups, smallest)
-    if first.bytes > most:
+    needed = [min(takes for _, takes in choices) for choices in groups]
+    room = most - sum(needed)
+    if room < 0:
         return None
-    chosen, size, total = smallest, first.bytes, first.sum
-    stuck: set[int] = set()
-    for step in found:
-        if step.group in stuck or size + step.bytes > most:
-            stuck.add(step.group)  # the steps of a group are taken one after the other
-            continue
-        chosen[step.group] = step.to
-        size, total = size + step.bytes, total - step.gain
-    return Point(tuple(chosen), size, total)
+    levels = [
+        [_level(takes - least, room) for _, takes in choices] for choices, least in zip(groups, needed, strict=True)
+    ]
+    for granted in (len(groups), 0):
+        chosen = _least_of_levels([[costs for costs, _ in choices] for choices in groups], levels, LEVELS + granted)
+        if sum(choices[i][1] for choices, i in zip(groups, chosen, strict=True)) <= most:
+            break
+    return chosen
+
+
+def _least_of_levels(costs: list[list[float]], levels: list[list[int]], most: int) -> list[int]:
+    """The choices with the least sum of `costs` whose `levels` add up to at most `most`."""
+    import numpy as np
+
+    best, taken = np.zeros(most + 1), np.zeros((len(costs), most + 1), dtype=np.uint8)
+    for number, choices in enumerate(costs):
+        tried = np.full((len(choices), most + 1), np.inf)
+        for choice, (cost, level) in enumerate(zip(choices, levels[number], strict=True)):
+            if level <= most:
+                tried[choice, level:] = best[: most + 1 - level] + cost
+        taken[number], best = tried.argmin(0), tried.min(0)
+    chosen, left = [0] * len(costs), most
+    for number in reversed(range(len(costs))):
+        chosen[number] = int(taken[number, left])
+        left -= levels[number][chosen[number]]
+    return chosen
+
+
+def _level(takes: float, room: float) -> int:
+    """How many levels of the room this takes, rounded up; more than there are where it takes more than the room."""
+    if takes <= 0:
+        return 0
+    return math.ceil(takes / room * LEVELS - 1e-9) if takes <= room else 2 * LEVELS
 
 
 def predicted(total: float, measured: list[tuple[float, float]]) -> float:
@@ -118,6 +156,12 @@ def predicted(total: float, measured: list[tuple[float, float]]) -> float:
     return less * math.exp(min(max(power, 0.3), 3.0) * math.log(total / low))
 
 
-def smallest_keeping(points: list[Point], limit: float, measured: list[tuple[float, float]]) -> Point | None:
-    """The smallest of the frontier's points whose predicted damage is at most `limit`; None where none has."""
-    return next((point for point in points if predicted(point.sum, measured) <= limit), None)
+def smallest_keeping(groups: list[list[Choice]], limit: float, measured: list[tuple[float, float]]) -> Point | None:
+    """The smallest mix whose predicted damage is at most `limit`; None where none has."""
+    low, high = 0.0, sum(max(kl for _, kl in choices) for choices in groups)
+    if predicted(high, measured) <= limit:
+        return smallest_within(groups, high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if predicted(middle, measured) <= limit else (low, middle)
+    return smallest_within(groups, low)

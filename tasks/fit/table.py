@@ -81,7 +81,7 @@ class Table:
             # A try that only just fails helps nobody, and the last one has to hold.
             wanted = 1.0 if number < TRIES - 2 else 0.97 if number < TRIES - 1 else 0.85
             knots = [(point.sum, found.damage(self.limits)) for point, found in self.measured]
-            point = smallest_keeping(self.points, wanted, knots)
+            point = smallest_keeping(self.choices, wanted, knots)
             holding = self._holding()
             if point is None or point.chosen in self.said:
                 break

@@ -25,6 +25,7 @@ from tasks.store import on_disk
 from tasks.values import Calibration, Quantized, Snapshot
 
 VERSION = 2  # of this stage: raise it when the same inputs give other numbers, or another mix
+SEARCH = 2  # of what is done with the sensitivities: raise it when the same ones give another mix
 IDS = "ids.safetensors"
 
 
@@ -76,7 +77,7 @@ def fit(
             isolated(f"fit {variant.label}", search, asked, known, limits, out, progress=progress)
         return on_disk.Made(meta={"seconds": time.monotonic() - started})
 
-    artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits)}, make)
+    artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits), "search": SEARCH}, make)
     return Fitted(
         limit=str(limits),
         groups=[FitGroup(**group) for group in json.loads((known / SENSITIVITIES).read_bytes())["groups"]],
