@@ -6,18 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import configs.early  # noqa: F401  before the rest
 from configs.command_line import NEXT, is_recipe, parser_of
 from configs.errors import BadInputError, TameError, line, named_line
-from configs.method_names import METHODS
 from configs.settings import unknown
 from tasks.runtime.environment import check_addresses, end_interrupted, set_up, stop_at_interrupts
 from tasks.runtime.progress import begin, say, width
-
-if TYPE_CHECKING:
-    from configs.schema import Calibrate
 
 log = logging.getLogger("tame")
 
@@ -160,22 +156,13 @@ def _recipe(options: argparse.Namespace) -> Any:
 
 def quantize(options: argparse.Namespace) -> int:
     """A folder in, a folder out."""
-    from configs.load import explain
-    from configs.schema import Source, Variant
+    from configs.from_flags import calibration_of, source_of, variant_of
 
-    compute = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
-    names = ("method", "double_quant", "group_size", "scale", "fit")
-    asked = {"compute_dtype": compute, **{name: getattr(options, name) for name in names}}
-    if options.calibrate is not None:
-        asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)
-    variant = _checked(Variant, explain, **asked)
-    spec = _calibration(options, explain)
+    variant, spec, source = variant_of(options), calibration_of(options), source_of(options, options.source)
     from tasks.download.inspection import inspect_source
     from tasks.quantize.command import parse_size, quantize_folder
     from tasks.quantize.protocols import Request
 
-    trust = options.trust_remote_code
-    source = _checked(Source, explain, model=options.source, revision=options.revision, trust_remote_code=trust)
     found = inspect_source(source)
     folder, calibration = found.path, None
     if found.kind != "folder" or found.adapter or variant.calibrate or variant.fit:  # else nothing need be hashed
@@ -193,7 +180,7 @@ def quantize(options: argparse.Namespace) -> int:
         device=options.device,
         workers=options.workers,
         max_shard_size=None if options.max_shard_size is None else parse_size(options.max_shard_size),
-        trust_remote_code=trust,
+        trust_remote_code=source.trust_remote_code,
         calibration=calibration,
     )
     if variant.fit:
@@ -207,34 +194,12 @@ def quantize(options: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(options: argparse.Namespace, explain: Callable[..., Any]) -> "Calibrate":
-    """What `--calibrate` and the options that belong to it ask for."""
-    from configs.schema import Calibrate
-
-    given = {"sequences": options.calibrate_sequences, "length": options.calibrate_length}
-    asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if options.calibrate is None and (asked or options.calibrate_level != "true"):
-        raise BadInputError("--calibrate-sequences, --calibrate-length and --calibrate-level need --calibrate FILE")
-    if options.calibrate:
-        asked["text"] = {"files": options.calibrate}
-    spec: Calibrate = _checked(Calibrate, explain, **asked)
-    return spec
-
-
 def evaluate(options: argparse.Namespace) -> int:
     """One model, against a baseline or alone."""
-    from configs.load import explain
-    from configs.schema import Evaluate, Source
+    from configs.from_flags import evaluation_of, source_of
 
-    names = ("window", "max_tokens", "tasks", "task_path", "task_limit", "task_new_tokens", "batch_size", "bos", "chat")
-    given = {name: getattr(options, name) for name in names}
-    asked = {key: value for key, value in given.items() if value is not None}
-    for part in ("speed", "samples"):  # seconds to minutes of work that a recipe asks for, and here a flag
-        asked |= {} if getattr(options, part) else {part: None}
-    spec = _checked(Evaluate, explain, text={"files": options.text}, **asked)
-    trust = options.trust_remote_code
-    model = _checked(Source, explain, model=options.model, trust_remote_code=trust)
-    base = _checked(Source, explain, model=options.baseline, trust_remote_code=trust) if options.baseline else None
+    spec, model = evaluation_of(options), source_of(options, options.model)
+    base = source_of(options, options.baseline) if options.baseline else None
     from tasks.evaluate.command import evaluate_alone
     from tasks.report.terminal import numbers
     from tasks.result import write_file
@@ -244,6 +209,21 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         write_file(Path(options.json), measured.model_dump_json(indent=1) + "\n")
     return 0
+
+
+def serve_check(options: argparse.Namespace) -> int:
+    """Programs that open a checkpoint, or do not."""
+    from configs.from_flags import source_of
+    from tasks.serve.command import serve_check as check
+
+    served = check(source_of(options, options.model), options.runtime or ["vllm"], options.device)
+    if options.json:
+        import json
+
+        print(json.dumps([found.model_dump() for found in served], indent=1))
+    else:
+        print("\n".join(f"{'✓' if found.agrees else '✗'} {found.sentence}" for found in served))
+    return 0 if all(found.agrees for found in served) else 1
 
 
 def publish(options: argparse.Namespace) -> int:
@@ -315,7 +295,22 @@ def track(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     return parser_of(
-        (run, plan, init, quantize, evaluate, publish, up, worker, provision, cache, report, track, completion)
+        (
+            run,
+            plan,
+            init,
+            quantize,
+            evaluate,
+            serve_check,
+            publish,
+            up,
+            worker,
+            provision,
+            cache,
+            report,
+            track,
+            completion,
+        )
     )
 
 
@@ -326,15 +321,6 @@ def _rederive(options: argparse.Namespace) -> int:
     found = rederive(options.check, options.rederive, options.source)
     print("\n".join(found.lines(options.check)))
     return 1 if found.problems else 0
-
-
-def _checked(model: Any, explain: Callable[..., str], /, **values: Any) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise BadInputError(explain(error, model)) from None
 
 
 def _say(error: BaseException | str, debug: bool, code: int) -> int:

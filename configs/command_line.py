@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from configs.argument_types import days, fit, index, limit, positive
-from configs.method_names import METHODS
+from configs.method_names import METHODS, RUNTIMES
 
 NEXT = """\
 tame makes a language model smaller, measures what that cost, and publishes it with the proof.
@@ -47,7 +47,7 @@ class Version(argparse.Action):
 
 def parser_of(functions: Sequence[Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
     """The parser of all commands; each of `functions` does the command of its name, and is `command` of what is parsed."""
-    does = {function.__name__: function for function in functions}
+    does = {function.__name__.replace("_", "-"): function for function in functions}
     parser = Parser(
         prog="tame",
         description="Download a language model, quantize it, measure honestly what that cost, and publish it.",
@@ -75,6 +75,7 @@ def parser_of(functions: Sequence[Callable[[argparse.Namespace], int]]) -> argpa
     command.add_argument("-o", "--output", metavar="FILE", help="where it goes; by default it is printed")
     _of_quantize(add("quantize", "quantize a model, and nothing else"))
     _of_evaluate(add("evaluate", "measure a model, and nothing else"))
+    _of_serve_check(add("serve-check", "open a model with the programs that serve it, and compare what they compute"))
     _of_publish(add("publish", "publish a folder to the Hub, verified"))
     command = add("up", "Prefect, MLflow, the deployments and a worker on this machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -210,6 +211,23 @@ def _of_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--samples", action="store_true", help="show what it answers to a few prompts")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--json", metavar="OUT", help="write the numbers to a file")
+
+
+def _of_serve_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder or a Hub repo")
+    command.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        nargs="+",
+        action="extend",
+        help="by default vllm; each in a Python environment of its own: make vllm, or TAME_VLLM, TAME_TRANSFORMERS",
+    )
+    command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code of the model; read it first"
+    )
+    command.add_argument("--device", default="auto", help="where transformers runs: auto, cpu, cuda or cuda:N")
+    command.add_argument("--json", action="store_true", help="print all that was found as JSON")
 
 
 def _of_publish(command: argparse.ArgumentParser) -> None:

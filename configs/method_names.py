@@ -38,3 +38,6 @@ WITH_EXPERTS = ("w4a16", "w8a16", "fp8", "fp8-block", "mxfp4")
 """The methods that quantize the experts of a mixture, too."""
 INTEGER_METHODS = ("w4a16", "w8a16", "w8a8")
 """The methods with one scale for many integers, which takes next to no space."""
+
+RUNTIMES = ("vllm", "transformers")
+"""The programs that a checkpoint can be opened with, to see that they do; tasks/serve/runtimes.py says how."""

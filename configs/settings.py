@@ -7,6 +7,7 @@ docs/operate.md is `table()`; a test compares them.
 import difflib
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,16 @@ APPROVAL_HOURS = Setting(
     "168",
     "hours that a run with publish.approve waits for an answer, which is then a no; give `tame provision` and workers the same",
 )
+VLLM = Setting(
+    "TAME_VLLM",
+    "TAME_HOME/runtimes/vllm/bin/python",
+    "the Python of an environment with vLLM, for `tame serve-check` and recipes with serve: [vllm]; `make vllm` makes one",
+)
+TRANSFORMERS = Setting(
+    "TAME_TRANSFORMERS",
+    "tame's own",
+    "the Python of an environment with transformers, for `tame serve-check --runtime transformers` and serve: [transformers]",
+)
 DEVICE_LIMIT = Setting(
     "TAME_DEVICE_LIMIT",
     "none",
@@ -72,6 +83,8 @@ SETTINGS = (
     SIGNING_KEY,
     SIGNING_PUBLIC_KEY,
     APPROVAL_HOURS,
+    VLLM,
+    TRANSFORMERS,
     DEVICE_LIMIT,
     UP,
 )
@@ -133,6 +146,13 @@ def approval_hours() -> float:
         BadInputError: the value is not a number of hours above 0.
     """
     return _seconds(APPROVAL_HOURS, "hours")
+
+
+def runtime_python(name: str) -> tuple[str, Path]:
+    """The variable that names the Python of the runtime `name`, vllm or transformers, and that Python."""
+    setting = {"vllm": VLLM, "transformers": TRANSFORMERS}[name]
+    own = home() / "runtimes" / "vllm" / "bin" / "python" if setting is VLLM else Path(sys.executable)
+    return setting.name, Path(os.environ.get(setting.name) or own).expanduser().absolute()
 
 
 def device_limit() -> str | None:

@@ -231,6 +231,52 @@ class Evaluation(_Value):
     """What it was made from, for comparisons with it: scores, tasks/NAME, speed, samples, layers."""
 
 
+class Served(_Value):
+    """What became of a checkpoint in a program that people run models with, compared with transformers as tame has it."""
+
+    runtime: str
+    """By its key in recipes: vllm, transformers."""
+    title: str
+    """What people call it."""
+    version: str
+    versions: dict[str, str]
+    """Of the packages that decide what it opens."""
+    device: str
+    opened: bool
+    agrees: bool = False
+    """Whether it computes the same, as far as 16 bits allow."""
+    error: str | None = None
+    """Why it does not open it, in the runtime's own words."""
+    prompts: int = 0
+    tokens: int = 0
+    """Tokens whose log-probabilities were compared."""
+    difference: float = 0.0
+    """Mean of the differences of these, without their signs, in nats."""
+    largest: float = 0.0
+    same: int = 0
+    """Tokens of greedy answers that are the same, up to the first other one in each."""
+    answered: int = 0
+    """Tokens of greedy answers."""
+    gap: float = 0.0
+    """How much less likely, by transformers and in nats, a token was that the runtime chose instead: near 0, it was a tie."""
+    cached: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What a reader should know of it."""
+        where = f"{self.title} {self.version} on {self.device}"
+        if not self.opened:
+            return f"{where} does not open it: {self.error}"
+        figures = (
+            f"{self.same} of {self.answered} tokens of greedy answers are those of transformers, and the log-probabilities of "
+            f"{self.tokens} tokens differ by {self.difference:.3f} nats on average"
+        )
+        if not self.agrees:
+            return f"{where} opens it, and computes something else: {figures}"
+        rest = "" if self.same == self.answered else f"; other tokens were ties, by at most {self.gap:.2f} nats"
+        return f"{where} opens it: {figures}{rest}"
+
+
 class Verdict(_Value):
     """Whether every limit was kept; `reasons` has a line for each one that was not, `checked` one for each that was."""
 

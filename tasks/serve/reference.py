@@ -1,0 +1,53 @@
+"""What transformers computes of a checkpoint, for a runtime to be compared with."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+PROMPTS = (
+    "The capital of France is",
+    "Explain in two sentences why the sky is blue.",
+    "def fibonacci(n):\n    ",
+    "In 1969, Neil Armstrong",
+)
+"""Prose, an instruction, a program and a fact: what a runtime is asked, as plain text without a template."""
+NEW_TOKENS = 24
+KNOWN = 50
+"""How many of the most likely tokens are kept at each position, to see how near a tie another choice was."""
+
+
+class Reference(NamedTuple):
+    """Of each prompt: its tokens, the greedy answer, and log-probabilities in nats."""
+
+    prompts: list[list[int]]
+    continuations: list[list[int]]
+    logprobs: list[list[float]]
+    """Of each token of prompt + continuation but the first."""
+    likely: list[list[dict[int, float]]]
+    """The KNOWN most likely tokens at each position of the continuation."""
+
+
+def reference(path: str, device: str, trust_remote_code: bool) -> Reference:
+    """Answer PROMPTS greedily, and score every token of prompts and answers, with the weights as they are stored.
+
+    Raises:
+        BadInputError, TameError: as `tasks.evaluate.model.load`.
+    """
+    import torch
+
+    from tasks.evaluate.generate import generate
+    from tasks.evaluate.model import load
+
+    loaded = load(Path(path), device, trust_remote_code)
+    made = Reference([], [], [], [])
+    for text in PROMPTS:
+        prompt = loaded.tokens(text)
+        continuation = generate(loaded, prompt, NEW_TOKENS, stop=False)
+        whole = torch.cat([prompt, torch.tensor([continuation], device=prompt.device)], 1)
+        with torch.inference_mode():
+            scores = torch.log_softmax(loaded.model(whole).logits[0, :-1].float(), -1)
+        values, tokens = scores[prompt.shape[1] - 1 :].topk(min(KNOWN, scores.shape[1]))
+        made.prompts.append(prompt[0].tolist())
+        made.continuations.append(continuation)
+        made.logprobs.append(scores.gather(1, whole[0, 1:, None])[:, 0].tolist())
+        made.likely.append([dict(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)])
+    return made

@@ -1,0 +1,110 @@
+"""From a checkpoint to what a runtime makes of it: the plain function, and its key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.errors import TameError
+from tasks.runtime.child_process import isolated
+from tasks.runtime.device import held, name_of, pick, versions
+from tasks.serve.reference import NEW_TOKENS, PROMPTS, Reference, reference
+from tasks.serve.runtimes import RUNTIMES, ask, own_version, versions_of
+from tasks.store import artifacts as store
+from tasks.store import on_disk
+from tasks.values import Checkpoint, Served
+
+STAGE = 1  # raise it when what is asked, or how it is compared, changes
+RESULT = "result.json"
+CLOSE = 0.05
+"""Nats: the mean difference of log-probabilities up to which a runtime computes the same. bfloat16 and another order of sums
+make 0.01 to 0.04."""
+TIE = 0.25
+"""Nats: how much less likely another token may be that a runtime chooses: two steps of bfloat16 between logits of 16 to 32."""
+
+
+def serve(checkpoint: Checkpoint, runtime: str, *, trust_remote_code: bool = False, device: str = "auto") -> Served:
+    """Open a checkpoint with a runtime, and compare what it computes with transformers: from the store, or tried now.
+
+    Args:
+        checkpoint: The checkpoint.
+        runtime: A key of RUNTIMES.
+        trust_remote_code: Whether its own code may run.
+        device: Where transformers runs; a runtime takes the GPU where there is one.
+
+    Raises:
+        BadInputError: the runtime has no environment; or the checkpoint is not a language model.
+        TameError: transformers itself does not load it.
+    """
+    device = pick(device)
+    found = versions_of(runtime)
+    inputs: dict[str, Any] = {
+        "model": checkpoint.digest,
+        "runtime": runtime,
+        "versions": found,
+        "reference": versions("torch", "transformers"),
+        "device": name_of(device),
+        "trust_remote_code": trust_remote_code,
+        "prompts": list(PROMPTS),
+        "new_tokens": NEW_TOKENS,
+        "stage": STAGE,
+    }
+
+    def make(folder: Path) -> on_disk.Made:
+        with held():
+            ours = isolated(
+                f"transformers opens {checkpoint.label}", reference, checkpoint.path, device, trust_remote_code
+            )
+            asked = {"model": checkpoint.path, "trust_remote_code": trust_remote_code}
+            try:
+                answer = ask(runtime, {**asked, "prompts": ours.prompts, "continuations": ours.continuations})
+            except TameError as error:
+                answer = {"error": str(error)}
+        (folder / "evidence.json").write_text(json.dumps({"reference": ours._asdict(), "answer": answer}))
+        tried = Served(
+            runtime=runtime,
+            title=RUNTIMES[runtime].title,
+            version=str(own_version(runtime, found)),
+            versions=found,
+            device=name_of(device),
+            opened=False,
+        )
+        (folder / RESULT).write_text(compare(tried, ours, answer).model_dump_json())
+        return on_disk.Made()
+
+    artifact, cached = store.build("served", inputs, make)
+    served = Served.model_validate_json((Path(artifact.path) / RESULT).read_bytes())
+    return served.model_copy(update={"cached": cached})
+
+
+def compare(tried: Served, ours: Reference, answer: dict[str, Any]) -> Served:
+    """`tried` with what the answer of a runtime says, compared with what transformers computes.
+
+    A greedy answer counts up to its first other token: what comes after it answers another question. That token may be as likely
+    as ours, within TIE.
+    """
+    if "error" in answer:
+        return tried.model_copy(update={"error": answer["error"]})
+    pairs = zip(ours.logprobs, answer["logprobs"], strict=True)
+    differences = [abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)]
+    same, gaps = 0, [0.0]
+    for mine, theirs, likely in zip(ours.continuations, answer["greedy"], ours.likely, strict=True):
+        first = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
+        same += first
+        if first < len(mine):
+            known = {int(token): score for token, score in likely[first].items()}
+            gaps.append(max(known.values()) - known.get(theirs[first], min(known.values())))
+    mean = sum(differences) / len(differences)
+    return tried.model_copy(
+        update={
+            "device": answer["device"],
+            "opened": True,
+            "agrees": mean <= CLOSE and max(gaps) <= TIE,
+            "prompts": len(ours.prompts),
+            "tokens": len(differences),
+            "difference": mean,
+            "largest": max(differences),
+            "same": same,
+            "answered": sum(len(each) for each in ours.continuations),
+            "gap": max(gaps),
+        }
+    )
