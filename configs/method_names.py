@@ -3,6 +3,8 @@
 What a method does is in tasks/quantize/methods/. A new one has a line here and a line there.
 """
 
+from typing import Literal
+
 FOUR_BIT = "the 4-bit methods nf4 and fp4"
 
 INTEGERS = "w4a16 and w8a16"
@@ -39,5 +41,5 @@ WITH_EXPERTS = ("w4a16", "w8a16", "fp8", "fp8-block", "mxfp4")
 INTEGER_METHODS = ("w4a16", "w8a16", "w8a8")
 """The methods with one scale for many integers, which takes next to no space."""
 
-RUNTIMES = ("vllm", "transformers")
+RUNTIMES: tuple[Literal["vllm", "transformers"], ...] = ("vllm", "transformers")
 """The programs that a checkpoint can be opened with, to see that they do; tasks/serve/runtimes.py says how."""

@@ -736,6 +736,14 @@ class Recipe(Spec):
     )
     evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
+    serve: list[Literal["vllm", "transformers"]] = Field(
+        [],
+        max_length=2,
+        description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
+        "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
+        "vLLM's environment.",
+        examples=[["vllm"]],
+    )
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 
@@ -796,6 +804,14 @@ class Template(Spec):
     )
     evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
+    serve: list[Literal["vllm", "transformers"]] = Field(
+        [],
+        max_length=2,
+        description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
+        "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
+        "vLLM's environment.",
+        examples=[["vllm"]],
+    )
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 
@@ -804,7 +820,7 @@ class Template(Spec):
         variants = [variant] if variant else self.variants
         label = f"-{variant.label}" if variant else ""
         source = Source(model=model, revision=revision or self.revision, trust_remote_code=self.trust_remote_code)
-        rest = {key: getattr(self, key) for key in ("calibration", "evaluate", "gate", "publish", "track")}
+        rest = {key: getattr(self, key) for key in ("calibration", "evaluate", "gate", "serve", "publish", "track")}
         return Recipe(name=name_of(f"{model}{label}"), source=source, variants=variants, **rest)
 
     @model_validator(mode="after")

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from configs.errors import NotCachedError
 from configs.schema import Recipe
 from configs.settings import home
-from flows.pipeline import DIRECT, make
+from flows.direct import DIRECT
+from flows.pipeline import make
 from tasks import result as results
 from tasks.report.html import render
 from tasks.result import Result

@@ -8,75 +8,24 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from configs.errors import NotCachedError, named_line
-from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
+from configs.schema import Publish, Recipe, Variant
+from flows.direct import DIRECT, Stages
+from flows.stage_lines import StageLines
 from tasks import result as results
-from tasks.calibrate.prepare import calibrate
 from tasks.download.inspection import inspect_source
-from tasks.download.task import download
-from tasks.download.text import LoadedText
 from tasks.evaluate.sanity import far_below
-from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
-from tasks.fit.task import fit
-from tasks.fitted import Fitted
-from tasks.formatting import NOT_MEASURED, figure
-from tasks.gate import judge
-from tasks.plan import Plan, preflight
+from tasks.plan import Plan
 from tasks.publish.approval import Shown
 from tasks.publish.card import release_files
-from tasks.publish.task import publish
-from tasks.quantize.task import quantize
 from tasks.result import Result, ResultVariant
-from tasks.runtime import progress
 from tasks.store import cache_only
 from tasks.store.names import remember
 from tasks.store.recall import recalled
-from tasks.values import Answer, Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+from tasks.values import Checkpoint, Evaluation, Published, Snapshot
 
 log = logging.getLogger("tame.release")
-
-
-class Stages(NamedTuple):
-    """The stages of a release, as something that runs them offers them."""
-
-    plan: Callable[[Recipe, Path], Plan]
-    download: Callable[[Source, Found], Snapshot]
-    baseline: Callable[[Snapshot, Evaluate, LoadedText], Evaluation]
-    calibrate: Callable[[Snapshot, Calibrate], Calibration]
-    fit: Callable[[Snapshot, Variant, Gate, Calibrate, Calibration | None], Fitted]
-    quantize: Callable[[Snapshot, Variant, Calibration | None, Fitted | None], Quantized]
-    evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]
-    weights: Callable[[Checkpoint, Snapshot], Evaluation | None]
-    gate: Callable[[str, dict[str, float], Gate], Verdict]
-    approve: Callable[[Shown], Answer]
-    publish: Callable[[str, Path, dict[str, str], dict[str, bytes], str, Publish], Published]
-
-
-def nobody_to_ask(shown: Shown) -> Answer:
-    """For a run that makes nothing: it ends here, as something would have to be published.
-
-    Raises:
-        NotCachedError: always.
-    """
-    raise NotCachedError(f"{', '.join(shown.targets)} would have to be approved")
-
-
-DIRECT = Stages(
-    plan=preflight,
-    download=download,
-    baseline=lambda snapshot, spec, text: evaluate_baseline(snapshot, spec, text=text),
-    calibrate=calibrate,
-    fit=fit,
-    quantize=quantize,
-    evaluate=evaluate_variant,
-    weights=compare_weights,
-    gate=lambda _variant, metrics, gate: judge(metrics, gate),
-    approve=nobody_to_ask,
-    publish=lambda _label, *given: publish(*given),
-)
-"""The plain functions."""
 
 
 def make(
@@ -112,8 +61,7 @@ def make(
         remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         baseline = None
-        if recipe.evaluate is not None:
-            assert plan.text is not None
+        if recipe.evaluate is not None and plan.text is not None:
             baseline = _checked(stages.baseline(snapshot, recipe.evaluate, plan.text), plan)
             lines.baseline(baseline)
         result = result.with_baseline(baseline, snapshot)
@@ -126,6 +74,7 @@ def make(
         before()
         lines.begin(variant.label)
         made = _measure(lines, result.variant(variant.label), variant, snapshot, baseline, recipe)
+        made = _serve(lines, made, snapshot, recipe)
         lines.measured(made)
         result = result.with_variant(made)
         after(variant.label, result)
@@ -150,7 +99,7 @@ def go_on(
     return _publish_shown(shown, lines, before)
 
 
-def _publish_shown(shown: Shown, lines: "StageLines", before: Callable[[], None]) -> Result:
+def _publish_shown(shown: Shown, lines: StageLines, before: Callable[[], None]) -> Result:
     """Ask what of `shown` is to be published, publish that, and return the result with what came of it."""
     answer, result, began = lines.by.approve(shown), shown.result, time.monotonic()
     result = result.model_copy(update={"approval": answer})
@@ -189,7 +138,7 @@ def _checked(baseline: Evaluation, plan: Plan) -> Evaluation:
 
 
 def _measure(
-    lines: "StageLines",
+    lines: StageLines,
     known: ResultVariant,
     variant: Variant,
     snapshot: Snapshot,
@@ -225,8 +174,25 @@ def _measure(
         return results.failed(known, error)
 
 
+def _serve(lines: StageLines, made: ResultVariant, snapshot: Snapshot, recipe: Recipe) -> ResultVariant:
+    """`made`, if it passed, with what the programs that the recipe names make of it: one that does not open it is no failure."""
+    if made.status != "passed" or made.artifact is None:
+        return made
+    checkpoint = Checkpoint(path=made.artifact.path, digest=made.artifact.digest, label=made.name)
+    for runtime in recipe.serve:
+        try:
+            found = lines.by.serve(checkpoint, runtime, snapshot.trust_remote_code)
+            served, notes = [*made.served, found], [] if found.agrees else [f"{found.sentence}."]
+        except NotCachedError:
+            raise
+        except Exception as error:
+            served, notes = made.served, [f"{runtime} could not be asked to open it: {named_line(error)}."]
+        made = made.model_copy(update={"served": served, "notes": [*made.notes, *notes]})
+    return made
+
+
 def _publish(
-    lines: "StageLines", result: Result, label: str, target: str, documents: Callable[[], dict[str, bytes]]
+    lines: StageLines, result: Result, label: str, target: str, documents: Callable[[], dict[str, bytes]]
 ) -> Result:
     """`result` with the variant `label` published, or failed."""
     lines.begin(f"publishing {label}")
@@ -254,77 +220,3 @@ def _published(
         return by(Path(artifact.path), artifact.files, documents, target, spec)
     spec = spec.model_copy(update={"private": answer.private})
     return by(recalled(artifact.path), artifact.files, documents, target, spec)
-
-
-class StageLines:
-    """Says what each stage came to: `✓ 3/6 nf4 quantized 1.2 s · measured 66 s · KL 0.1030 · passed`."""
-
-    def __init__(self, recipe: Recipe, by: Stages, say: Callable[[str], None]) -> None:
-        self.by, self.say, self.how, self.fit = by, say, list[str](), list[str]()
-        self.done, self.stages, self.published = 0, 1 + (recipe.evaluate is not None) + len(recipe.variants), 0
-        self.begin("looking at the model")
-
-    def begin(self, what: str) -> None:
-        """A stage begins."""
-        self.what, self.started, self.how, self.fit = what, time.monotonic(), [], []
-        progress.begin(f"{self.done + 1}/{self.stages + self.published} {what}")
-
-    def downloaded(self, snapshot: Snapshot) -> None:
-        """The source is here."""
-        self._say("✓", snapshot.name, ["here already" if snapshot.cached else f"downloaded {self._seconds()}"])
-        self.begin("baseline")
-
-    def baseline(self, baseline: Evaluation) -> None:
-        """The original was measured."""
-        how = "measured before" if baseline.cached else f"measured {self._seconds()}"
-        perplexity = baseline.metrics.get("perplexity")
-        perplexities = [] if perplexity is None else [f"perplexity {figure('perplexity', perplexity)}"]
-        self._say("✓", "baseline", [how, *perplexities])
-
-    def fitted(self, fitted: Fitted) -> None:
-        """The mix that keeps a variant's limit is known; it is written now."""
-        kept = fitted.kept if fitted.modules or fitted.in_8_bits else "all is quantized"
-        how = "fitted before" if fitted.cached else f"fitted {self._seconds()}"
-        self.fit = [f"{how} to {fitted.limit}: {kept}"]
-        self.started = time.monotonic()
-
-    def quantized(self) -> None:
-        """A variant was quantized; it is measured now."""
-        self.how.append(self._seconds())
-        self.started = time.monotonic()
-
-    def measured(self, variant: ResultVariant) -> None:
-        """A variant was quantized and measured, or has failed."""
-        if variant.status == "failed":
-            self._say("✗", variant.name, [f"failed after {self._seconds()}", str(variant.error)])
-            return
-        quantized = "before" if "quantize" in variant.cached else self.how[0]
-        if not variant.measured:
-            self._say("✓", variant.name, [f"quantized {quantized}", NOT_MEASURED])
-            return
-        measured = "before" if "evaluate" in variant.cached else self._seconds()
-        how = [*self.fit, f"quantized {quantized}", f"measured {measured}"]
-        damage = variant.metrics.get("kl_mean")
-        divergence = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
-        reasons = variant.gate.reasons if variant.gate else []
-        mark = "✗" if variant.status == "rejected" else "✓"
-        self._say(mark, variant.name, [*how, *divergence, *reasons, variant.status])
-
-    def publishing(self, variant: ResultVariant) -> None:
-        """A variant is where it was to go, or it has failed."""
-        if variant.status == "failed":
-            self._say("✗", variant.name, ["not published", str(variant.error)])
-        else:
-            self._say("✓", variant.name, [f"published {self._seconds()}", str(variant.published)])
-
-    def failed(self, error: Exception) -> None:
-        """A stage that all others need has failed."""
-        self._say("✗", self.what, [f"failed after {self._seconds()}", named_line(error, limit=None)])
-
-    def _seconds(self) -> str:
-        return f"{time.monotonic() - self.started:.1f} s"
-
-    def _say(self, mark: str, what: str, how: list[str]) -> None:
-        self.done += 1
-        progress.begin("")
-        self.say(f"{mark} {self.done}/{self.stages + self.published} {what} {' · '.join(how)}")

@@ -11,7 +11,7 @@ from prefect.states import Completed, State
 
 from configs.errors import UnreachableError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
-from flows.pipeline import Stages, nobody_to_ask
+from flows.direct import Stages, nobody_to_ask
 from tasks.calibrate.prepare import calibrate
 from tasks.download import hub
 from tasks.download.task import download
@@ -25,8 +25,9 @@ from tasks.publish.client import seconds_to_wait
 from tasks.publish.task import PAUSES, publish, tell_lineage
 from tasks.quantize.task import quantize
 from tasks.result import Result
+from tasks.serve.task import serve
 from tasks.track.task import log
-from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Snapshot, Verdict
+from tasks.values import Calibration, Checkpoint, Evaluation, Found, Published, Quantized, Served, Snapshot, Verdict
 
 
 @task(name="plan", task_run_name="plan {recipe.name}")
@@ -97,6 +98,13 @@ def gate_task(variant: str, metrics: dict[str, float], gate: Gate) -> Verdict:
     return judge(metrics, gate)
 
 
+@task(name="serve", task_run_name="serve {checkpoint.label} with {runtime}")
+def serve_task(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool) -> State[Served]:
+    """`serve` in the flow."""
+    served = serve(checkpoint, runtime, trust_remote_code)
+    return Completed(name="Cached" if served.cached else "Completed", data=served)
+
+
 @task(
     name="publish",
     task_run_name="publish {label}",
@@ -139,6 +147,7 @@ IN_PREFECT = Stages(
     evaluate=lambda *given: evaluate_task(*given).result(),
     weights=lambda *given: weights_task(*given).result(),
     gate=gate_task,
+    serve=lambda *given: serve_task(*given).result(),
     approve=nobody_to_ask,  # the flow knows whom
     publish=lambda *given: publish_task(*given).result(),
 )

@@ -27,6 +27,7 @@ from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
 from tasks.runtime.device import gpus, pick
 from tasks.runtime.files import check_writable
+from tasks.serve.runtimes import versions_of
 from tasks.store import artifacts as store
 from tasks.values import Found
 
@@ -97,6 +98,8 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
             check_no_experts(variant, recipe.source.model)
     if recipe.evaluate is not None and text is not None:
         tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
+    for runtime in recipe.serve:
+        versions_of(runtime)
     pick()
     warnings = [*warnings, *benchmarks.notes]
     asked = recipe.evaluate is not None and recipe.evaluate.tasks

@@ -28,6 +28,7 @@ from tasks.values import (
     Published,
     Quantized,
     Sample,
+    Served,
     Snapshot,
     Unquantized,
     Verdict,
@@ -102,6 +103,8 @@ class ResultVariant(Measured):
     """What stayed in 16 bits."""
     fit: Fitted | None = None
     """How the mix of quantized and unquantized modules was found, where the variant has a limit."""
+    served: list[Served] = []
+    """What the programs that the recipe names have made of it."""
     published: str | None = None
     """URL of the Hub commit or the folder."""
     error: str | None = None

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from configs.errors import BadInputError
 from configs.load import load_recipe
 from configs.schema import Fit, Gate, Recipe, Variant
-from flows.pipeline import DIRECT, make
+from flows.direct import DIRECT
+from flows.pipeline import make
 from tasks import result as results
 from tasks.publish.rederive import rederive
 from tasks.report.html import render

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from configs.errors import BadInputError
 from configs.schema import Recipe, Variant
-from flows.pipeline import DIRECT, make
+from flows.direct import DIRECT
+from flows.pipeline import make
 from tasks import formatting
 from tasks import result as results
 from tasks.plan import preflight

@@ -22,7 +22,7 @@ from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card_metadata import HUB, eval_results, front_matter, tags, text_name, with_front_matter
-from tasks.publish.usage import usage
+from tasks.publish.usage import serving, usage
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
 from tasks.result import NOTHING_MEASURED, Result, ResultVariant
@@ -69,6 +69,7 @@ def _provenance(result: Result, variant: ResultVariant, documents: dict[str, byt
         "protocol": variant.protocol.model_dump(mode="json"),
         "gate": variant.gate.model_dump() if variant.gate else None,
         "calibration": variant.calibration.model_dump(exclude={"path", "cached"}) if variant.calibration else None,
+        **({"served": [each.model_dump(exclude={"cached"}) for each in variant.served]} if variant.served else {}),
         "notes": variant.notes,
         "left": [entry.model_dump() for entry in variant.left],
         "recipe": provenance.without_paths(result.recipe),
@@ -133,6 +134,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         *([_plain(advice(result))] if len(result.variants) > 1 else []),
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *usage(repo, method, *_where(variant)),
+        *serving(repo, method, variant.served),
         *_quality(result, variant),
         *_sample(variant),
         *_speed(result, variant),

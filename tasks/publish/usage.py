@@ -1,11 +1,13 @@
 """What the card says on using a model: a snippet that runs as it stands, what to install, and how much memory it takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.download.architectures import ENCODER_DECODER, called_by, no_language_model
 from tasks.formatting import figure
 from tasks.quantize.protocols import CardText
 from tasks.runtime.files import read_object
+from tasks.values import Served
 
 CONTEXTS = (2048, 8192)
 """Lengths of the context, in tokens, that the memory is told for."""
@@ -35,6 +37,27 @@ def usage(repo: str, method: CardText | None, folder: Path | None = None, size: 
             "and what CUDA itself needs, come on top."
         )
     return lines
+
+
+def serving(repo: str, method: CardText, served: Sequence[Served]) -> list[str]:
+    """The paragraphs on other programs: those that were tried say how that went, and the format's homes that they are no more.
+
+    A program that could not open the files is not recommended.
+    """
+    tried = {each.runtime: each for each in served}
+    lines = []
+    for home in method.homes:
+        command = f"`{home.command.format(repo=repo)}`"
+        if (found := tried.pop(home.runtime, None)) is None:
+            lines.append(
+                f"- {home.title}: {command}. It is a home of the format; tame has not tried it with these files."
+            )
+        elif found.agrees:
+            lines.append(f"- {home.title}: {command}. **Tried**: {found.sentence}.")
+        else:
+            lines.append(f"- {home.title}: **not with these files.** {found.sentence}.")
+    lines += [f"- {found.sentence}." for found in tried.values()]
+    return ["## Serve and train", "\n".join(lines)] if lines else []
 
 
 def has_chat_template(folder: Path) -> bool:

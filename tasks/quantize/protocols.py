@@ -85,6 +85,18 @@ class Written(BaseModel):
 
 
 @dataclass(frozen=True)
+class Home:
+    """A program that a format's authors made it for."""
+
+    runtime: str
+    """As recipes call it, so that the card can say whether it was tried: vllm."""
+    title: str
+    """The program, and what it needs for this format."""
+    command: str
+    """How it is started; {repo} is replaced."""
+
+
+@dataclass(frozen=True)
 class CardText:
     """What a model card says of a format."""
 
@@ -96,6 +108,8 @@ class CardText:
     """For the Hub's search."""
     limits: tuple[str, ...]
     """Sentences on what this format cannot do."""
+    homes: tuple[Home, ...] = ()
+    """What it is served and trained with, besides transformers."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def render(result: Result) -> str:
         flips=_flips(result),
         examples=_examples(result),
         left=_left(result),
+        served=[(variant.name, each) for variant in result.variants for each in variant.served],
         protocol=_protocol(measured),
         notes=dict.fromkeys(note for row in measured for note in [*_calibrated(row), *row.notes]),
         recipe=_yaml(result),

@@ -23,4 +23,4 @@ def serve_check(source: Source, runtimes: Sequence[str], device: str) -> list[Se
     snapshot = download(source, inspect_source(source, quantized=True), quantized=True)
     checkpoint = Checkpoint(path=str(Path(snapshot.path)), digest=snapshot.digest, label=snapshot.name)
     trust = source.trust_remote_code
-    return [serve(checkpoint, runtime, trust_remote_code=trust, device=device) for runtime in runtimes]
+    return [serve(checkpoint, runtime, trust, device=device) for runtime in runtimes]

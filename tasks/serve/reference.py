@@ -10,7 +10,7 @@ PROMPTS = (
     "In 1969, Neil Armstrong",
 )
 """Prose, an instruction, a program and a fact: what a runtime is asked, as plain text without a template."""
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 KNOWN = 50
 """How many of the most likely tokens are kept at each position, to see how near a tie another choice was."""
 

@@ -22,7 +22,7 @@ TIE = 0.25
 """Nats: how much less likely another token may be that a runtime chooses: two steps of bfloat16 between logits of 16 to 32."""
 
 
-def serve(checkpoint: Checkpoint, runtime: str, *, trust_remote_code: bool = False, device: str = "auto") -> Served:
+def serve(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool = False, *, device: str = "auto") -> Served:
     """Open a checkpoint with a runtime, and compare what it computes with transformers: from the store, or tried now.
 
     Args:

@@ -210,6 +210,7 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
             "artifact_digest": measured.artifact.digest if measured.artifact else "",
             "artifact_path": measured.artifact.path if measured.artifact else "",
             "cached": " ".join(measured.cached),
+            **{f"served.{each.runtime}": each.sentence for each in measured.served},
         }
     return {**tags, **_release_of(result)}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import Variant
 from tasks.quantize.methods.bitsandbytes_skips import without_fused
-from tasks.quantize.protocols import CardText, Dense, Request, Restored, TensorFormat, Written
+from tasks.quantize.protocols import CardText, Dense, Home, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
 from tasks.runtime.progress import Progress, silent
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 FAMILY = "bitsandbytes"
 READERS = (
     "The files are in bitsandbytes' format: transformers with bitsandbytes reads them, most other programs do not."
+)
+HOMES = (
+    Home("vllm", "vLLM from 0.28 on, with `pip install vllm-bnb-plugin`", "vllm serve {repo}"),
+    Home(
+        "peft",
+        "PEFT, to train a LoRA adapter on it (QLoRA)",
+        "get_peft_model(model, LoraConfig(target_modules='all-linear'))",
+    ),
 )
 
 
@@ -41,6 +49,7 @@ class EightBit:
                 READERS,
                 "8-bit layers quantize activations too, so that answers can depend on what else is in a batch.",
             ),
+            homes=HOMES,
         )
 
     def describes(self, quantization_config: dict[str, Any]) -> Variant | None:
@@ -105,6 +114,7 @@ class FourBit:
             install=(FAMILY,),
             tags=(FAMILY, "4-bit", self.name),
             limits=(READERS,),
+            homes=HOMES,
         )
 
     def describes(self, quantization_config: dict[str, Any]) -> Variant | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import Variant
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES, Scheme
-from tasks.quantize.protocols import CardText, Dense, Request, Restored, TensorFormat, Written
+from tasks.quantize.protocols import CardText, Dense, Home, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
 from tasks.runtime.progress import Progress, silent
 
@@ -19,10 +19,7 @@ FAMILY = "compressed-tensors"
 LIBRARY = "compressed_tensors"
 MORE_BITS = {"w4a16": "w8a16"}
 """The scheme that single modules of a checkpoint can have beside the checkpoint's own."""
-READERS = (
-    "The files are in the format of compressed-tensors, whose home is vLLM (`vllm serve` with this repo's name). tame opened "
-    "them with transformers, and not with vLLM."
-)
+VLLM = Home("vllm", "vLLM", "vllm serve {repo}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class CompressedTensors:
             numbers += f" ({len(variant.eight_bit_modules)} modules in 8 bits)"
         if variant.group_size:
             numbers += f", {'a row' if variant.group_size < 0 else variant.group_size} to a scale"
-        limits = [READERS]
+        limits = []
         if self.scheme.activations:
             numbers += f", activations to {self.scheme.activations} while it runs"
             limits.append(
@@ -62,6 +59,7 @@ class CompressedTensors:
             install=(FAMILY,),
             tags=(FAMILY, "vllm", *self.scheme.tags),
             limits=tuple(limits),
+            homes=(VLLM,),
         )
 
     def describes(self, quantization_config: dict[str, Any]) -> Variant | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Variant
-from tasks.quantize.protocols import CardText, Dense, Request, Restored, TensorFormat, Written
+from tasks.quantize.protocols import CardText, Dense, Home, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
 from tasks.runtime.progress import Progress, silent
 
@@ -37,11 +37,13 @@ class BlockFloat:
             install=(),
             tags=("8-bit", "fp8", "vllm"),
             limits=(
-                "The format is at home in transformers, vLLM and SGLang (`vllm serve` with this repo's name). tame opened the "
-                "files with transformers, and not with the others. Without a GPU that has 8-bit floats, transformers "
-                "dequantizes them.",
+                "Without a GPU that has 8-bit floats, transformers dequantizes the weights.",
                 "Activations are rounded to 8-bit floats, 128 to a scale. Where tame measured on the CPU, that was emulated in "
                 "all layers but experts; kernels add up in another order.",
+            ),
+            homes=(
+                Home("vllm", "vLLM", "vllm serve {repo}"),
+                Home("sglang", "SGLang", "python -m sglang.launch_server --model-path {repo}"),
             ),
         )
 

@@ -1,0 +1,182 @@
+"""Programs that open a checkpoint: transformers in a process of its own for all tests, vLLM where it is installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import BadInputError
+from configs.schema import Recipe
+from flows.direct import DIRECT
+from flows.pipeline import make
+from tasks import result as results
+from tasks.plan import preflight
+from tasks.quantize.methods import METHODS
+from tasks.report.html import render
+from tasks.serve.reference import Reference
+from tasks.serve.runtimes import versions_of
+from tasks.serve.task import TIE, compare
+from tasks.track.mlflow_runs import _tags
+from tasks.values import Served
+
+ROOT = Path(__file__).parent.parent
+TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
+TRIED = Served(
+    runtime="vllm", title="vLLM", version="1.0", versions={"vllm": "1.0"}, device="cpu", opened=False
+)  # fmt: skip
+OURS = Reference(
+    prompts=[[5, 6]],
+    continuations=[[7, 8, 9]],
+    logprobs=[[-1.0, -0.5, -2.0, -0.1]],
+    likely=[[{7: -0.5, 4: -0.6}, {8: -2.0, 3: -2.1, 2: -9.0}, {9: -0.1, 1: -3.0}]],
+)
+
+
+def tame(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tame", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def a_runtime(folder: Path, probe: str) -> str:
+    """A Python with transformers whose runs of the probe are `probe`, a line of shell, instead."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in *probe.py) {probe};; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_a_runtime_that_computes_the_same_agrees() -> None:
+    found = compare(TRIED, OURS, {"device": "cpu", "greedy": [[7, 8, 9]], "logprobs": [[-1.01, -0.5, -2.02, -0.1]]})
+    assert (found.opened, found.agrees, found.same, found.answered, found.tokens, found.gap) == (True, True, 3, 3, 4, 0)
+    assert found.difference == pytest.approx(0.0075)
+    assert found.largest == pytest.approx(0.02)
+    assert "3 of 3 tokens" in found.sentence
+
+
+@pytest.mark.parametrize(("token", "agrees", "gap"), [(3, True, 0.1), (2, False, 7.0), (99, False, 7.0)])
+def test_another_token_is_a_tie_or_another_model(token: int, agrees: bool, gap: float) -> None:
+    answer = {"device": "cpu", "greedy": [[7, token, 9]], "logprobs": OURS.logprobs}
+    found = compare(TRIED, OURS, answer)
+    assert (found.agrees, found.same) == (agrees, 1)  # what follows another token answers another question
+    assert found.gap == pytest.approx(gap)
+    assert (gap <= TIE) is agrees
+
+
+def test_other_probabilities_are_another_model() -> None:
+    answer = {"device": "cpu", "greedy": OURS.continuations, "logprobs": [[-1.2, -0.5, -2.0, -0.1]]}
+    assert compare(TRIED, OURS, answer).agrees
+    answer["logprobs"] = [[-1.3, -0.5, -2.0, -0.1]]
+    found = compare(TRIED, OURS, answer)
+    assert (found.opened, found.agrees) == (True, False)
+    assert "computes something else" in found.sentence
+
+
+def test_a_checkpoint_is_opened_in_another_process_and_the_answer_is_kept(
+    tame_home: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    out = tmp_path / "nf4"
+    assert tame("quantize", tiny_llama, out, "--method", "nf4").returncode == 0
+    asked = ("serve-check", out, "--runtime", "transformers", "--json")
+    done = tame(*asked)
+    assert (done.returncode, done.stderr) == (0, "")
+    [found] = json.loads(done.stdout)
+    assert found["opened"]
+    assert found["agrees"]
+    assert found["version"] == versions_of("transformers")["transformers"]
+    assert found["tokens"] > 64
+    assert found["difference"] < 1e-3
+    assert not found["cached"]
+    [again] = json.loads(tame(*asked).stdout)
+    assert again == {**found, "cached": True}
+
+
+def test_what_a_runtime_says_or_dies_of_is_said(tame_home: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    killed = a_runtime(tmp_path, "echo loading; kill -ILL $$")
+    done = tame("serve-check", tiny_llama, "--runtime", "transformers", TAME_TRANSFORMERS=killed)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not open it: transformers ended without an answer (SIGILL: loading)" in done.stdout
+    refuses = a_runtime(tmp_path, """echo '{"error": "ValueError: unknown quantization"}' > "$5"; exit 0""")
+    done = tame(
+        "serve-check", tiny_llama, "--runtime", "transformers", TAME_TRANSFORMERS=refuses, TAME_HOME=str(tmp_path)
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not open it: ValueError: unknown quantization" in done.stdout
+
+
+def test_a_runtime_that_is_not_there_is_refused_before_any_work(
+    tame_home: Path, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = tame("serve-check", tiny_llama)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert "make vllm" in line
+    assert "TAME_VLLM" in line
+    monkeypatch.setenv("TAME_VLLM", sys.executable)
+    with pytest.raises(BadInputError, match="vLLM is not installed for"):
+        preflight(recipe(tmp_path, tiny_llama, serve=["vllm"]), tmp_path)
+
+
+def recipe(folder: Path, model: Path, **sections: Any) -> Recipe:
+    (folder / "text.txt").write_text(TEXT)
+    measured = {
+        "text": {"files": [str(folder / "text.txt")]},
+        "window": 64,
+        "max_tokens": 256,
+        "speed": None,
+        "samples": None,
+    }
+    asked = {"name": "served", "source": {"model": str(model)}, "variants": [{"method": "nf4"}], "evaluate": measured}
+    return Recipe.model_validate({**asked, "publish": {"to": "folder", "repo": "served"}, **sections})
+
+
+def test_a_recipe_asks_for_it_and_every_place_says_what_came_of_it(
+    tame_home: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    asked, said = recipe(tmp_path, tiny_llama, serve=["transformers"]), list[str]()
+    result = make(asked, tmp_path / "out", results.begin(asked, None), DIRECT, say=said.append)
+    [variant] = result.variants
+    assert (variant.status, variant.error) == ("published", None)
+    [served] = variant.served
+    assert served.agrees
+    assert any(f"opened by transformers {served.version}" in line for line in said)
+    card = (Path(str(variant.published)) / "README.md").read_text()
+    assert served.sentence in card
+    assert "vllm serve served`. It is a home of the format; tame has not tried it" in card
+    assert json.loads((Path(str(variant.published)) / "tame.json").read_text())["served"][0]["agrees"]
+    assert served.sentence in render(result)
+    assert _tags(result, variant)["served.transformers"] == served.sentence
+
+
+def test_a_program_that_cannot_open_it_is_not_recommended() -> None:
+    from tasks.publish.usage import serving
+
+    for method, variant in ((name, Recipe.model_validate(
+        {"name": "a", "source": {"model": "me/a"}, "variants": [{"method": name}]}
+    ).variants[0]) for name in METHODS):  # fmt: skip
+        text = METHODS[method].card(variant)
+        refused = TRIED.model_copy(update={"error": "ValueError: no kernel"})
+        assert any(home.runtime == "vllm" for home in text.homes), method
+        [_, lines] = serving("me/a", text, [refused])
+        assert "not with these files" in lines
+        assert "vllm serve" not in lines
+        [_, lines] = serving("me/a", text, [TRIED.model_copy(update={"opened": True, "agrees": True})])
+        assert "`vllm serve me/a`. **Tried**: vLLM 1.0 on cpu opens it" in lines
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", ["nf4", "int8", "w4a16", "w8a8", "fp8", "mxfp4"])
+def test_vllm_opens_it_or_its_error_is_said(method: str, tmp_path: Path, tiny_llama: Path) -> None:
+    try:
+        versions_of("vllm")
+    except BadInputError as error:
+        pytest.skip(str(error))
+    assert tame("quantize", tiny_llama, tmp_path / method, "--method", method).returncode == 0
+    done = tame("serve-check", tmp_path / method, "--json")
+    assert done.stderr == ""
+    [found] = json.loads(done.stdout)
+    assert found["agrees"] if found["opened"] else found["error"]
+    assert method not in ("nf4", "w4a16") or found["agrees"]
