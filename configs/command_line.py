@@ -220,7 +220,7 @@ def _of_serve_check(command: argparse.ArgumentParser) -> None:
         choices=RUNTIMES,
         nargs="+",
         action="extend",
-        help="by default vllm; each in a Python environment of its own: make vllm, or TAME_VLLM, TAME_TRANSFORMERS",
+        help="by default vllm; each runs in a Python that is not tame's: TAME_VLLM (make vllm makes one), TAME_TRANSFORMERS",
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument(

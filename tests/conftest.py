@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 _ROOT = Path(tempfile.mkdtemp(prefix="tame-tests-"))
+# The one part of this machine that a test may use: it takes 3 GB.
+VLLM = os.environ.get("TAME_VLLM") or str(Path("~/.cache/tame/runtimes/vllm/bin/python").expanduser())
 for _name in [name for name in os.environ if name.startswith(("PREFECT_", "HF_", "MLFLOW_", "TAME_", "HUGGING"))]:
     del os.environ[_name]
 os.environ.pop("PYTHONSAFEPATH", None)  # the tests' own child processes import from this folder
