@@ -193,7 +193,7 @@ def _written(artifact: Artifact) -> Size:
     """What a variant that is there has become."""
     meta = artifact.meta
     weights, parameters = meta.get("weight_bytes", artifact.bytes), meta.get("parameters", 0)
-    return Size(weights, parameters, meta.get("quantized_parameters", 0), [], True)
+    return Size(weights, parameters, meta.get("quantized", 0), [], True)
 
 
 def _estimate(facts: Facts, variant: Variant) -> Size:

@@ -112,7 +112,8 @@ class ResultVariant(Measured):
     @property
     def all_cached(self) -> bool:
         """Whether nothing had to be done for it."""
-        return {"quantize", "evaluate" if self.measured else "weights"} <= {*self.cached}
+        compared = "evaluate" if self.measured else "weights"
+        return "quantize" in self.cached and (compared in self.cached or (not self.measured and self.evidence is None))
 
     @property
     def made_as(self) -> Variant:
@@ -282,7 +283,7 @@ def judged(before: ResultVariant, evaluation: Evaluation, verdict: Verdict | Non
 def unmeasured(before: ResultVariant, weights: Evaluation | None) -> ResultVariant:
     """A variant that nobody measures; `weights` has what its files tell, beside the source's."""
     known = measured(weights, before.metrics) if weights else before.model_copy(update={"notes": []})
-    cached = [*before.cached, *(["weights"] if weights is None or weights.cached else [])]
+    cached = [*before.cached, *(["weights"] if weights and weights.cached else [])]
     update = {
         "metrics": known.metrics,
         "evidence": known.evidence,
