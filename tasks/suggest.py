@@ -10,6 +10,7 @@ from configs.schema import Source, name_of
 from configs.settings import home
 from configs.write import yaml_of
 from tasks.download import hub
+from tasks.download.architectures import called_by, no_language_model
 from tasks.download.facts import Facts, facts_of
 from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.formatting import figure
@@ -70,7 +71,7 @@ def suggest(
     recipe: dict[str, Any] = {
         "name": name_of(found.name),
         "source": source,
-        "variants": formats or _suited(facts, calibrate),
+        "variants": formats or _suited(facts, calibrate, quantized=bool(found.config.get("quantization_config"))),
         **_measuring(found),
         "gate": {"max_mean_kl": _limit(facts) if limit is None else limit},
     }
@@ -86,6 +87,8 @@ def suggest(
 def commented(suggestion: Suggestion) -> str:
     """The recipe as YAML for somebody to edit: what each part is for, and why it is as it is."""
     recipe, facts, found = suggestion
+    if found.kind != "gguf" and (reason := no_language_model(found.config, found.files)):
+        return _unmeasured(recipe, f"{called_by(found.config)}: {reason}")
     free = shutil.disk_usage(existing_parent(home())).free
     devices = gpus()
     memory = f", {figure('size_bytes', devices[0].memory_bytes)}" if devices else ""
@@ -114,6 +117,22 @@ def commented(suggestion: Suggestion) -> str:
         yaml_of({"publish": where}).rstrip(),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _unmeasured(recipe: dict[str, Any], what: str) -> str:
+    """The same for a model that writes no text, which a recipe has to say by `evaluate: null`."""
+    variants = [{key: value for key, value in one.items() if key != "calibrate"} for one in recipe["variants"]]
+    return "\n".join(
+        [
+            f"# {recipe['source']['model']} is {what}.",
+            yaml_of({key: recipe[key] for key in ("name", "source")}).rstrip(),
+            yaml_of({"variants": variants}).rstrip(),
+            "# So nothing can be measured: no model is run, the gate has no limits, and the card says so.",
+            "evaluate: null",
+            "# to: hub (needs HF_TOKEN with write access), folder, or nowhere. Private until you say otherwise.",
+            yaml_of({"publish": {"to": "nowhere", "repo": "me/{model}-{variant}"}}),
+        ]
+    )
 
 
 def _inspect(source: Source) -> Found:
@@ -156,11 +175,11 @@ def _variant(name: str, calibrate: str | None) -> dict[str, Any]:
     return variant
 
 
-def _suited(facts: Facts, calibrate: str | None) -> list[dict[str, Any]]:
+def _suited(facts: Facts, calibrate: str | None, quantized: bool) -> list[dict[str, Any]]:
     """What suits a model: one in 4 bits and one in 8; of a mixture, in formats that quantize its experts."""
     if facts.is_mixture:
         return [_variant(name, calibrate) for name in ("w4a16", "fp8")]
-    return [_variant("nf4", calibrate or "true"), _variant("int8", None)]
+    return [_variant("nf4", calibrate or (None if quantized else "true")), _variant("int8", None)]
 
 
 def _why_these(facts: Facts) -> str:

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from configs.errors import BadInputError
+from configs.load import load_recipe
 from configs.schema import Recipe, Variant
 from flows.direct import DIRECT
 from flows.pipeline import make
@@ -18,6 +19,7 @@ from tasks.plan import preflight
 from tasks.report.html import render
 from tasks.report.terminal import closing
 from tasks.result import NOTHING_MEASURED, Result
+from tasks.suggest import commented, suggest
 from tests.models import VOCABULARY, quantize, tokenizer
 from tests.test_quantize import assert_same, by_transformers, variant_of
 
@@ -241,3 +243,12 @@ def test_a_packed_t5_is_refused_as_transformers_cannot_load_it(method: str, tmp_
     ):
         quantize(source, tmp_path / "made", Variant(method=method))
     quantize(source, tmp_path / "fp8", Variant(method="fp8"))
+
+
+@pytest.mark.parametrize("kind", ["reward", "embedding", "t5"])
+def test_tame_init_writes_a_recipe_that_says_it(kind: str, tmp_path: Path) -> None:
+    written = tmp_path / "recipe.yaml"
+    written.write_text(commented(suggest(str(other(tmp_path / kind, kind)))))
+    asked = load_recipe(written)
+    assert asked.evaluate is None
+    assert preflight(asked, tmp_path / "out").text is None
