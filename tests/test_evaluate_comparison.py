@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs.schema import Evaluate, Recipe, Source, TextSource, Variant
-from flows.pipeline import DIRECT, make
+from flows.direct import DIRECT
+from flows.pipeline import make
 from tasks import result as results
 from tasks.download.inspection import inspect_source
 from tasks.download.published_scores import PublishedScore, published_scores

@@ -267,7 +267,8 @@ def restored(parts: dict[str, torch.Tensor], shape: tuple[int, int], device: str
 
 def hide_bars() -> None:
     """Let the package draw no progress bars: it draws several for every model that is loaded."""
-    for name in ("compressors.model_compressors.model_compressor", "quantization.lifecycle.apply"):
+    names = ("compressors.model_compressors.model_compressor", "quantization.lifecycle.apply", "offload.dispatch")
+    for name in names:
         module: Any = import_module(f"compressed_tensors.{name}")
         module.tqdm = _no_bar
 
