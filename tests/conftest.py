@@ -42,8 +42,8 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
-ON_A_SERVER = {"approval", "automations", "flow", "infra", "second_method", "sweep", "watch"}
-"""Files whose tests need the session's Prefect server, by their names without test_ and .py."""
+ON_A_SERVER = {"runs": {"flow", "second_method", "sweep"}, "deployments": {"approval", "automations", "infra", "watch"}}
+"""Files whose tests need a Prefect server, by their names without test_ and .py: those of a set share one."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,13 +63,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def group_of(file: str) -> str:
-    return "server" if Path(file).stem.removeprefix("test_") in ON_A_SERVER else file
+    name = Path(file).stem.removeprefix("test_")
+    return next((server for server, files in ON_A_SERVER.items() if name in files), file)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # the largest first, so that both processes end at about the same time
         sizes = {path: path.stat().st_size for path in {item.path for item in items}}
-        items.sort(key=lambda item: (group_of(item.path.name) != "server", -sizes[item.path]))
+        items.sort(key=lambda item: (group_of(item.path.name) not in ON_A_SERVER, -sizes[item.path]))
     if not any("cuda" in item.keywords for item in items):
         return
     import torch
