@@ -42,7 +42,10 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
-ON_A_SERVER = {"runs": {"flow", "second_method", "sweep"}, "deployments": {"approval", "automations", "infra", "watch"}}
+ON_A_SERVER = {
+    "runs": {"first_minute", "flow", "second_method", "sweep"},
+    "deployments": {"approval", "automations", "infra", "publish_task", "watch"},
+}
 """Files whose tests need a Prefect server, by their names without test_ and .py: those of a set share one."""
 
 

@@ -109,6 +109,7 @@ def test_an_adapter_alone_finds_its_base_and_the_key_covers_both(
     assert download(both.model_copy(update={"adapter": str(changed)})).digest != first.digest
 
 
+@pytest.mark.e2e
 def test_base_and_adapter_on_the_hub(tmp_path: Path, tiny_llama: Path) -> None:
     with Hub() as hub:
         hub.add_model("org/base", tiny_llama)

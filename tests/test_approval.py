@@ -175,6 +175,7 @@ class Worker:
         return sorted(task.name for task in found)
 
 
+@pytest.mark.e2e
 def test_a_run_of_a_worker_suspends_itself_and_publishes_what_was_shown(
     prefect_url: str, tiny_llama: Path, tame_home: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_libraries_are_there_and_settings_are_those_of_now(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+@pytest.mark.e2e
 def test_what_lies_in_the_folder_is_not_taken_for_a_library(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('not this one')")
     look = "'torch' in __import__('sys').modules"

@@ -235,6 +235,7 @@ def test_a_release_says_that_its_baseline_is_far_below_what_was_published(
     assert f"- Of the base model, {flag}" in release_files(result, "nf4")["README.md"].decode()
 
 
+@pytest.mark.e2e
 def test_tame_evaluate_takes_repos_of_the_hub_on_both_sides(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "nf4"
     quantize(tiny_llama, theirs, Variant(method="nf4", compute_dtype="bfloat16"))

@@ -132,6 +132,7 @@ def test_repos_that_cannot_be_released(tiny_llama: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
+@pytest.mark.e2e
 def test_own_code_that_is_trusted_is_planned_with_its_own_tokenizer(model: Path, tmp_path: Path) -> None:
     with_own_code(model)
     code, _, told = plan(tmp_path, model, "source.trust_remote_code=true")

@@ -92,6 +92,7 @@ def test_prefect_tries_again_shows_what_was_there_and_is_told_the_lineage(
     assert sum("POST /api/models/me/tiny-nf4/commit" in request for request in hub.requests) == 2
 
 
+@pytest.mark.e2e
 def test_a_stranger_runs_the_cards_program_as_it_stands(hub: Hub, quantized: Path, tmp_path: Path) -> None:
     """Of a model whose repo was given without an owner, and of one that chats."""
     from tasks.publish.task import publish_folder

@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 
 from configs.errors import BadInputError
-from configs.schema import Recipe
+from configs.schema import Recipe, Variant
 from flows.direct import DIRECT
 from flows.pipeline import make
 from tasks import result as results
 from tasks.plan import preflight
+from tasks.quantize.command import quantize_folder
 from tasks.quantize.methods import METHODS
+from tasks.quantize.protocols import Request
 from tasks.report.html import render
 from tasks.serve.reference import Reference
 from tasks.serve.runtimes import versions_of
-from tasks.serve.task import TIE, compare
+from tasks.serve.task import TIE, compare, serve
 from tasks.track.mlflow_runs import _tags
-from tasks.values import Served
+from tasks.values import Checkpoint, Served
 from tests.conftest import VLLM
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,14 @@ OURS = Reference(
 def tame(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tame", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The tiny Llama in nf4."""
+    out = tmp_path_factory.mktemp("served") / "nf4"
+    quantize_folder(Request(source=tiny_llama, out=out, variant=Variant(method="nf4"), device="cpu"))
+    return out
 
 
 def a_runtime(folder: Path, probe: str) -> str:
@@ -77,35 +87,43 @@ def test_other_probabilities_are_another_model() -> None:
 
 
 def test_a_checkpoint_is_opened_in_another_process_and_the_answer_is_kept(
-    tame_home: Path, tmp_path: Path, tiny_llama: Path
+    tame_home: Path, tmp_path: Path, quantized: Path
 ) -> None:
-    out = tmp_path / "nf4"
-    assert tame("quantize", tiny_llama, out, "--method", "nf4").returncode == 0
-    asked = ("serve-check", out, "--runtime", "transformers", "--json")
-    done = tame(*asked)
+    found = serve(Checkpoint(path=str(quantized), digest="a", label="nf4"), "transformers")
+    assert (found.opened, found.agrees, found.cached) == (True, True, False)
+    assert found.version == versions_of("transformers")["transformers"]
+    assert found.tokens > 64
+    assert found.difference < 1e-3
+    again = serve(Checkpoint(path=str(quantized), digest="a", label="nf4"), "transformers")
+    assert again == found.model_copy(update={"cached": True})
+
+
+@pytest.mark.parametrize(
+    ("probe", "why"),
+    [
+        ("echo loading; kill -ILL $$", "transformers ended without an answer (SIGILL: loading)"),
+        ("exit 7", "transformers ended without an answer (exit code 7)"),
+        ("""echo '{"error": "ValueError: unknown quantization"}' > "$5"; exit 0""", "ValueError: unknown quantization"),
+    ],
+)
+def test_what_a_runtime_says_or_dies_of_is_said(
+    probe: str, why: str, tame_home: Path, tmp_path: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAME_TRANSFORMERS", a_runtime(tmp_path, probe))
+    found = serve(Checkpoint(path=str(quantized), digest="a", label="nf4"), "transformers")
+    assert (found.opened, found.error) == (False, why)
+    assert f"does not open it: {why}" in found.sentence
+
+
+@pytest.mark.e2e
+def test_the_command_says_what_came_of_it(tmp_path: Path, tiny_llama: Path) -> None:
+    done = tame("serve-check", tiny_llama, "--runtime", "transformers", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     [found] = json.loads(done.stdout)
-    assert found["opened"]
     assert found["agrees"]
-    assert found["version"] == versions_of("transformers")["transformers"]
-    assert found["tokens"] > 64
-    assert found["difference"] < 1e-3
-    assert not found["cached"]
-    [again] = json.loads(tame(*asked).stdout)
-    assert again == {**found, "cached": True}
-
-
-def test_what_a_runtime_says_or_dies_of_is_said(tame_home: Path, tmp_path: Path, tiny_llama: Path) -> None:
-    killed = a_runtime(tmp_path, "echo loading; kill -ILL $$")
-    done = tame("serve-check", tiny_llama, "--runtime", "transformers", TAME_TRANSFORMERS=killed)
-    assert (done.returncode, done.stderr) == (1, "")
-    assert "does not open it: transformers ended without an answer (SIGILL: loading)" in done.stdout
-    refuses = a_runtime(tmp_path, """echo '{"error": "ValueError: unknown quantization"}' > "$5"; exit 0""")
-    done = tame(
-        "serve-check", tiny_llama, "--runtime", "transformers", TAME_TRANSFORMERS=refuses, TAME_HOME=str(tmp_path)
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert "does not open it: ValueError: unknown quantization" in done.stdout
+    done = tame("serve-check", tiny_llama, "--runtime", "transformers", TAME_TRANSFORMERS=a_runtime(tmp_path, "exit 7"))
+    assert (done.returncode, done.stderr) == (0, "")  # kept: it is another Python of the same versions
+    assert done.stdout.startswith("✓ transformers")
 
 
 def test_a_runtime_that_is_not_there_is_refused_before_any_work(
@@ -178,4 +196,3 @@ def test_vllm_opens_it_or_its_error_is_said(method: str, tmp_path: Path, tiny_ll
     assert done.stderr == ""
     [found] = json.loads(done.stdout)
     assert found["agrees"] if found["opened"] else found["error"]
-    assert method not in ("nf4", "w4a16") or found["agrees"]

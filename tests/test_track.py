@@ -437,6 +437,7 @@ def test_a_server_that_hangs_is_asked_nothing_but_whether_it_is_there(
     assert all("timed out" in message for message in caplog.messages)
 
 
+@pytest.mark.e2e
 def test_two_first_runs_make_one_database_and_the_killed_one_is_closed_by_the_next(tame_home: Path) -> None:
     tame_home.mkdir()
     (tame_home / ".partial-mlflow.db").write_bytes(b"SQLite format 3\0 and then it was killed")
