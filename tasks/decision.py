@@ -3,6 +3,8 @@
 Of the variants that passed the gate:
 
 1. The smallest is the one to use. tame looks for the smallest model that is still good enough, and the gate has said which are.
+   Sizes within NEAR of the smallest count as equal: of these it is one that is less damaged than the smaller ones, by more than
+   the measurement leaves open. Nobody gives up four fifths of the damage for 4 % of the size.
 2. A larger one is worth naming where it is less damaged than every smaller one that is named, by more than the measurement
    leaves open: the pessimistic end of its damage lies below the optimistic end of theirs. The last of them is for those whose
    answers must be closest to the original's, the others are in between.
@@ -22,6 +24,10 @@ from tasks.result import Measured, Result, ResultVariant
 Purpose = Literal["use", "between", "closest"]
 DAMAGES = ("kl_mean", "perplexity_ratio")
 """What tells how far a variant is from the original, the better one first; of both, less is better."""
+
+
+NEAR = 0.05
+"""By which share of the smallest size another may be larger, and count as equally small."""
 
 
 class Choice(NamedTuple):
@@ -68,6 +74,8 @@ def decide(result: Result) -> Decision:
 
 
 def _worth_naming(passed: Sequence[ResultVariant], metric: str | None) -> list[ResultVariant]:
+    smallest = min((variant.metrics["size_bytes"] for variant in passed), default=0.0)
+
     def order(variant: ResultVariant) -> tuple[float, float]:
         damage = _damage(variant, metric)
         return variant.metrics["size_bytes"], damage.value if damage else 0.0
@@ -78,6 +86,8 @@ def _worth_naming(passed: Sequence[ResultVariant], metric: str | None) -> list[R
         damage = _damage(variant, metric)
         if named and (damage is None or pessimistic(damage) >= best):
             continue
+        if len(named) == 1 and variant.metrics["size_bytes"] <= (1 + NEAR) * smallest:
+            named.clear()
         named.append(variant)
         best = min(best, math.inf if damage is None else damage.value if damage.low is None else damage.low)
     return named

@@ -52,6 +52,15 @@ def test_a_larger_one_is_named_only_where_measuring_can_tell_it_apart() -> None:
     assert chosen(release(("a", 300, 0.100), ("b", 400, 0.081))) == [("a", "use"), ("b", "closest")]  # up to 0.0891
 
 
+def test_a_little_more_size_is_given_for_much_less_damage() -> None:
+    others = (("nf4-dq", 112, 0.26), ("int8", 164, 0.02))
+    assert chosen(release(*others, ("cal", 117, 0.05), max_mean_kl=0.6)) == [("cal", "use"), ("int8", "closest")]
+    assert chosen(release(*others, ("cal", 119, 0.05), max_mean_kl=0.6))[0] == ("nf4-dq", "use")  # 6 % larger
+    assert chosen(release(*others, ("nf4", 117, 0.255), max_mean_kl=0.6))[0] == ("nf4-dq", "use")  # as damaged
+    nearest = release(*others, ("a", 115, 0.1), ("b", 117, 0.05), max_mean_kl=0.6)
+    assert chosen(nearest) == [("b", "use"), ("int8", "closest")]
+
+
 def test_equal_ones_are_named_once() -> None:
     assert chosen(release(("a", 300, 0.1), ("b", 300, 0.1), ("c", 300, 0.02))) == [("c", "use")]
     assert chosen(release(("a", 300, 0.1), ("b", 300, 0.1))) == [("a", "use")]
