@@ -43,10 +43,15 @@ def move(client: SyncPrefectClient, run: FlowRun, *states: State) -> None:
         client.set_flow_run_state(run.id, state)
 
 
-def wait(client: SyncPrefectClient, run: FlowRun, name: str, seconds: float = 30) -> FlowRun:
+def wait(
+    client: SyncPrefectClient, run: FlowRun, name: str, seconds: float = 30, alive: FlowRun | None = None
+) -> FlowRun:
+    """Until `run` is in the state `name`; `alive` sends its heartbeats meanwhile."""
     end = time.monotonic() + seconds
     while (found := client.read_flow_run(run.id)).state_name != name and time.monotonic() < end:
         time.sleep(0.1)
+        if alive is not None:
+            beat(client, alive)
     assert found.state_name == name, [(state.name, state.message) for state in client.read_flow_run_states(run.id)]
     return found
 
@@ -87,9 +92,9 @@ def test_a_run_without_heartbeats_is_crashed_and_scheduled_again(client: SyncPre
     for _ in range(DEAD_AFTER // 2 + 2):
         time.sleep(2)
         beat(client, alive)
-    wait(client, dead, "AwaitingRetry")
+    wait(client, dead, "AwaitingRetry", alive=alive)
+    wait(client, never_began, "AwaitingRetry", alive=alive)
     assert names(client, dead)[-3:] == ["Running", "Crashed", "AwaitingRetry"]
-    wait(client, never_began, "AwaitingRetry")
     assert "No heartbeat for 10 seconds" in (client.read_flow_run_states(dead.id)[-2].message or "")
     assert client.read_flow_run(alive.id).state_name == "Running"
     assert client.read_flow_run(done.id).state_name == "Completed"
