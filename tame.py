@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
         if why := refusal(recipe):
             raise BadInputError(why)
-        for line in columns(describe(recipe, out), width()):
-            say(line)
+        for row in columns(describe(recipe, out), width()):
+            say(row)
         begin("")
         from flows.local import release_here
 

@@ -3,7 +3,7 @@
 What a method does is in tasks/quantize/methods/. A new one has a line here and a line there.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 FOUR_BIT = "the 4-bit methods nf4 and fp4"
 
@@ -41,5 +41,6 @@ WITH_EXPERTS = ("w4a16", "w8a16", "fp8", "fp8-block", "mxfp4")
 INTEGER_METHODS = ("w4a16", "w8a16", "w8a8")
 """The methods with one scale for many integers, which takes next to no space."""
 
-RUNTIMES: tuple[Literal["vllm", "transformers"], ...] = ("vllm", "transformers")
+Runtime = Literal["vllm", "transformers"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 """The programs that a checkpoint can be opened with, to see that they do; tasks/serve/runtimes.py says how."""

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from configs.method_names import METHODS, OPTIONS
+from configs.method_names import METHODS, OPTIONS, Runtime
 
 
 def _not_blank(text: str) -> str:
@@ -717,6 +717,16 @@ TOGETHER: list[dict[str, Any]] = [
 ]
 
 
+Serve = Annotated[
+    list[Runtime],
+    Field(
+        max_length=2,
+        description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
+        "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
+        "vLLM's environment.",
+        examples=[["vllm"]],
+    ),
+]
 EVALUATE = (
     "What is measured, and on which text. If it is null, no model is run, and the card says that nothing was measured: for "
     "models that write no text, such as reward and embedding models."
@@ -736,14 +746,7 @@ class Recipe(Spec):
     )
     evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
-    serve: list[Literal["vllm", "transformers"]] = Field(
-        [],
-        max_length=2,
-        description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
-        "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
-        "vLLM's environment.",
-        examples=[["vllm"]],
-    )
+    serve: Serve = []
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 
@@ -804,14 +807,7 @@ class Template(Spec):
     )
     evaluate: Evaluate | None = Field(default=Evaluate(), description=EVALUATE)
     gate: Gate = Field(default=Gate(), description="The limits that a variant must keep to be published.")
-    serve: list[Literal["vllm", "transformers"]] = Field(
-        [],
-        max_length=2,
-        description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
-        "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
-        "vLLM's environment.",
-        examples=[["vllm"]],
-    )
+    serve: Serve = []
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
 

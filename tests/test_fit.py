@@ -21,6 +21,7 @@ from tasks.fit.walk import Walk
 from tasks.fit.weights import Restorer
 from tasks.fitted import FitGroup
 from tasks.quantize.methods import described_by, method_of
+from tasks.values import Calibration, Snapshot
 from tests.models import quantize, tiny, zoo
 
 
@@ -213,24 +214,30 @@ TEXT = "".join(
 )
 
 
+def to_fit(folder: Path, calibrate: Any) -> tuple[Snapshot, Calibrate, Calibration | None]:
+    """A tiny model whose layers differ, the text to fit on, and its sequences for a variant that is calibrated."""
+    from tasks.calibrate.prepare import calibrate as sequences
+    from tasks.download.inspection import inspect_source
+    from tasks.download.task import download
+
+    (folder / "text.txt").write_text(TEXT)
+    source = Source(model=str(tiny(folder / "model", spread=True)))
+    snapshot = download(source, inspect_source(source))
+    spec = Calibrate(text=CalibrationSource(files=[str(folder / "text.txt")]), sequences=8, length=64)
+    return snapshot, spec, sequences(snapshot, spec) if calibrate else None
+
+
 @pytest.mark.parametrize("calibrate", [False, "fast"])
 def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     calibrate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors import safe_open
 
-    from tasks.calibrate.prepare import calibrate as sequences
-    from tasks.download.inspection import inspect_source
-    from tasks.download.task import download
     from tasks.fit import task
     from tasks.quantize.task import quantize as stage
 
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
-    (tmp_path / "text.txt").write_text(TEXT)
-    source = Source(model=str(tiny(tmp_path / "model", spread=True)))
-    snapshot = download(source, inspect_source(source))
-    spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
-    calibration = sequences(snapshot, spec) if calibrate else None
+    snapshot, spec, calibration = to_fit(tmp_path, calibrate)
     asked = Variant(method="nf4", calibrate=calibrate, fit=Fit(max_bytes="200KB"))
     size = stage(snapshot, asked.unfitted, calibration, device="cpu")
     most = sum(p.stat().st_size for p in Path(size.path).glob("*.safetensors")) + 20_000
@@ -286,19 +293,12 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
     """Of compressed-tensors: the least sizes are bought with 8 bits, and what is measured is what transformers opens."""
     from safetensors import safe_open
 
-    from tasks.calibrate.prepare import calibrate as sequences
-    from tasks.download.inspection import inspect_source
-    from tasks.download.task import download
     from tasks.fit import task
     from tasks.quantize.task import quantize as stage
     from tests.test_compressed_tensors import loaded
 
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
-    (tmp_path / "text.txt").write_text(TEXT)
-    source = Source(model=str(tiny(tmp_path / "model", spread=True)))
-    snapshot = download(source, inspect_source(source))
-    spec = Calibrate(text=CalibrationSource(files=[str(tmp_path / "text.txt")]), sequences=8, length=64)
-    calibration = sequences(snapshot, spec) if calibrate else None
+    snapshot, spec, calibration = to_fit(tmp_path, calibrate)
     asked = Variant(method="w4a16", calibrate=calibrate, fit=Fit(max_bytes="200KB"))
     whole = stage(snapshot, asked.unfitted, calibration, device="cpu")
     most = sum(p.stat().st_size for p in Path(whole.path).glob("*.safetensors")) + 25_000

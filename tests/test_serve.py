@@ -25,9 +25,9 @@ from tasks.serve.task import TIE, compare, serve
 from tasks.track.mlflow_runs import _tags
 from tasks.values import Checkpoint, Served
 from tests.conftest import VLLM
+from tests.test_flow import TEXT
 
 ROOT = Path(__file__).parent.parent
-TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
 TRIED = Served(
     runtime="vllm", title="vLLM", version="1.0", versions={"vllm": "1.0"}, device="cpu", opened=False
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """`tame serve-check`: what programs make of one checkpoint, outside of a release."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.schema import Source
 from tasks.download.inspection import inspect_source
@@ -21,6 +20,6 @@ def serve_check(source: Source, runtimes: Sequence[str], device: str) -> list[Se
     for runtime in runtimes:
         versions_of(runtime)
     snapshot = download(source, inspect_source(source, quantized=True), quantized=True)
-    checkpoint = Checkpoint(path=str(Path(snapshot.path)), digest=snapshot.digest, label=snapshot.name)
+    checkpoint = Checkpoint(path=snapshot.path, digest=snapshot.digest, label=snapshot.name)
     trust = source.trust_remote_code
     return [serve(checkpoint, runtime, trust, device=device) for runtime in runtimes]
