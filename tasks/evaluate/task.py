@@ -111,9 +111,7 @@ def evaluate_variant(
         baseline_model=snapshot.path,
     )
     wanted = _wanted(work, checkpoint.digest, {"baseline": theirs.digest, "batch_size": spec.batch_size})
-    if weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
-        inputs = {**_common(work, checkpoint.digest), "source": snapshot.digest, "layers": weight_error.STAGE}
-        wanted["layers"] = store.Wanted("layers", inputs)
+    wanted |= _layers(work, checkpoint, snapshot)
     facts = baseline.protocol.model_dump(include={"device", "text"})
     return _assembled(work, _parts(work, wanted, progress), baseline.parts, facts)
 
@@ -128,8 +126,6 @@ def compare_weights(
     Raises:
         TameError: the checkpoint cannot be read.
     """
-    if not weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
-        return None
     work = Work(
         model=checkpoint.path,
         label=checkpoint.label,
@@ -139,8 +135,16 @@ def compare_weights(
         role="variant",
         baseline_model=snapshot.path,
     )
+    wanted = _layers(work, checkpoint, snapshot)
+    return _assembled(work, _parts(work, wanted, progress), {}, {}) if wanted else None
+
+
+def _layers(work: Work, checkpoint: Checkpoint, snapshot: Snapshot) -> dict[str, store.Wanted]:
+    """The part that compares the weights of a checkpoint with its source's; nothing where nobody can."""
+    if not weight_error.comparable(Path(snapshot.path), Path(checkpoint.path)):
+        return {}
     inputs = {**_common(work, checkpoint.digest), "source": snapshot.digest, "layers": weight_error.STAGE}
-    return _assembled(work, _parts(work, {"layers": store.Wanted("layers", inputs)}, progress), {}, {})
+    return {"layers": store.Wanted("layers", inputs)}
 
 
 class _Parts(NamedTuple):
