@@ -93,6 +93,32 @@ def outcome(result: Result) -> str:
     return next(word.capitalize() for word in VERDICTS if word in verdicts)
 
 
+def tally(result: Result) -> str:
+    """How its variants fared, the best first: `4 published, 1 rejected`; in a word where all fared alike: `passed`.
+
+    What was published has passed, if it was measured, so that a release of published variants alone is `passed`, too.
+    """
+    verdicts = [verdict(variant) for variant in result.variants]
+    if len(set(verdicts)) == 1:
+        return {"published": "passed"}.get(verdicts[0], verdicts[0])
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in reversed(VERDICTS) if word in verdicts)
+
+
+def short(result: Result) -> str:
+    """The release as a name says it: `use nf4-cal (57 % smaller, KL up to 0.05) – 4 published, 1 rejected`."""
+    if result.error:
+        return "failed"
+    choices = decide(result).choices
+    if not choices:
+        return f"use none – {tally(result)}"
+    first = choices[0]
+    worth = [] if first.smaller is None else [_smaller(first.smaller)]
+    worth += [_cost(first)] if first.damage else []
+    return (
+        f"use {first.name} ({', '.join(worth)}) – {tally(result)}" if worth else f"use {first.name} – {tally(result)}"
+    )
+
+
 def headline(result: Result) -> str:
     """The release in a line, the worst first: `Rejected: KL up to 0.131 > limit 0.1 for nf4. Published: int8`."""
     parts = [f"Failed: {line(result.error, limit=None)}"] if result.error else []
@@ -130,12 +156,21 @@ def _worth(choice: Choice) -> str:
     """What a variant saves, and what it costs at the pessimistic end: `57 % smaller (111.9 MB), KL up to 0.02 (limit 0.1)`."""
     size = figure("size_bytes", choice.size)
     if choice.smaller is not None:
-        size = f"{100 * abs(choice.smaller):.0f} % {'smaller' if choice.smaller >= 0 else 'larger'} ({size})"
+        size = f"{_smaller(choice.smaller)} ({size})"
     if choice.damage is None:
         return size
+    return f"{size}, {_cost(choice)}" + ("" if choice.limit is None else f" (limit {choice.limit:g})")
+
+
+def _smaller(share: float) -> str:
+    return f"{100 * abs(share):.0f} % {'smaller' if share >= 0 else 'larger'}"
+
+
+def _cost(choice: Choice) -> str:
+    """The pessimistic end of a choice's damage, which was measured: `KL up to 0.02`."""
+    assert choice.damage is not None
     up_to = " up to" if choice.damage.high is not None else ""
-    cost = f"{DAMAGE[choice.damage.name]}{up_to} {figure(choice.damage.name, pessimistic(choice.damage))}"
-    return f"{size}, {cost}" + ("" if choice.limit is None else f" (limit {choice.limit:g})")
+    return f"{DAMAGE[choice.damage.name]}{up_to} {figure(choice.damage.name, pessimistic(choice.damage))}"
 
 
 DAMAGE = {"kl_mean": "KL", "perplexity_ratio": "perplexity ratio"}

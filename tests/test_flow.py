@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_prefect_and_mlflow_show_the_release(place: Place, tiny_llama: Path) -> 
 
     api = httpx.Client(base_url=place.environment["PREFECT_API_URL"])
     run = api.get(f"/flow_runs/{result['prefect_run']}").json()
-    assert run["name"] == "tiny: nf4"
+    assert re.fullmatch(r"tiny: use nf4 \(\d+ % smaller, KL up to [\d.e-]+\) – passed", run["name"])
     assert run["state"]["type"] == "COMPLETED"
     named = {"flow_run_id": {"any_": [result["prefect_run"]]}}
     tasks = {
@@ -238,6 +239,7 @@ def test_prefect_and_mlflow_show_the_release(place: Place, tiny_llama: Path) -> 
     done = subprocess.run([sys.executable, "-c", program, database], capture_output=True, text=True)
     runs = json.loads(done.stdout.splitlines()[-1])
     parent = next(run for run in runs if run["run_id"] == result["mlflow_run"])
+    assert re.fullmatch(rf"{tiny_llama.name}: nf4 \(\d{{4}}-\d\d-\d\d \d\d:\d\d\)", parent["tags.mlflow.runName"])
     children = [run for run in runs if run.get("tags.mlflow.parentRunId") == parent["run_id"]]
     assert len(children) == 2
     nf4 = next(run for run in children if run.get("metrics.kl_mean") is not None)

@@ -73,6 +73,16 @@ def test_headline_says_the_worst_first_and_why() -> None:
     assert formatting.outcome(two.model_copy(update={"variants": two.variants[:1]})) == "Published"
 
 
+def test_a_short_name_says_what_to_use_and_how_the_variants_fared() -> None:
+    result = make()
+    assert formatting.short(result) == "use int8 (39 % smaller, KL up to 0.0209) – 1 published, 1 rejected, 1 failed"
+    one = result.model_copy(update={"variants": result.variants[:1]})
+    assert formatting.short(one).endswith("– passed")
+    none = result.model_copy(update={"variants": result.variants[1:2]})
+    assert formatting.short(none) == "use none – rejected"
+    assert formatting.short(result.model_copy(update={"error": "no space"})) == "failed"
+
+
 def test_a_run_that_ended_early_says_so_once() -> None:
     result = make()
     stopped = [variant.model_copy(update={"status": "failed", "error": "no such model"}) for variant in result.variants]

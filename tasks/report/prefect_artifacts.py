@@ -1,10 +1,11 @@
-"""A result in Prefect's pages: a table, a page of Markdown, and links."""
+"""A result in Prefect's pages: the name of the run, a table, a page of Markdown, and links."""
 
 import logging
 import re
+from uuid import UUID
 
 from configs.errors import line
-from tasks.formatting import advice, headline, markdown, table
+from tasks.formatting import advice, headline, markdown, short, table
 from tasks.result import Result
 
 log = logging.getLogger("tame.report")
@@ -13,13 +14,19 @@ log = logging.getLogger("tame.report")
 def create_artifacts(result: Result, mlflow_url: str | None = None, report: str | None = None) -> None:
     """Inside a flow run: Prefect's table, markdown and link artifacts, under keys that keep their history.
 
+    The run is named by what to use, which then stands at the top of its page and in every list of runs.
+
     Best effort: a server that refuses one is said in a line, and the release goes on.
     """
     from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
 
     key = re.sub(r"[^a-z0-9]+", "-", result.recipe.name.lower()).strip("-")
     summary = " ".join(sentence for sentence in (advice(result), headline(result)) if sentence)
     try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(str(flow_run.get_id())), name=f"{result.recipe.name}: {short(result)}")
         create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
         place = f"[report.html]({mlflow_url}/artifacts/report.html)" if mlflow_url else f"`{report}`"
         where = f"\nThe report is at {place}.\n" if report else ""

@@ -3,15 +3,18 @@
 Everything is found before it is made and carries the release's own time, so that writing a result again, or a later
 one of the same release, adds what is new and duplicates nothing. Tags that searches use: `kind` (release, baseline,
 variant; rerun for a release that found everything in the cache and in MLflow, and adds nothing), `variant`, `status`,
-`verdict` (passed, rejected, failed), `source_commit`, `hub_commit`, `prefect_run`.
+`verdict` (passed, rejected, failed; of a release how many of each, where they differ), `source_commit`, `hub_commit`,
+`prefect_run`.
 """
 
 import hashlib
 import json
 import re
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from configs.schema import Recipe
 from configs.settings import home
 from tasks import formatting
 from tasks.decision import decide
@@ -73,6 +76,12 @@ def experiment(client: Any, name: str) -> str:
     return str(found.experiment_id)
 
 
+def run_name(recipe: Recipe, began: datetime) -> str:
+    """What MLflow calls a release: the model, the variants, and when it began: `Qwen3-0.6B: int8, nf4 (2026-11-28 18:48)`."""
+    model = PurePath(recipe.source.model).name.removesuffix(".gguf")
+    return f"{model}: {', '.join(variant.label for variant in recipe.variants)} ({began:%Y-%m-%d %H:%M})"
+
+
 def open_release(client: Any, experiment_id: str, name: str, tags: dict[str, str], release: str) -> str:
     """The id of the release's run, RUNNING: the one that it had, or a new one."""
     found = client.search_runs([experiment_id], f"tags.release = '{release}'", max_results=1)
@@ -107,7 +116,8 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
     run_id = release.run_id
     experiment_id = experiment(client, registry.experiment_name(result.recipe))
     if run_id is None or not _exists(client, run_id):
-        run_id = open_release(client, experiment_id, result.recipe.name, release.life, release.name)
+        name = run_name(result.recipe, datetime.fromisoformat(result.started))
+        run_id = open_release(client, experiment_id, name, release.life, release.name)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
     ended = began + int(result.seconds * 1000)
     if final and (earlier := reruns.shown_already(client, experiment_id, run_id, result)):
@@ -220,7 +230,8 @@ def _release_tags(result: Result) -> dict[str, str]:
         "headline": formatting.headline(result),
         "decision": formatting.advice(result),
         "use": chosen.name if (chosen := _chosen(result)) else "",
-        "verdict": formatting.outcome(result).lower(),
+        "status": formatting.outcome(result).lower(),
+        "verdict": formatting.tally(result),
         "approval": registry.approval(result),
         "mlflow.note.content": formatting.markdown(result),
         **_release_of(result),

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,7 +38,8 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe))
         liveness.close_stale(client)
         name = _release(tags.get("prefect_run"))
-        run_id = mlflow_runs.open_release(client, experiment, recipe.name, {**tags, **liveness.heartbeat()}, name)
+        shown = mlflow_runs.run_name(recipe, datetime.now(UTC))
+        run_id = mlflow_runs.open_release(client, experiment, shown, {**tags, **liveness.heartbeat()}, name)
         liveness.keep_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
         logger.warning("%s; the release goes on and is logged later", connection.away(error))

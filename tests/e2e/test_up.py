@@ -175,7 +175,7 @@ def test_the_form_refuses_what_is_wrong_and_starts_what_is_right(up: Up, tiny_ll
         ended = up.ended(run["id"])
         assert ended["state"]["name"] == "Completed", ended["state"]
         browser.open(f"{up.prefect}/runs/flow-run/{run['id']}", 1400, 1000)
-        browser.see("form: int8", 120)
+        browser.see("form: use int8", 120)
         browser.see("Completed")
         time.sleep(3)  # the graph is drawn on a canvas that says nothing of when it is done
         keep(browser, "form-run")
