@@ -91,14 +91,14 @@ def merge(base: Path, adapter: Path, folder: Path, carried: list[str], progress:
             shutil.copyfile(path, folder / path.name)
     torch.set_grad_enabled(False)
     with ExitStack() as stack:
-        ours = stack.enter_context(safe_open(adapter / WEIGHTS, framework="pt"))
-        changes = changes_of(list(ours.keys()), read_tensors(base), adapter)
+        with safe_open(adapter / WEIGHTS, framework="pt") as ours:
+            names = list(ours.keys())
+        changes = changes_of(names, read_tensors(base), adapter)
         files = {change.tensor.file for change in changes}
-        theirs = {file: stack.enter_context(safe_open(base / file, framework="pt")) for file in files}
         written = {file: stack.enter_context((folder / file).open("r+b")) for file in files}
         for done, change in enumerate(changes):
-            weight = theirs[change.tensor.file].get_tensor(change.tensor.name)
-            parts = {kind: ours.get_tensor(name) for kind, name in change.parts.items()}
+            weight = _tensor(base / change.tensor.file, change.tensor.name)
+            parts = {kind: _tensor(adapter / WEIGHTS, name) for kind, name in change.parts.items()}
             merged = _merged(weight, parts, change, config, str(adapter))
             file = written[change.tensor.file]
             file.seek(change.tensor.start)
@@ -134,6 +134,15 @@ def changes_of(names: list[str], tensors: dict[str, Stored], where: Path) -> lis
             )
         changes.append(Change(stored, module, parts))
     return sorted(changes, key=lambda change: (change.tensor.file, change.tensor.start))
+
+
+def _tensor(path: Path, name: str) -> "torch.Tensor":
+    """A tensor of a safetensors file, which is open for it alone: what has been mapped of a file that stays open counts as memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _merged(
