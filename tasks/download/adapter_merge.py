@@ -137,7 +137,7 @@ def changes_of(names: list[str], tensors: dict[str, Stored], where: Path) -> lis
 
 
 def _tensor(path: Path, name: str) -> "torch.Tensor":
-    """A tensor of a safetensors file, which is open for it alone: what has been mapped of a file that stays open counts as memory."""
+    """A tensor of a safetensors file, open for it alone: what is mapped of a file that stays open counts as memory."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
