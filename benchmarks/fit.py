@@ -1,7 +1,7 @@
 """What fitting costs and what it gives: `python -m benchmarks.fit speed|table …`; the tables are in RESULTS.md.
 
 speed    a model of random weights of an architecture: seconds for the sensitivities of all groups, and GPU memory
-table    a real model: KL on the fit text of mixes of equal size, by how their groups were chosen:
+table    a real model: KL on the fit text, and on texts to judge by, of mixes of equal size, by how their groups were chosen:
          fit             what tame takes: KL of each group alone for its bytes
          random          groups in random order (a row a seed)
          weight error    largest relative error of the weights first
@@ -60,21 +60,20 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Compare ways to choose groups, at equal bytes."""
+    """Compare ways to choose groups, at equal bytes, on the fit text and on texts that nothing was chosen on."""
     from safetensors.torch import load_file
 
     from tasks.calibrate.prepare import calibrate
     from tasks.download.inspection import inspect_source
     from tasks.download.task import download
     from tasks.fit import task
-    from tasks.fit.limits import measure_of
     from tasks.fit.search import WHOLE
-    from tasks.fit.walk import Walk
     from tasks.fit.weights import Restorer
 
     source = Source(model=options.model)
     snapshot, device = download(source, inspect_source(source)), pick(options.device)
-    spec = Calibrate(text=CalibrationSource(files=options.text)) if options.text else Calibrate()
+    text = CalibrationSource(files=options.text or None, builtin=None if options.text else "python-library")
+    spec = Calibrate(text=text, sequences=options.sequences, length=options.length)
     chosen: Any = {"no": False, "true": True}.get(options.calibrate, options.calibrate)
     fits = []
     for most in options.bytes:
@@ -87,19 +86,47 @@ def table(options: argparse.Namespace) -> None:
     windows, length = WHOLE[device.partition(":")[0]]
     ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
     ids = ids[:: max(1, len(ids) // windows)][:windows, :length]
+    texts = {"the fit text": ids} | {Path(name).stem: _windows(snapshot.path, name, ids) for name in options.judge}
     restorer = Restorer(Path(snapshot.path), Path(fits[0].codes), variant.unfitted)
-    level = [lambda name: restorer.weight(name, device)]
-    walk = Walk(Path(snapshot.path), ids, set(restorer.jobs), level, device)
     orders = _orders(groups, Path(snapshot.path), restorer, ids, device, options.seeds)
-    print("| most bytes | chosen by | modules in 16 bits | KL on the fit text |\n| --- | --- | --- | --- |")
+    rows: list[tuple[str, str, set[str]]] = [("", "all quantized", set())]
     for most, fitted in zip(options.bytes, fits, strict=True):
         room = fitted.taken.bytes - fitted.measured[0].bytes
-        mixes = {"fit": set(fitted.modules)} | {name: _fill(groups, order, room) for name, order in orders.items()}
-        for name, kept in mixes.items():
-            mix = {f"{module}.weight": 0 for group in groups for module in group.modules if module not in kept}
-            found = measure_of(walk.measure([mix], lambda *_: None, name)[0])
-            interval = f"{found.kl[1]:.4f} to {found.kl[2]:.4f}"
-            print(f"| {most} | {name} | {len(kept)} | {found.kl[0]:.4f} ({interval}) |", flush=True)
+        rows.append((most, "fit", set(fitted.modules)))
+        rows += [(most, name, _fill(groups, order, room)) for name, order in orders.items()]
+    found = [_measured(snapshot.path, text, groups, restorer, device, rows) for text in texts.values()]
+    print(
+        f"| most bytes | chosen by | modules in 16 bits | {' | '.join(texts)} |\n| --- | --- | --- |{' --- |' * len(texts)}"
+    )
+    for (most, name, kept), *told in zip(rows, *found, strict=True):
+        print(f"| {most} | {name} | {len(kept)} | {' | '.join(told)} |", flush=True)
+
+
+def _windows(model: str, file: str, like: Any) -> Any:
+    """As many windows of a text's beginning as `like` has, of as many tokens, Int64."""
+    import torch
+    from transformers import AutoTokenizer
+
+    text = Path(file).read_text(encoding="utf-8")[: like.numel() * 20]
+    tokens = AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = like.shape[1]
+    return torch.tensor(tokens[: min(len(tokens), like.numel()) // length * length]).view(-1, length)
+
+
+def _measured(
+    model: str, ids: Any, groups: list[FitGroup], restorer: Any, device: str, rows: list[tuple[str, str, set[str]]]
+) -> list[str]:
+    """The KL of each row's mix on a text, with its interval."""
+    from tasks.fit.limits import measure_of
+    from tasks.fit.walk import Walk
+
+    walk = Walk(Path(model), ids, set(restorer.jobs), [lambda name: restorer.weight(name, device)], device)
+    mixes = [
+        {f"{module}.weight": 0 for group in groups for module in group.modules if module not in kept}
+        for _, _, kept in rows
+    ]
+    found = [measure_of(one).kl for one in walk.measure(mixes, lambda *_: None, "")]
+    return [f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in found]
 
 
 def _orders(
@@ -165,6 +192,9 @@ def main() -> None:
     command.add_argument("--bytes", nargs="+", default=["125MB"], help="sizes of the weights")
     command.add_argument("--calibrate", default="no", choices=("no", "fast", "true", "best"))
     command.add_argument("--text", nargs="+", help="files of the calibration text; by default Python's own library")
+    command.add_argument("--sequences", type=int, default=128, help="of each, and the tokens in each:")
+    command.add_argument("--length", type=int, default=2048)
+    command.add_argument("--judge", nargs="+", default=[], help="files of other texts that the mixes are measured on")
     command.add_argument("--seeds", type=int, default=3)
     for command in commands.choices.values():
         command.add_argument("--device", default="auto")

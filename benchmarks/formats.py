@@ -49,7 +49,7 @@ PEER = """
 import sys
 from llmcompressor import model_free_ptq
 if __name__ == "__main__":
-    model_free_ptq(sys.argv[1], sys.argv[2], scheme=sys.argv[3], ignore=["lm_head", "re:.*embed_tokens"], device="cpu")
+    model_free_ptq(sys.argv[1], sys.argv[2], scheme=sys.argv[3], ignore=["lm_head", "re:.*embed_tokens"], device=sys.argv[4])
 """
 
 
@@ -173,10 +173,9 @@ def peer(options: argparse.Namespace) -> None:
             code = Path(name) / "peer.py"
             code.write_text(PEER)
             here = Path(__file__).parent.parent / "tame.py"
-            commands = {
-                "tame": [sys.executable, str(here), "quantize", options.source, str(mine), "--method", method],
-                "llm-compressor": [options.python, str(code), options.source, str(theirs), PRESETS[method]],
-            }
+            ours = [sys.executable, str(here), "quantize", options.source, str(mine), "--method", method]
+            others = [options.python, str(code), options.source, str(theirs), PRESETS[method]]
+            commands = {"tame": [*ours, "--device", options.device], "llm-compressor": [*others, options.device]}
             took = {who: _timed(command) for who, command in commands.items()}
             print(f"| {method} | " + " | ".join(f"{who}: {text}" for who, text in took.items()), flush=True)
             print(f"  {_compared(mine, theirs)}", flush=True)
@@ -242,6 +241,7 @@ def main() -> None:
     two.add_argument("source", help="a folder")
     two.add_argument("--python", required=True, help="the Python of an environment with llm-compressor")
     two.add_argument("--methods", nargs="+", default=list(PRESETS), choices=tuple(PRESETS))
+    two.add_argument("--device", default="cpu", help="of both")
     two.set_defaults(run=peer)
     options = parser.parse_args()
     options.run(options)
