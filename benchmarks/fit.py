@@ -69,6 +69,7 @@ def table(options: argparse.Namespace) -> None:
     from tasks.fit import task
     from tasks.fit.search import WHOLE
     from tasks.fit.weights import Restorer
+    from tasks.quantize.task import quantize
 
     source = Source(model=options.model)
     snapshot, device = download(source, inspect_source(source)), pick(options.device)
@@ -87,19 +88,28 @@ def table(options: argparse.Namespace) -> None:
     ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
     ids = ids[:: max(1, len(ids) // windows)][:windows, :length]
     texts = {"the fit text": ids} | {Path(name).stem: _windows(snapshot.path, name, ids) for name in options.judge}
-    restorer = Restorer(Path(snapshot.path), Path(fits[0].codes), variant.unfitted)
+    whole = quantize(snapshot, variant.unfitted, calibration, device=options.device)
+    restorer = Restorer(Path(snapshot.path), Path(whole.path), variant.unfitted)
     orders = _orders(groups, Path(snapshot.path), restorer, ids, device, options.seeds)
-    rows: list[tuple[str, str, set[str]]] = [("", "all quantized", set())]
-    for most, fitted in zip(options.bytes, fits, strict=True):
-        room = fitted.taken.bytes - fitted.measured[0].bytes
-        rows.append((most, "fit", set(fitted.modules)))
-        rows += [(most, name, _fill(groups, order, room)) for name, order in orders.items()]
-    found = [_measured(snapshot.path, text, groups, restorer, device, rows) for text in texts.values()]
     print(
         f"| most bytes | chosen by | modules in 16 bits | {' | '.join(texts)} |\n| --- | --- | --- |{' --- |' * len(texts)}"
     )
-    for (most, name, kept), *told in zip(rows, *found, strict=True):
+
+    def row(most: str, name: str, kept: set[str]) -> None:
+        made, of = whole, variant.unfitted
+        if kept and variant.compensates:
+            of = variant.keeping(sorted(kept))
+            made = quantize(snapshot, of, calibration, device=options.device)
+        own = Restorer(Path(snapshot.path), Path(made.path), of)
+        told = [_measured(snapshot.path, text, own, device, kept) for text in texts.values()]
         print(f"| {most} | {name} | {len(kept)} | {' | '.join(told)} |", flush=True)
+
+    row("", "all quantized", set())
+    for most, fitted in zip(options.bytes, fits, strict=True):
+        row(most, "fit", set(fitted.modules))
+        room = fitted.taken.bytes - fitted.measured[0].bytes
+        for name, order in orders.items():
+            row(most, name, _fill(groups, order, room))
 
 
 def _windows(model: str, file: str, like: Any) -> Any:
@@ -113,20 +123,15 @@ def _windows(model: str, file: str, like: Any) -> Any:
     return torch.tensor(tokens[: min(len(tokens), like.numel()) // length * length]).view(-1, length)
 
 
-def _measured(
-    model: str, ids: Any, groups: list[FitGroup], restorer: Any, device: str, rows: list[tuple[str, str, set[str]]]
-) -> list[str]:
-    """The KL of each row's mix on a text, with its interval."""
+def _measured(model: str, ids: Any, restorer: Any, device: str, kept: set[str]) -> str:
+    """The KL of a mix on a text, with its interval."""
     from tasks.fit.limits import measure_of
     from tasks.fit.walk import Walk
 
     walk = Walk(Path(model), ids, set(restorer.jobs), [lambda name: restorer.weight(name, device)], device)
-    mixes = [
-        {f"{module}.weight": 0 for group in groups for module in group.modules if module not in kept}
-        for _, _, kept in rows
-    ]
-    found = [measure_of(one).kl for one in walk.measure(mixes, lambda *_: None, "")]
-    return [f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in found]
+    mix = {name: 0 for name in restorer.jobs if name.removesuffix(".weight") not in kept}
+    value, low, high = measure_of(walk.measure([mix], lambda *_: None, "")[0]).kl
+    return f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
 def _orders(
@@ -134,8 +139,6 @@ def _orders(
 ) -> dict[str, list[FitGroup]]:
     """Groups by each of the other ways, the first to stay in 16 bits first."""
     found: dict[str, list[FitGroup]] = {}
-    for seed in range(seeds):
-        found[f"random {seed}"] = random.Random(seed).sample(groups, len(groups))
     error, gradient = _scores(folder, restorer, ids, device)
 
     def by(score: Callable[[FitGroup], float]) -> list[FitGroup]:
@@ -143,6 +146,8 @@ def _orders(
 
     found["weight error"] = by(lambda group: max(error[name] for name in group.modules))
     found["gradient"] = by(lambda g: sum(gradient[name] for name in g.modules) / (g.bytes[-1] - g.bytes[0]))
+    for seed in range(seeds):
+        found[f"random {seed}"] = random.Random(seed).sample(groups, len(groups))
     return found
 
 

@@ -275,6 +275,11 @@ class Variant(Spec):
         return self.name or "-".join([self.method, *chosen])
 
     @property
+    def compensates(self) -> bool:
+        """Whether its codes undo what quantizing other modules did, so that they belong together."""
+        return self.calibrate not in (False, "fast")
+
+    @property
     def unfitted(self) -> Self:
         """The same with all quantized."""
         return self.model_copy(update={"fit": None, "name": None})

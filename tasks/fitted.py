@@ -22,7 +22,8 @@ class FitGroup(_Value):
     kl: list[float]
     """The KL divergence of the model in which this group alone is quantized so, nats a token; 0 for the original.
 
-    That of the least bits is measured; those between are taken to be smaller as the squared error of the weights is.
+    Where codes undo what others did, it is the mean of that and of how much smaller the divergence of everything quantized is
+    without it. That of the least bits is measured; those between are smaller as the squared error of the weights is.
     """
 
     @property
@@ -79,7 +80,7 @@ class Fitted(_Value):
     text: str
     """What it was measured on, a sentence."""
     codes: str
-    """Folder of the checkpoint in which all is quantized."""
+    """Folder of a checkpoint with the codes that were measured: where all is quantized, or, calibrated, that of the mix."""
     codes_digest: str
     """The digest of that."""
     seconds: float

@@ -155,6 +155,8 @@ def test_the_walk_gives_the_divergences_of_the_whole_model(name: str, tmp_path: 
     names = [name for group, _, _ in alone for name in group.weights]
     assert sorted(names) == sorted(restorer.jobs)
     (everything,) = walk.measure([dict.fromkeys(names, 0)], lambda *_: None, "it")
+    (_, _, whole), *without = walk.without(lambda *_: None, "it")
+    assert [group for group, _, _ in without] == [group for group, _, _ in alone]
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
@@ -173,7 +175,11 @@ def test_the_walk_gives_the_divergences_of_the_whole_model(name: str, tmp_path: 
 
         for group, _, found in alone[-4:]:
             assert torch.allclose(found.kl, diverged(group.weights), rtol=2e-3, atol=1e-9)
-        assert torch.allclose(everything.kl, diverged(names), rtol=2e-3, atol=1e-9)
+        for group, _, found in without[:2] + without[-2:]:
+            rest = [weight for weight in names if weight not in group.weights]
+            assert torch.allclose(found.kl, diverged(rest), rtol=2e-3, atol=1e-9)
+        for found in (everything, whole):
+            assert torch.allclose(found.kl, diverged(names), rtol=2e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-tied", "gemma2", "gpt2"])
@@ -227,7 +233,7 @@ def to_fit(folder: Path, calibrate: Any) -> tuple[Snapshot, Calibrate, Calibrati
     return snapshot, spec, sequences(snapshot, spec) if calibrate else None
 
 
-@pytest.mark.parametrize("calibrate", [False, "fast"])
+@pytest.mark.parametrize("calibrate", [False, "fast", True])
 def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     calibrate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +284,8 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
             else:
                 assert file.get_tensor(name).dtype == torch.bfloat16
     assert stage(snapshot, asked, calibration, fitted, device="cpu").cached
+    # Codes that undo what others did are chosen again for the mix: more than what stays in 16 bits differs from all quantized.
+    assert (fitted.codes == size.path) == (calibrate is not True)
 
     monkeypatch.setattr(task, "sensitivities", None)  # not run again
     curve = [point for point in fitted.curve if point.kept == 4]

@@ -1,4 +1,4 @@
-"""What happens in the process that fits: the sensitivities of all groups, and the search for the mix that keeps a limit."""
+"""What happens in the processes that fit: the sensitivities of all groups are measured, and mixes as a whole."""
 
 import functools
 import json
@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import TameError
 from configs.schema import Variant
-from tasks.fit.allocate import Point
-from tasks.fit.limits import Limits, Measure, check_no_experts, measure_of
-from tasks.fit.table import Table
+from tasks.fit.limits import Measure, check_no_experts, measure_of
 from tasks.fitted import FitGroup
 from tasks.runtime.progress import Progress, silent
 from tasks.runtime.quiet import quieten
@@ -19,7 +17,7 @@ from tasks.runtime.quiet import quieten
 if TYPE_CHECKING:
     import torch
 
-    from tasks.fit.walk import Divergence, Group, Walk
+    from tasks.fit.walk import Group, Walk
     from tasks.fit.weights import Restorer
 
 LENGTH = 512
@@ -29,7 +27,7 @@ WHOLE = {"cpu": (WINDOWS, 256), "cuda": (WINDOWS, LENGTH)}
 """Windows on which a whole mix is measured, and tokens in each."""
 ALONE = {"cpu": (4, 160), "cuda": (8, LENGTH)}
 """The same for each group alone, which takes a hundred passes through half of the model, and ranks the groups alone."""
-SENSITIVITIES, FOUND = "sensitivities.json", "found.json"
+SENSITIVITIES = "sensitivities.json"
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class Asked:
 
 
 def sensitivities(asked: Asked, out: Path, progress: Progress = silent) -> None:
-    """Measure every group quantized alone, and all of them together. Writes sensitivities.json into `out`.
+    """Measure what quantizing each group does, and all of them together. Writes sensitivities.json into `out`.
 
     Raises:
         BadInputError: a model that is not run block by block. TameError: no memory, or numbers that are not finite.
     """
     walks = _Walks(asked)
     found = walks.alone(progress)
-    groups = [walks.choices(group, float(one.kl.mean())) for group, one in found]
+    groups = [walks.choices(group, kl) for group, kl in found]
     whole = walks.measure({name: 0 for group, _ in found for name in group.weights}, progress)
     content = {
         "groups": [group.model_dump() for group in groups],
@@ -66,36 +64,13 @@ def sensitivities(asked: Asked, out: Path, progress: Progress = silent) -> None:
     (out / SENSITIVITIES).write_text(json.dumps(content, indent=1))
 
 
-def search(asked: Asked, known: Path, limits: Limits, out: Path, progress: Progress = silent) -> None:
-    """Find the mix that keeps `limits`, by measuring at most TRIES of them. Writes found.json into `out`.
-
-    Args:
-        asked: What is compared.
-        known: The folder of `sensitivities`.
-        limits: What the mix must keep.
-        out: Where the result goes: taken, measured, curve, error, next and modules, as `Fitted` has them.
-        progress: Told what is done.
+def measure(asked: Asked, mix: dict[str, int], progress: Progress = silent) -> Measure:
+    """Measure a mix on the whole text: the weights that are quantized, by the model's names, and which of their choices it is.
 
     Raises:
-        BadInputError: no mix keeps the limits; it says what is the best that is possible, and what that costs.
         TameError: as `sensitivities`.
     """
-    content = json.loads((known / SENSITIVITIES).read_bytes())
-    groups = [FitGroup(**group) for group in content["groups"]]
-    whole = Measure(**{name: tuple(value) for name, value in content["whole"].items()})
-    table = Table(groups, content["bytes"], whole, limits)
-    walks = _Walks(asked)
-
-    def measured(point: Point) -> Measure:
-        mix = {
-            f"{name}.weight": choice
-            for group, choice in zip(groups, point.chosen, strict=True)
-            if choice < len(group.bits) - 1
-            for name in group.modules
-        }
-        return walks.measure(mix, progress)
-
-    (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
+    return _Walks(asked).measure(mix, progress)
 
 
 class _Walks:
@@ -119,11 +94,20 @@ class _Walks:
         self.ids: torch.Tensor = load_file(asked.ids)["ids"].long()
         self.whole: Walk | None = None
 
-    def alone(self, progress: Progress) -> "list[tuple[Group, Divergence]]":
-        """Each group quantized alone, on a few windows from all over the text."""
-        walk = self._walk(ALONE, self.restorers[:1])
-        found = self._within_memory(lambda: walk.alone(progress, f"sensitivity {self.asked.variant.label}"))
-        return [(group, one) for group, _, one in found]
+    def alone(self, progress: Progress) -> "list[tuple[Group, float]]":
+        """What each group does, on a few windows from all over the text: the KL divergence where it alone is quantized.
+
+        Codes that undo what others did are of little use alone, and others are of little use without them. There it is the
+        mean of that and of how much smaller the divergence of everything quantized is without the group.
+        """
+        walk, what = self._walk(ALONE, self.restorers[:1]), f"sensitivity {self.asked.variant.label}"
+        found = self._within_memory(lambda: walk.alone(progress, what))
+        alone = [(group, float(one.kl.mean())) for group, _, one in found]
+        if not self.asked.variant.compensates:
+            return alone
+        (_, _, whole), *others = self._within_memory(lambda: walk.without(progress, what))
+        more = {group.weights: float((whole.kl - one.kl).mean()) for group, _, one in others}
+        return [(group, max((kl + more[group.weights]) / 2, 0.0)) for group, kl in alone]
 
     def choices(self, group: "Group", kl: float) -> FitGroup:
         """A group's choices; `kl` is what it does alone with the least bits.

@@ -1,8 +1,10 @@
 """The search for the mix that keeps a limit: what is predicted of mixes, and what was measured of them. No model is loaded here."""
 
+import json
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from configs.errors import BadInputError, TameError
 from tasks.fit.allocate import Point, best_within, frontier, predicted, smallest_keeping
@@ -30,13 +32,35 @@ class Table:
         self.said: dict[tuple[int, ...], float | None] = {everything.chosen: None}
         self.original = Point(tuple(len(group.bits) - 1 for group in groups), sum(g.bytes[-1] for g in groups), 0.0)
 
+    @classmethod
+    def read(cls, file: Path, limits: Limits) -> Self:
+        """What is known at the beginning: the file with the sensitivities."""
+        content = json.loads(file.read_bytes())
+        whole = Measure(**{name: tuple(value) for name, value in content["whole"].items()})
+        return cls([FitGroup(**group) for group in content["groups"]], content["bytes"], whole, limits)
+
+    def mix(self, point: Point) -> dict[str, int]:
+        """The weights that a mix quantizes, by the model's names, and which of their choices it takes."""
+        return {
+            f"{name}.weight": choice
+            for group, choice in zip(self.groups, point.chosen, strict=True)
+            if choice < len(group.bits) - 1
+            for name in group.modules
+        }
+
+    def modules(self, point: Point) -> tuple[list[str], list[str]]:
+        """The modules that stay in 16 bits, and those that are in 8."""
+        kept = self._modules(point, lambda group, choice: choice == len(group.bits) - 1)
+        return kept, self._modules(point, lambda group, choice: 0 < choice < len(group.bits) - 1)
+
     def fit(self, measure: Callable[[Point], Measure]) -> dict[str, Any]:
         """The mix that keeps the limits, as `Fitted` has it, measured by `measure`."""
         taken = self._within_bytes(measure) if self.limits.max_bytes is not None else self._within_damage(measure)
         told = {point.chosen: self._told(number, point) for number, (point, _) in enumerate(self.measured)}
+        kept, in_8_bits = self.modules(taken)
         return {
-            "modules": self._modules(taken, lambda group, choice: choice == len(group.bits) - 1),
-            "in_8_bits": self._modules(taken, lambda group, choice: 0 < choice < len(group.bits) - 1),
+            "modules": kept,
+            "in_8_bits": in_8_bits,
             "taken": told[taken.chosen].model_dump(),
             "measured": [point.model_dump() for point in told.values()],
             "curve": [self._predicted(point).model_dump() for point in self.points],

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from tasks.calibrate.prepare import calibration_inputs
 from tasks.calibrate.sequences import load_texts, make_sequences
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import max_positions
-from tasks.fit.limits import limits_of
-from tasks.fit.search import ALONE, FOUND, LENGTH, SENSITIVITIES, WHOLE, WINDOWS, Asked, search, sensitivities
+from tasks.fit.allocate import Point
+from tasks.fit.limits import Measure, limits_of
+from tasks.fit.search import ALONE, LENGTH, SENSITIVITIES, WHOLE, WINDOWS, Asked, measure, sensitivities
+from tasks.fit.table import Table
 from tasks.fitted import FitGroup, Fitted
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.run import versions_for
@@ -24,9 +26,9 @@ from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Calibration, Quantized, Snapshot
 
-VERSION = 2  # of this stage: raise it when the same inputs give other numbers, or another mix
-SEARCH = 2  # of what is done with the sensitivities: raise it when the same ones give another mix
-IDS = "ids.safetensors"
+VERSION = 3  # of this stage: raise it when the same inputs give other numbers, or another mix
+SEARCH = 3  # of what is done with the sensitivities: raise it when the same ones give another mix
+IDS, FOUND = "ids.safetensors", "found.json"
 
 
 def fit(
@@ -42,7 +44,8 @@ def fit(
     """The mix of modules in few and in more bits that keeps the variant's limit: from the store, or found now.
 
     All that can be quantized is quantized once, as the variant says, and once for each choice of more bits. What every group of
-    modules does alone is measured on that, and kept: another limit measures none of it again.
+    modules does alone is measured on that, and kept: another limit measures none of it again. Codes that undo what others did are
+    chosen again for each mix that is measured.
 
     Raises:
         BadInputError: no mix keeps the limit, or the model is not run block by block. TameError: as `quantize`.
@@ -71,23 +74,38 @@ def fit(
     }
     known, seconds = _sensitivities(asked, inputs, progress)
 
+    def codes(modules: list[str], in_8_bits: list[str]) -> tuple[Quantized, Variant]:
+        """The checkpoint that has a mix's codes, and what it was made as."""
+        if not variant.compensates or not modules + in_8_bits:
+            return whole, variant.unfitted
+        mixed = variant.keeping(modules, in_8_bits, size)
+        return quantize(snapshot, mixed, calibration, device=device, progress=progress), mixed
+
     def make(out: Path) -> on_disk.Made:
-        started = time.monotonic()
-        with held():
-            isolated(f"fit {variant.label}", search, asked, known, limits, out, progress=progress)
+        started, table = time.monotonic(), Table.read(known / SENSITIVITIES, limits)
+
+        def measured(point: Point) -> Measure:
+            made, of = codes(*table.modules(point))
+            with held():
+                own = replace(asked, quantized=Path(made.path), variant=of)
+                return isolated(f"fit {variant.label}", measure, own, table.mix(point), progress=progress)
+
+        (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
         return on_disk.Made(meta={"seconds": time.monotonic() - started})
 
     artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits), "search": SEARCH}, make)
+    found = json.loads((Path(artifact.path) / FOUND).read_bytes())
+    taken, _ = codes(found["modules"], found["in_8_bits"])
     return Fitted(
         limit=str(limits),
         groups=[FitGroup(**group) for group in json.loads((known / SENSITIVITIES).read_bytes())["groups"]],
         text=text,
         group_size=size,
-        codes=whole.path,
-        codes_digest=whole.digest,
+        codes=taken.path,
+        codes_digest=taken.digest,
         seconds=artifact.meta["seconds"] + seconds,
         cached=cached,
-        **json.loads((Path(artifact.path) / FOUND).read_bytes()),
+        **found,
     )
 
 

@@ -53,6 +53,11 @@ class _Stream:
     states: list[torch.Tensor] = field(default_factory=list)
     """Empty as long as it is the original."""
 
+    def without(self, group: Group) -> "_Stream":
+        """One that parts from this one before the group's block, and has the original's weights there."""
+        mix = {name: level for name, level in self.mix.items() if name not in group.weights}
+        return _Stream(mix, list(self.states))
+
 
 class Walk:
     """`ids` are the text's tokens, Int64 [windows, tokens]; `quantized` names the weights that may be."""
@@ -80,6 +85,10 @@ class Walk:
         """The divergence of every group quantized alone, at each level."""
         return self._run([], True, progress, what)
 
+    def without(self, progress: Progress, what: str) -> list[tuple[Group, int, Divergence]]:
+        """The divergence of everything quantized, at the first level; and of that with each group's original weights."""
+        return self._run([dict.fromkeys(self.called.values(), 0)], True, progress, what)
+
     def measure(self, mixes: list[Mix], progress: Progress, what: str) -> list[Divergence]:
         """The divergence of each mix."""
         return [found for _, _, found in self._run(mixes, False, progress, what)]
@@ -98,8 +107,10 @@ class Walk:
                 weights = self._weights(index, module)
                 if alone:
                     for group in self._groups(index, module, list(weights), original[0], arguments[0][index]):
-                        for level in range(len(self.levels)):
-                            streams.append(_Stream(dict.fromkeys(group.weights, level)))
+                        for level in range(1 if mixes else len(self.levels)):
+                            streams.append(
+                                streams[0].without(group) if mixes else _Stream(dict.fromkeys(group.weights, level))
+                            )
                             of.append((group, level))
                 self._through(index, module, weights, streams, original, arguments)
                 if not known:
