@@ -95,21 +95,21 @@ def table(options: argparse.Namespace) -> None:
         f"| most bytes | chosen by | modules in 16 bits | {' | '.join(texts)} |\n| --- | --- | --- |{' --- |' * len(texts)}"
     )
 
-    def row(most: str, name: str, kept: set[str]) -> None:
+    def row(most: str, name: str, kept: list[str]) -> None:
         made, of = whole, variant.unfitted
         if kept and variant.compensates:
-            of = variant.keeping(sorted(kept))
+            of = variant.keeping(kept)
             made = quantize(snapshot, of, calibration, device=options.device)
         own = Restorer(Path(snapshot.path), Path(made.path), of)
-        told = [_measured(snapshot.path, text, own, device, kept) for text in texts.values()]
+        told = [_measured(snapshot.path, text, own, device, set(kept)) for text in texts.values()]
         print(f"| {most} | {name} | {len(kept)} | {' | '.join(told)} |", flush=True)
 
-    row("", "all quantized", set())
+    row("", "all quantized", [])
     for most, fitted in zip(options.bytes, fits, strict=True):
-        row(most, "fit", set(fitted.modules))
+        row(most, "fit", fitted.modules)
         room = fitted.taken.bytes - fitted.measured[0].bytes
         for name, order in orders.items():
-            row(most, name, _fill(groups, order, room))
+            row(most, name, sorted(_fill(groups, order, room)))
 
 
 def _windows(model: str, file: str, like: Any) -> Any:

@@ -50,7 +50,7 @@ def frontier(row: ResultVariant) -> Plot | None:
 
 
 def heat(row: ResultVariant) -> Plot | None:
-    """The KL divergence that each group causes when it alone is quantized, a column a block, a row a kind; a dot where it stays
+    """The KL divergence that each group causes, a column a block, a row a kind; a dot where it stays
     in 16 bits, a ring where it is in 8."""
     fit = row.fit
     if fit is None or not fit.groups:
@@ -76,7 +76,7 @@ def heat(row: ResultVariant) -> Plot | None:
     axes.set_xlabel("Block; a dot stays in 16 bits" + (", a ring is in 8" if between else ""), fontsize=12)
     worst = sorted(fit.groups, key=lambda group: -group.kl[0])[:3]
     said = "; ".join(f"{group.kind} of block {group.block} {figure('kl_mean', group.kl[0])}" for group in worst)
-    return _svg(canvas, f"heat-{_file(row)}"), f"KL of {row.name} by group of modules, quantized alone. Most: {said}."
+    return _svg(canvas, f"heat-{_file(row)}"), f"KL of {row.name} by group of modules: what quantizing it does. Most: {said}."
 
 
 def told(point: FitPoint) -> list[str]:
