@@ -296,7 +296,9 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     assert task.fit(snapshot, again, Gate(), spec, calibration, device="cpu").cached
 
 
-@pytest.mark.parametrize("calibrate", [False, pytest.param("fast", marks=pytest.mark.e2e)])
+@pytest.mark.parametrize(
+    "calibrate", [False, *(pytest.param(level, marks=pytest.mark.e2e) for level in ("fast", True))]
+)
 def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of compressed-tensors: the least sizes are bought with 8 bits, and what is measured is what transformers opens."""
     from safetensors import safe_open

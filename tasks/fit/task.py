@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tasks.calibrate.sequences import load_texts, make_sequences
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import max_positions
 from tasks.fit.allocate import Point
-from tasks.fit.limits import Measure, limits_of
+from tasks.fit.limits import Limits, Measure, limits_of
 from tasks.fit.search import ALONE, LENGTH, SENSITIVITIES, WHOLE, WINDOWS, Asked, measure, sensitivities
 from tasks.fit.table import Table
 from tasks.fitted import FitGroup, Fitted
@@ -29,6 +30,8 @@ from tasks.values import Calibration, Quantized, Snapshot
 VERSION = 3  # of this stage: raise it when the same inputs give other numbers, or another mix
 SEARCH = 3  # of what is done with the sensitivities: raise it when the same ones give another mix
 IDS, FOUND = "ids.safetensors", "found.json"
+Codes = Callable[[list[str], list[str]], tuple[Quantized, Variant]]
+"""From the modules in 16 bits, and those in 8, to the checkpoint that has the mix's codes, and what that was made as."""
 
 
 def fit(
@@ -50,7 +53,7 @@ def fit(
     Raises:
         BadInputError: no mix keeps the limit, or the model is not run block by block. TameError: as `quantize`.
     """
-    limits, chosen = limits_of(variant, gate), pick(device)
+    limits = limits_of(variant, gate)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
     size, wider = _with_more_bits(snapshot, variant.unfitted, whole, device, progress)
     windows, digest, text = fit_text(snapshot, spec)
@@ -59,20 +62,11 @@ def fit(
         quantized=Path(whole.path),
         variant=variant.unfitted,
         ids=windows / IDS,
-        device=chosen,
+        device=pick(device),
         trust_remote_code=snapshot.trust_remote_code,
         wider=tuple((Path(one.path), of) for one, of in wider),
     )
-    inputs = {
-        "quantized": whole.digest,
-        **({"wider": [one.digest for one, _ in wider]} if wider else {}),
-        "text": digest,
-        "windows": [each[chosen.partition(":")[0]] for each in (WHOLE, ALONE)],
-        "device": chosen.partition(":")[0],
-        "stage": VERSION,
-        "versions": versions_for(method_of(variant)),
-    }
-    known, seconds = _sensitivities(asked, inputs, progress)
+    inputs = _inputs(variant, whole, [one for one, _ in wider], digest, asked.device.partition(":")[0])
 
     def codes(modules: list[str], in_8_bits: list[str]) -> tuple[Quantized, Variant]:
         """The checkpoint that has a mix's codes, and what it was made as."""
@@ -81,19 +75,8 @@ def fit(
         mixed = variant.keeping(modules, in_8_bits, size)
         return quantize(snapshot, mixed, calibration, device=device, progress=progress), mixed
 
-    def make(out: Path) -> on_disk.Made:
-        started, table = time.monotonic(), Table.read(known / SENSITIVITIES, limits)
-
-        def measured(point: Point) -> Measure:
-            made, of = codes(*table.modules(point))
-            with held():
-                own = replace(asked, quantized=Path(made.path), variant=of)
-                return isolated(f"fit {variant.label}", measure, own, table.mix(point), progress=progress)
-
-        (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
-        return on_disk.Made(meta={"seconds": time.monotonic() - started})
-
-    artifact, cached = store.build("fit", {**inputs, "limits": asdict(limits), "search": SEARCH}, make)
+    known, seconds = _sensitivities(asked, inputs, progress)
+    artifact, cached = _search(asked, inputs, known, limits, codes, progress)
     found = json.loads((Path(artifact.path) / FOUND).read_bytes())
     taken, _ = codes(found["modules"], found["in_8_bits"])
     return Fitted(
@@ -107,6 +90,39 @@ def fit(
         cached=cached,
         **found,
     )
+
+
+def _inputs(variant: Variant, whole: Quantized, wider: list[Quantized], text: str, device: str) -> dict[str, Any]:
+    """Everything that decides the sensitivities, for the store's key."""
+    return {
+        "quantized": whole.digest,
+        **({"wider": [one.digest for one in wider]} if wider else {}),
+        "text": text,
+        "windows": [each[device] for each in (WHOLE, ALONE)],
+        "device": device,
+        "stage": VERSION,
+        "versions": versions_for(method_of(variant)),
+    }
+
+
+def _search(
+    asked: Asked, inputs: dict[str, Any], known: Path, limits: Limits, codes: Codes, progress: Progress
+) -> tuple[on_disk.Artifact, bool]:
+    """The artifact with the mix that keeps the limits, and whether it was there already."""
+
+    def make(out: Path) -> on_disk.Made:
+        started, table = time.monotonic(), Table.read(known / SENSITIVITIES, limits)
+
+        def measured(point: Point) -> Measure:
+            made, variant = codes(*table.modules(point))
+            own = replace(asked, quantized=Path(made.path), variant=variant)
+            with held():
+                return isolated(f"fit {variant.label}", measure, own, table.mix(point), progress=progress)
+
+        (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
+        return on_disk.Made(meta={"seconds": time.monotonic() - started})
+
+    return store.build("fit", {**inputs, "limits": asdict(limits), "search": SEARCH}, make)
 
 
 def _with_more_bits(

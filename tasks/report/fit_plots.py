@@ -76,7 +76,9 @@ def heat(row: ResultVariant) -> Plot | None:
     axes.set_xlabel("Block; a dot stays in 16 bits" + (", a ring is in 8" if between else ""), fontsize=12)
     worst = sorted(fit.groups, key=lambda group: -group.kl[0])[:3]
     said = "; ".join(f"{group.kind} of block {group.block} {figure('kl_mean', group.kl[0])}" for group in worst)
-    return _svg(canvas, f"heat-{_file(row)}"), f"KL of {row.name} by group of modules: what quantizing it does. Most: {said}."
+    return _svg(
+        canvas, f"heat-{_file(row)}"
+    ), f"KL of {row.name} by group of modules: what quantizing it does. Most: {said}."
 
 
 def told(point: FitPoint) -> list[str]:
