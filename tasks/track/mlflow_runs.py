@@ -11,10 +11,8 @@ import hashlib
 import json
 import re
 from datetime import datetime
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from configs.schema import Recipe
 from configs.settings import home
 from tasks import formatting
 from tasks.decision import decide
@@ -76,12 +74,6 @@ def experiment(client: Any, name: str) -> str:
     return str(found.experiment_id)
 
 
-def run_name(recipe: Recipe, began: datetime) -> str:
-    """What MLflow calls a release: the model, the variants, and when it began: `Qwen3-0.6B: int8, nf4 (2026-11-28 18:48)`."""
-    model = PurePath(recipe.source.model).name.removesuffix(".gguf")
-    return f"{model}: {', '.join(variant.label for variant in recipe.variants)} ({began:%Y-%m-%d %H:%M})"
-
-
 def open_release(client: Any, experiment_id: str, name: str, tags: dict[str, str], release: str) -> str:
     """The id of the release's run, RUNNING: the one that it had, or a new one."""
     found = client.search_runs([experiment_id], f"tags.release = '{release}'", max_results=1)
@@ -116,7 +108,7 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
     run_id = release.run_id
     experiment_id = experiment(client, registry.experiment_name(result.recipe))
     if run_id is None or not _exists(client, run_id):
-        name = run_name(result.recipe, datetime.fromisoformat(result.started))
+        name = registry.run_name(result.recipe, datetime.fromisoformat(result.started))
         run_id = open_release(client, experiment_id, name, release.life, release.name)
     began = int(datetime.fromisoformat(result.started).timestamp() * 1000)
     ended = began + int(result.seconds * 1000)

@@ -38,7 +38,7 @@ def begin(recipe: Recipe, tags: dict[str, str]) -> str | None:
         experiment = mlflow_runs.experiment(client, registry.experiment_name(recipe))
         liveness.close_stale(client)
         name = _release(tags.get("prefect_run"))
-        shown = mlflow_runs.run_name(recipe, datetime.now(UTC))
+        shown = registry.run_name(recipe, datetime.now(UTC))
         run_id = mlflow_runs.open_release(client, experiment, shown, {**tags, **liveness.heartbeat()}, name)
         liveness.keep_alive(client, run_id)
     except Exception as error:  # whatever MLflow throws: a release is worth more than its log
