@@ -97,8 +97,8 @@ def test_accessibility_rules(browser: Browser, page: Path) -> None:
             assert len(found["passes"]) > 20
 
 
-def keep(browser: Browser, name: str) -> None:
+def keep(browser: Browser, name: str, whole: bool = True) -> None:
     """Save what is seen, where somebody wants to look at it."""
     if folder := os.environ.get("E2E_SHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.screenshot(Path(folder) / f"{name}.png", whole=True)
+        browser.screenshot(Path(folder) / f"{name}.png", whole)
