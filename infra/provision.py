@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +31,11 @@ SILENT_FOR = 2.0  # seconds that a server may take before somebody is told
 HEALTHY_WITHIN = 300.0  # seconds; on a machine that does nothing else it takes 20
 
 
-def provision() -> list[str]:
+def provision(with_pool: Callable[[], None] = lambda: None) -> list[str]:
     """Make all of it, and return what was made or changed, a line each.
+
+    Args:
+        with_pool: Called once the work pool is there, which is what workers need to start; the rest takes seconds.
 
     Raises:
         BadInputError: there is no prefect.yaml, or no PREFECT_API_URL.
@@ -44,7 +47,9 @@ def provision() -> list[str]:
         raise BadInputError(f"{FILE}: not there; tame is provisioned from a checkout of its repository")
     deployments = yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"]
     with connect() as client:
-        done = [*_work_pool(client), *(made for spec in deployments for made in _deployment(client, spec))]
+        done = [*_work_pool(client)]
+        with_pool()
+        done += [made for spec in deployments for made in _deployment(client, spec)]
     create_automations()
     return done
 

@@ -151,19 +151,31 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         start("mlflow", "server", "mlflow", "server", "--host", host, "--port", str(port), *store)
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{near}:{port}"
-    start("provision", "worker", "tame", "provision")
-    with working("waiting for Prefect's server, and registering queues and deployments"):
-        _wait(started, lambda: started["provision"].poll() == 0)
-    del started["provision"]
-    log.info("✓ Prefect's server answers, and has the deployments")
     since = datetime.now(UTC)
-    for index in range(len(gpus())):
-        start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
-    if not gpus():
-        start("worker-cpu", "worker", "tame", "worker")
-    start("worker-control", "worker", "tame", "worker", "--control")
+
+    def start_workers() -> None:
+        for index in range(len(gpus())):
+            start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
+        if not gpus():
+            start("worker-cpu", "worker", "tame", "worker")
+        start("worker-control", "worker", "tame", "worker", "--control")
+
+    _provision(started, start_workers)
     _until_healthy(started, since)
     return started
+
+
+def _provision(started: dict[str, "subprocess.Popen[bytes]"], start_workers: Callable[[], None]) -> None:
+    """Register queues and deployments once Prefect's server answers; the workers start while that goes on."""
+    with working("waiting for Prefect's server"):
+        from flows import release  # noqa: F401  imports Prefect and what is registered, in the seconds that the server takes
+        from infra.provision import provision
+
+        if "prefect" in started:
+            _wait(started, lambda: _answers(f"{_prefect()}/api/health"))
+    with working("registering queues and deployments"):
+        provision(start_workers)
+    log.info("✓ Prefect's server answers, and has the deployments")
 
 
 def _until_healthy(started: dict[str, "subprocess.Popen[bytes]"], since: datetime) -> None:

@@ -65,14 +65,15 @@ def client() -> Any:
 
 
 def runs(kind: str) -> dict[str, Any]:
-    """Runs of a kind by their variant, from the one call that people use."""
+    """Runs of a kind by their variant, a release by its experiment, from the one call that people use."""
     import mlflow
 
     found = mlflow.search_runs(
         experiment_names=[EXPERIMENT], filter_string=f"tags.kind = '{kind}'", output_format="list"
     )
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
+    known = {run.data.tags.get("variant", EXPERIMENT if kind == "release" else kind): run for run in found}
+    assert len(known) == len(found)
+    return known
 
 
 def everything(folder: Path, name: str = "mlflow.db") -> dict[str, list[tuple[Any, ...]]]:
@@ -117,6 +118,7 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     )
     assert [run.info.run_name for run in shown] == ["baseline", "int8", "nf4-dq", "fp4"]
     parent = runs("release")[EXPERIMENT]
+    assert re.fullmatch(r"SmolLM2-135M-Instruct: int8, nf4-dq, fp4 \(\d{4}-\d\d-\d\d \d\d:\d\d\)", parent.info.run_name)
     assert (parent.info.run_id, parent.info.status) == (run_id, "FAILED")
     assert parent.data.tags["headline"] == formatting.headline(result)
     written = Path(parent.info.artifact_uri.removeprefix("file://")) / "result.json"
