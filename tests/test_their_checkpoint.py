@@ -1,5 +1,6 @@
 """Somebody else's checkpoint as a variant: measured in the same table, never published."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from configs.errors import BadInputError
 from configs.schema import Recipe, Variant
 from tasks.describe import describe
 from tasks.plan import preflight
+from tasks.quantize.methods import described_by
+from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
 from tests.models import tiny, zoo
+from tests.test_download import change
 from tests.test_flow import Place, place
 
 __all__ = ["place"]
@@ -89,3 +93,60 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_plan(
     assert "is measured and not published" in dict(describe(same, tmp_path / "out"))[tiny_llama.name]
     with pytest.raises(BadInputError, match=r"variants gpt2: .* is a gpt2 of 512 tokens, the source a llama of 512"):
         preflight(recipe, tmp_path / "out")
+
+
+def static(source: Path, folder: Path) -> Path:
+    """FP8 as llm-compressor's scheme of that name has it: a scale for each tensor, and one for what each layer is given."""
+    import torch
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    made = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            made[name] = weight
+            continue
+        scale = weight.float().abs().max() / 448
+        made[name] = (weight / scale).to(torch.float8_e4m3fn)
+        made[f"{name}_scale"] = scale.bfloat16().view(1)
+        made[f"{name.removesuffix('weight')}input_scale"] = torch.tensor([0.0005], dtype=torch.bfloat16)
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    scheme = preset_name_to_scheme("FP8", ["Linear"])
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format="float-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=["lm_head"],
+    )
+    change(folder / "config.json", quantization_config=config.model_dump(mode="json"))
+    return folder
+
+
+def test_scales_that_were_chosen_beforehand_are_measured_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tasks.evaluate.model import dequantize, load
+
+    theirs, ids = static(tiny_llama, tmp_path / "static"), torch.arange(5, 60)[None]
+    mine = load(theirs, "cpu")
+    dequantize(mine)
+    plain = AutoModelForCausalLM.from_pretrained(theirs, dtype="auto")
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
+    with torch.no_grad():
+        seen, wanted, exact = (model(ids).logits.float() for model in (mine.model, plain, original))
+    assert seen.equal(wanted)
+    assert float((wanted - exact).abs().max()) > 0.05  # these scales are far too small, which is what has to be seen
+    with pytest.raises(BadInputError, match="a scheme of compressed-tensors that tame does not read"):
+        preflight(recipe_of(theirs, {"method": "nf4"}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("preset", ["FP8", "FP8_BLOCK", "W4A16_ASYM", "NVFP4", "W4AFP8", "MXFP4", "MXFP8"])
+def test_schemes_that_tame_does_not_write_are_nobodys(preset: str) -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    group = preset_name_to_scheme(preset, ["Linear"]).model_dump(mode="json")
+    for scheme in SCHEMES.values():
+        config = {"quant_method": "compressed-tensors", "format": scheme.stored, "config_groups": {"group_0": group}}
+        assert described_by(config) is None

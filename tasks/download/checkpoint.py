@@ -100,6 +100,14 @@ def _is_read(quantization_config: Any) -> bool:
     return config.get("quant_method") in ("fp8", "mxfp4") or "config_groups" in config
 
 
+def unread(quantization: dict[str, Any], where: object) -> BadInputError:
+    """What is said of a `quantization_config` of which no method reads the scheme; `where` names the model or file."""
+    return BadInputError(
+        f"{where}: quantization_config is a scheme of {quantization.get('quant_method')} that tame does not read (asymmetric, "
+        "mixed, of other blocks, or with scales for activations); give the original, in 16 or 32 bits"
+    )
+
+
 def quantization_of(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of the checkpoint in `folder`; empty where there is none."""
     path = folder / "config.json"

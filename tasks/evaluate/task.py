@@ -14,7 +14,7 @@ from tasks.download.tokenizer_files import chat_template
 from tasks.evaluate import comparison, lm_eval_run, samples, weight_error
 from tasks.evaluate.lm_eval_index import find_tasks, inputs_of, work_of
 from tasks.evaluate.run import FAILED, Role, Work, in_order, measure
-from tasks.quantize.methods import described_by
+from tasks.quantize.methods import libraries, reader_of
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, instead_of_bfloat16, name_of, pick, versions
 from tasks.runtime.progress import Progress, show
@@ -217,9 +217,13 @@ def _parts(work: Work, wanted: dict[str, store.Wanted], progress: Progress) -> _
 
 
 def _deciding_versions(model: Path) -> dict[str, str]:
-    """The versions of the libraries that decide what a model computes: a method's own only for models that it quantized."""
-    described = described_by(quantization_of(model))
-    own = described[0].libraries if described else ()
+    """The versions of the libraries that decide what a model computes: a method's own only for models that it quantized.
+
+    Of somebody else's scheme nobody knows which that is, so that it may be any of them.
+    """
+    quantization = quantization_of(model)
+    reader = reader_of(quantization)
+    own = reader.libraries if reader else tuple(libraries()) if quantization else ()
     return {name: found for name, found in versions(*own).items() if name in {*DECIDING, *own}}
 
 

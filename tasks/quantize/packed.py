@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from configs.errors import BadInputError, TameError
-from tasks.download.checkpoint import Stored, quantization_of
+from tasks.download.checkpoint import Stored, quantization_of, unread
 from tasks.quantize.protocols import Restored, SourceReader
 
 DTYPES = {
@@ -84,10 +84,7 @@ def unpacked(
     if not quantization:
         return tensors, {}
     if method is None:
-        raise BadInputError(
-            f"{folder / 'config.json'}: quantization_config is a scheme of {quantization.get('quant_method')} that tame does not "
-            "read (asymmetric, mixed, or of other blocks); give the original, in 16 or 32 bits"
-        )
+        raise unread(quantization, folder / "config.json")
     fill = fill or from_folder(folder)
     plain, packed = dict(tensors), dict[str, Packed]()
     for name, stored in tensors.items():

@@ -125,11 +125,21 @@ class CompressedTensors:
 
 
 def _is(group: dict[str, Any], scheme: Scheme) -> bool:
-    """Whether a group of config.json has this scheme, and none of what tame does not write."""
-    weights = group.get("weights") or {}
-    if weights.get("num_bits") != scheme.bits or not weights.get("symmetric", True):
+    """Whether a group of config.json has this scheme, and none of what tame neither writes nor reads.
+
+    That is: a zero point, a scale for a whole tensor or a block, activations with a scale that was chosen beforehand, and columns
+    in another order than the weight's.
+    """
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    if (weights.get("num_bits"), weights.get("type")) != (scheme.bits, scheme.kind) or not weights.get(
+        "symmetric", True
+    ):
         return False
-    return bool(group.get("input_activations")) == bool(scheme.activations)
+    if weights.get("strategy") not in scheme.strategies or weights.get("actorder") in ("group", "dynamic", True):
+        return False
+    if group.get("output_activations") or bool(activations) != bool(scheme.activations):
+        return False
+    return not activations or (activations.get("dynamic"), activations.get("strategy")) == (True, "token")
 
 
 def _format() -> Any:

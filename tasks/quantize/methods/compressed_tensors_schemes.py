@@ -18,6 +18,26 @@ class Scheme:
     activations: str = ""
     """What activations are quantized to while the model runs; empty where they are not."""
 
+    @property
+    def kind(self) -> str:
+        """What config.json calls the numbers."""
+        return "float" if "floats" in self.numbers else "int"
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """What config.json may say that shares a scale."""
+        return STRATEGIES[self.stored]
+
+
+STRATEGIES = {
+    "pack-quantized": ("group", "channel"),
+    "int-quantized": ("channel",),
+    "float-quantized": ("channel",),
+    "nvfp4-pack-quantized": ("tensor_group",),
+    "mxfp4-pack-quantized": ("group",),
+}
+"""By the name of the format."""
+
 
 SCHEMES = {
     "w4a16": Scheme("W4A16", "pack-quantized", 4, "4-bit integers", ("4-bit", "int4", "w4a16")),

@@ -48,12 +48,14 @@ class BlockFloat:
         )
 
     def describes(self, quantization_config: dict[str, Any]) -> Variant | None:
-        """The variant of a checkpoint in blocks of 128 × 128 whose scales are in 32 bits."""
+        """The variant of a checkpoint in blocks of 128 × 128 whose scales are in 32 bits, those of activations made as it runs."""
         if quantization_config.get("quant_method") != FAMILY or quantization_config.get("expert_dtype", "fp8") != "fp8":
             return None
         if list(quantization_config.get("weight_block_size") or []) != [BLOCK, BLOCK]:
             return None
         if quantization_config.get("scale_fmt", "float") not in ("float", None):
+            return None
+        if quantization_config.get("activation_scheme", "dynamic") != "dynamic":
             return None
         skipped = quantization_config.get("modules_to_not_convert") or quantization_config.get("ignored_layers") or []
         return Variant(method="fp8-block", skip_modules=list(skipped))
