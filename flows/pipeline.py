@@ -19,6 +19,7 @@ from tasks.evaluate.sanity import far_below
 from tasks.plan import Plan
 from tasks.publish.approval import Shown
 from tasks.publish.card import release_files
+from tasks.quantize.preview import check
 from tasks.result import Result, ResultVariant
 from tasks.store import cache_only
 from tasks.store.names import remember
@@ -60,6 +61,7 @@ def make(
         lines.downloaded(snapshot)
         remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
+        check(snapshot, recipe.variants)
         baseline = None
         if recipe.evaluate is not None and plan.text is not None:
             baseline = _checked(stages.baseline(snapshot, recipe.evaluate, plan.text), plan)

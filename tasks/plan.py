@@ -12,6 +12,7 @@ from configs.errors import BadInputError
 from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
 from tasks.download.architectures import called_by, check_known, check_language_model, no_language_model
+from tasks.download.checkpoint import unread
 from tasks.download.facts import facts_of
 from tasks.download.folder import check_tokenizer_files
 from tasks.download.inspection import inspect_source, local_path, tokenizer_folder
@@ -25,6 +26,8 @@ from tasks.publish.benchmarks import find as find_benchmarks
 from tasks.publish.preflight import full_names
 from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
+from tasks.quantize.early import check_variant
+from tasks.quantize.methods import reader_of
 from tasks.runtime.device import gpus, pick
 from tasks.runtime.files import check_writable
 from tasks.serve.runtimes import versions_of
@@ -87,15 +90,17 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
         if recipe.evaluate is not None and recipe.evaluate.task_limit is None:
             benchmarks = find_benchmarks(recipe.evaluate.tasks)
     text = load_text(recipe.evaluate.text) if recipe.evaluate is not None else None
+    experts = facts_of(found).experts
     for variant in recipe.variants:
         if variant.checkpoint is not None:
             _check_theirs(variant, found)
+            continue
+        check_variant(variant, found.config, experts, recipe.source.model)
+        if variant.fit and experts:
+            check_no_experts(variant, recipe.source.model)
     if any(variant.calibrate or variant.fit for variant in recipe.variants):
         _check_calibration(recipe, found, text)
     tokens = None
-    for variant in recipe.variants:
-        if variant.fit and facts_of(found).experts:
-            check_no_experts(variant, recipe.source.model)
     if recipe.evaluate is not None and text is not None:
         tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
     for runtime in recipe.serve:
@@ -145,6 +150,9 @@ def look_at(source: Source, measured: bool = True) -> Found:
     """
     found, where = inspect_source(source), f"source.model {source.model}"
     if found.kind != "gguf":  # whose header tells
+        quantization = found.config.get("quantization_config")
+        if quantization and reader_of(quantization) is None:
+            raise unread(quantization, where)
         if measured:
             check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
             check_tokenizer_files(found, where)

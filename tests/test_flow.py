@@ -18,6 +18,7 @@ from flows.pipeline import make
 from tasks import result as results
 from tasks.evaluate import evidence
 from tasks.result import Result
+from tests.models import tiny, zoo
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(f"Sentence number {i} is about the colour of the sky, and says that it is blue." for i in range(200))
@@ -167,6 +168,18 @@ def test_one_variant_fails_alone(place: Place, tiny_llama: Path, monkeypatch: py
     assert (result.exit_code, int8.status, nf4.status) == (1, "failed", "published")
     assert name in str(int8.error)
     assert len(str(int8.error).splitlines()) == 1
+
+
+def test_what_cannot_be_made_of_a_model_is_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path, "")
+    monkeypatch.setenv("TAME_HOME", place.environment["TAME_HOME"])
+    model = tiny(place.folder / "model", zoo("mamba"))
+    result = made(place, place.recipe(model, variants=[{"method": "nf4"}, {"method": "w4a16"}]))
+    assert (result.exit_code, result.baseline) == (2, None)
+    assert "its MambaMixer wants weights that are not packed" in str(result.error)
+    assert built(place) == {}
 
 
 def test_a_source_that_is_damaged_ends_in_one_line(place: Place, tiny_llama: Path) -> None:

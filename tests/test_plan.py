@@ -132,6 +132,41 @@ def test_repos_that_cannot_be_released(tiny_llama: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
+def mixture(model: Path) -> None:
+    change(model / "config.json", model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=4)
+
+
+def tied(model: Path) -> None:
+    change(model / "config.json", tie_word_embeddings=True)
+
+
+def whole(_model: Path) -> None:
+    """As it is."""
+
+
+@pytest.mark.parametrize(
+    ("damage", "variant", "said"),
+    [
+        (
+            whole,
+            "{method: w4a16, group_size: 128}",
+            "128 does not divide the model's hidden_size, 64; use 64 or 32 or -1",
+        ),
+        (whole, "{method: w4a16, group_size: -1, calibrate: true}", "calibrate needs groups"),
+        (mixture, "{method: w8a8}", "transformers loads no mixture of experts as w8a8"),
+        (mixture, "{method: nvfp4}", "transformers loads no mixture of experts as nvfp4"),
+        (tied, "{method: w4a16, eight_bit_modules: [lm_head]}", "the embedding under another name"),
+    ],
+)
+def test_variants_that_cannot_be_made_of_a_model(
+    damage: Callable[[Path], None], variant: str, said: str, model: Path, tmp_path: Path
+) -> None:
+    damage(model)
+    code, imported, told = plan(tmp_path, model, f"variants=[{variant}]")
+    assert (code, imported, len(told.splitlines())) == (2, [], 1), told
+    assert said in told
+
+
 @pytest.mark.e2e
 def test_own_code_that_is_trusted_is_planned_with_its_own_tokenizer(model: Path, tmp_path: Path) -> None:
     with_own_code(model)

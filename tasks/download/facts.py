@@ -57,7 +57,7 @@ def facts_of(found: Found, tokenizer: Path | None = None) -> Facts:
         3
         * width
         * _number(config, "moe_intermediate_size", "intermediate_size")
-        * _number(config, "num_experts", "num_local_experts", "n_routed_experts")
+        * _number(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         * _number(config, "num_hidden_layers", "n_layer")
     )
     if (found.config.get("quantization_config") or {}).get(

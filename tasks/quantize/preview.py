@@ -1,5 +1,6 @@
 """Computes for `tame plan` what quantizing would give, from config.json and from the headers of the weights if they are on disk."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 from configs.schema import Variant
 from tasks.download.checkpoint import INDEX, WEIGHTS, quantization_of, read_tensors
 from tasks.quantize.methods import method_of, method_of_source
+from tasks.quantize.run import versions_for
+from tasks.runtime.child_process import isolated
 from tasks.runtime.quiet import quieten
+from tasks.store import artifacts as store
+from tasks.store import on_disk
+from tasks.values import Snapshot
+
+STAGE = 1  # raise it when something else can be made
 
 
 def parameters_of(folder: Path) -> int:
@@ -18,6 +26,29 @@ def parameters_of(folder: Path) -> int:
 
         tensors, _ = unpacked(folder, tensors, method_of_source(folder))
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def check(snapshot: Snapshot, variants: list[Variant]) -> None:
+    """Check that every variant can be made of a model that is here, before anything is measured: no weight is read.
+
+    Raises:
+        BadInputError, TameError: as `lay_out`.
+    """
+    asked = [variant.unfitted for variant in variants if variant.checkpoint is None]
+    inputs = {
+        "snapshot": snapshot.digest,
+        "variants": [[variant.identity, versions_for(method_of(variant))] for variant in asked],
+        "trust_remote_code": snapshot.trust_remote_code,
+        "stage": STAGE,
+    }
+
+    def make(folder: Path) -> on_disk.Made:
+        found = isolated(f"look at {snapshot.name}", preview, Path(snapshot.path), asked, snapshot.trust_remote_code)
+        (folder / "preview.json").write_text(json.dumps(found))
+        return on_disk.Made()
+
+    if asked:
+        store.build("preview", inputs, make, shared=False)
 
 
 def preview(folder: Path, variants: list[Variant], trust_remote_code: bool = False) -> list[dict[str, Any]]:
