@@ -62,10 +62,7 @@ def make(
         remember(snapshot.digest, snapshot.name)
         result = result.with_source(snapshot, plan.found.licence, plan.found.card)
         check(snapshot, recipe.variants)
-        baseline = None
-        if recipe.evaluate is not None and plan.text is not None:
-            baseline = _checked(stages.baseline(snapshot, recipe.evaluate, plan.text), plan)
-            lines.baseline(baseline)
+        baseline = _baseline(lines, recipe, snapshot, plan)
         result = result.with_baseline(baseline, snapshot)
     except NotCachedError:
         raise
@@ -131,8 +128,12 @@ def _to_show(result: Result, passed: dict[str, str], plan: Plan) -> Shown:
     return Shown(result=result, targets={label: passed[label] for label in documents}, documents=documents)
 
 
-def _checked(baseline: Evaluation, plan: Plan) -> Evaluation:
-    """A baseline, flagged where it is far below what its authors published."""
+def _baseline(lines: StageLines, recipe: Recipe, snapshot: Snapshot, plan: Plan) -> Evaluation | None:
+    """The baseline, flagged where it is far below what its authors published; None where nothing is measured."""
+    if recipe.evaluate is None or plan.text is None:
+        return None
+    baseline = lines.by.baseline(snapshot, recipe.evaluate, plan.text)
+    lines.baseline(baseline)
     flags = far_below(baseline.metrics, plan.published)
     for flag in flags:
         log.warning("baseline: %s", flag)
