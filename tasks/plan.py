@@ -104,7 +104,7 @@ def _preflight(recipe: Recipe, out: Path) -> Plan:
     if recipe.evaluate is not None and text is not None:
         tokens = _check_evaluation(recipe.source, recipe.evaluate, found, text)
     for runtime in recipe.serve:
-        versions_of(runtime)
+        _check_serve(runtime, recipe, found)
     pick()
     warnings = [*warnings, *benchmarks.notes]
     asked = recipe.evaluate is not None and recipe.evaluate.tasks
@@ -159,6 +159,20 @@ def look_at(source: Source, measured: bool = True) -> Found:
         else:
             check_known(found.config, where, source.trust_remote_code)
     return found
+
+
+def _check_serve(runtime: str, recipe: Recipe, found: Found) -> None:
+    """Check that a runtime is there, and that the model answers what it will be asked.
+
+    Raises:
+        BadInputError: there is no environment of the runtime's; or the model writes no text.
+    """
+    versions_of(runtime)
+    if found.kind != "gguf" and (reason := no_language_model(found.config, found.files)):
+        raise BadInputError(
+            f"serve {runtime}: {recipe.source.model} is {called_by(found.config)}: {reason}, and runtimes are asked for text; "
+            "leave serve out"
+        )
 
 
 def _check_theirs(variant: Variant, ours: Found) -> None:

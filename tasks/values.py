@@ -246,7 +246,7 @@ class Served(_Value):
     agrees: bool = False
     """Whether it computes the same, as far as 16 bits allow."""
     error: str | None = None
-    """Why it does not open it, in the runtime's own words."""
+    """Why it does not open it, in the runtime's own words; or what is wrong with all that it computes."""
     prompts: int = 0
     tokens: int = 0
     """Tokens whose log-probabilities were compared."""
@@ -267,6 +267,8 @@ class Served(_Value):
         where = f"{self.title} {self.version} on {self.device}"
         if not self.opened:
             return f"{where} does not open it: {self.error}"
+        if self.error:
+            return f"{where} opens it, and {self.error}"
         figures = (
             f"{self.same} of {self.answered} tokens of greedy answers are those of transformers, and the log-probabilities of "
             f"{self.tokens} tokens differ by {self.difference:.3f} nats on average"

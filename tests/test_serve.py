@@ -1,7 +1,9 @@
 """Programs that open a checkpoint: transformers in a process of its own for all tests, vLLM where it is installed."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.errors import BadInputError
+from configs.errors import BadInputError, TameError
 from configs.schema import Recipe, Variant
 from flows.direct import DIRECT
 from flows.pipeline import make
@@ -25,6 +27,7 @@ from tasks.serve.task import TIE, compare, serve
 from tasks.track.mlflow_runs import _tags
 from tasks.values import Checkpoint, Served
 from tests.conftest import VLLM
+from tests.test_download import change
 from tests.test_flow import TEXT
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +89,13 @@ def test_other_probabilities_are_another_model() -> None:
     assert "computes something else" in found.sentence
 
 
+def test_numbers_that_are_not_finite_are_another_model() -> None:
+    answer = {"device": "cpu", "greedy": OURS.continuations, "logprobs": [[math.nan, -0.5, -2.0, -0.1]]}
+    found = Served.model_validate_json(compare(TRIED, OURS, answer).model_dump_json())
+    assert (found.opened, found.agrees) == (True, False)
+    assert found.sentence == "vLLM 1.0 on cpu opens it, and its log-probabilities are NaN or infinite"
+
+
 def test_a_checkpoint_is_opened_in_another_process_and_the_answer_is_kept(
     tame_home: Path, tmp_path: Path, quantized: Path
 ) -> None:
@@ -115,6 +125,25 @@ def test_what_a_runtime_says_or_dies_of_is_said(
     assert f"does not open it: {why}" in found.sentence
 
 
+@pytest.mark.parametrize(
+    "probe",
+    [
+        "echo loading; kill -KILL $$",
+        """echo '{"error": "ValueError: Free memory on device (1/8 GiB) on startup is less than desired"}' > "$5"; exit 0""",
+        """echo '{"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"}' > "$5"; exit 0""",
+    ],
+)
+def test_want_of_memory_is_no_fault_of_the_checkpoint_and_not_kept(
+    probe: str, tame_home: Path, tmp_path: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(path=str(quantized), digest="a", label="nf4")
+    monkeypatch.setenv("TAME_TRANSFORMERS", a_runtime(tmp_path, probe))
+    with pytest.raises(TameError, match="free some memory, and run it again"):
+        serve(checkpoint, "transformers")
+    monkeypatch.delenv("TAME_TRANSFORMERS")
+    assert serve(checkpoint, "transformers").agrees
+
+
 @pytest.mark.e2e
 def test_the_command_says_what_came_of_it(tmp_path: Path, tiny_llama: Path) -> None:
     done = tame("serve-check", tiny_llama, "--runtime", "transformers", "--json")
@@ -134,6 +163,12 @@ def test_a_runtime_that_is_not_there_is_refused_before_any_work(
     [line] = done.stderr.splitlines()
     assert "make vllm" in line
     assert "TAME_VLLM" in line
+    change(
+        Path(shutil.copytree(tiny_llama, tmp_path / "reward")) / "config.json",
+        architectures=["LlamaForSequenceClassification"],
+    )
+    with pytest.raises(BadInputError, match="not text, and runtimes are asked for text"):
+        preflight(recipe(tmp_path, tmp_path / "reward", serve=["transformers"], evaluate=None), tmp_path)
     monkeypatch.setenv("TAME_VLLM", sys.executable)
     with pytest.raises(BadInputError, match="vLLM is not installed for"):
         preflight(recipe(tmp_path, tiny_llama, serve=["vllm"]), tmp_path)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from configs.errors import TameError
+
 PROMPTS = (
     "The capital of France is",
     "Explain in two sentences why the sky is blue.",
@@ -30,7 +32,7 @@ def reference(path: str, device: str, trust_remote_code: bool) -> Reference:
     """Answer PROMPTS greedily, and score every token of prompts and answers, with the weights as they are stored.
 
     Raises:
-        BadInputError, TameError: as `tasks.evaluate.model.load`.
+        BadInputError, TameError: as `tasks.evaluate.model.load`. TameError: the checkpoint computes NaN or infinite numbers.
     """
     import torch
 
@@ -45,6 +47,10 @@ def reference(path: str, device: str, trust_remote_code: bool) -> Reference:
         whole = torch.cat([prompt, torch.tensor([continuation], device=prompt.device)], 1)
         with torch.inference_mode():
             scores = torch.log_softmax(loaded.model(whole).logits[0, :-1].float(), -1)
+        if not bool(scores.gather(1, whole[0, 1:, None]).isfinite().all()):
+            raise TameError(
+                f"{path}: transformers computes NaN or infinite logits, so there is nothing to compare with"
+            )
         values, tokens = scores[prompt.shape[1] - 1 :].topk(min(KNOWN, scores.shape[1]))
         made.prompts.append(prompt[0].tolist())
         made.continuations.append(continuation)

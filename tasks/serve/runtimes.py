@@ -6,6 +6,7 @@ it knows nothing of tame: probe.py reads a request, and writes an answer, both J
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from tasks.runtime.progress import working
 
 LONGEST = 1800
 """Seconds after which a runtime that has not answered is ended."""
+NO_MEMORY = re.compile(r"(?i)out ?of ?memory|(free|available|allocate|enough) (\w+ )?memory|kv cache memory|bad_alloc")
+"""What runtimes say where others use the memory, or there is too little: it is no fault of the model's."""
 
 
 class Runtime(NamedTuple):
@@ -101,11 +104,11 @@ def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """The answer of the runtime `name` to `request`: its own words where it cannot open the model.
 
     Returns:
-        What probe.py writes: {error}, in a line; or {device, greedy, logprobs}.
+        What probe.py writes: {error}, in a line, also where it crashed; or {device, greedy, logprobs}.
 
     Raises:
         BadInputError: there is no such environment.
-        TameError: it ended without an answer, or took longer than LONGEST.
+        TameError: what says nothing of the model: it was killed, had no memory, or took longer than LONGEST.
     """
     runtime, python = RUNTIMES[name], python_of(name)
     with tempfile.TemporaryDirectory(prefix=f"tame-{name}-") as scratch, working(f"starting {runtime.title}"):
@@ -125,9 +128,10 @@ def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
                 if process.poll() is None:  # an interrupt, too
                     process.kill()
                     process.wait()
-        if not answered.is_file():
-            raise TameError(f"{runtime.title} ended without an answer ({_ending(code, said)})")
-        answer: dict[str, Any] = json.loads(answered.read_bytes())
+        ended = f"{runtime.title} ended without an answer ({_ending(code, said)})"
+        answer: dict[str, Any] = json.loads(answered.read_bytes()) if answered.is_file() else {"error": ended}
+        if "error" in answer and (code == -signal.SIGKILL or NO_MEMORY.search(answer["error"])):
+            raise TameError(f"{runtime.title}: {answer['error']}; free some memory, and run it again")
         return answer
 
 

@@ -1,10 +1,10 @@
 """From a checkpoint to what a runtime makes of it: the plain function, and its key."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from configs.errors import TameError
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import held, name_of, pick, versions
 from tasks.serve.reference import NEW_TOKENS, PROMPTS, Reference, reference
@@ -13,7 +13,7 @@ from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Checkpoint, Served
 
-STAGE = 1  # raise it when what is asked, or how it is compared, changes
+STAGE = 2  # raise it when what is asked, or how it is compared, changes
 RESULT = "result.json"
 CLOSE = 0.05
 """Nats: the mean difference of log-probabilities up to which a runtime computes the same. bfloat16 and another order of sums
@@ -33,7 +33,7 @@ def serve(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool = False,
 
     Raises:
         BadInputError: the runtime has no environment; or the checkpoint is not a language model.
-        TameError: transformers itself does not load it.
+        TameError: transformers itself does not load it, or the runtime was killed or had no memory, which is not kept.
     """
     device = pick(device)
     found = versions_of(runtime)
@@ -55,10 +55,7 @@ def serve(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool = False,
                 f"transformers opens {checkpoint.label}", reference, checkpoint.path, device, trust_remote_code
             )
             asked = {"model": checkpoint.path, "trust_remote_code": trust_remote_code}
-            try:
-                answer = ask(runtime, {**asked, "prompts": ours.prompts, "continuations": ours.continuations})
-            except TameError as error:
-                answer = {"error": str(error)}
+            answer = ask(runtime, {**asked, "prompts": ours.prompts, "continuations": ours.continuations})
         (folder / "evidence.json").write_text(json.dumps({"reference": ours._asdict(), "answer": answer}))
         tried = Served(
             runtime=runtime,
@@ -84,6 +81,9 @@ def compare(tried: Served, ours: Reference, answer: dict[str, Any]) -> Served:
     """
     if "error" in answer:
         return tried.model_copy(update={"error": answer["error"]})
+    if not all(math.isfinite(each) for row in answer["logprobs"] for each in row):
+        error = "its log-probabilities are NaN or infinite"
+        return tried.model_copy(update={"device": answer["device"], "opened": True, "error": error})
     pairs = zip(ours.logprobs, answer["logprobs"], strict=True)
     differences = [abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)]
     same, gaps = 0, [0.0]
