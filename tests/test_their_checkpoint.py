@@ -123,7 +123,9 @@ def static(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_scales_that_were_chosen_beforehand_are_measured_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
+def test_scales_that_were_chosen_beforehand_are_measured_as_they_are(
+    tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -132,6 +134,7 @@ def test_scales_that_were_chosen_beforehand_are_measured_as_they_are(tiny_llama:
     theirs, ids = static(tiny_llama, tmp_path / "static"), torch.arange(5, 60)[None]
     mine = load(theirs, "cpu")
     dequantize(mine)
+    assert "it/s" not in capfd.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(theirs, dtype="auto")
     original = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
     with torch.no_grad():

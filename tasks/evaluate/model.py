@@ -18,7 +18,7 @@ from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.float16 import dtype_on, follow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
-from tasks.quantize.methods import described_by, libraries, method_of_source
+from tasks.quantize.methods import libraries, method_of_source, of_family
 from tasks.quantize.protocols import SourceReader
 from tasks.runtime.quiet import quieten
 
@@ -173,8 +173,8 @@ def _import_modelling(config: Any) -> None:
     from tasks.transformers_adapter import import_modelling
 
     import_modelling(config)
-    if described := described_by(getattr(config, "quantization_config", None)):
-        described[0].tensor_format()  # imports the method's libraries, and quietens them
+    if method := of_family(getattr(config, "quantization_config", None)):
+        method.tensor_format()  # imports the method's libraries, and quietens them
 
 
 def _spread(path: Path, device: str) -> Any:

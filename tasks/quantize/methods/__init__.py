@@ -51,6 +51,14 @@ def reader_of(quantization_config: Any) -> SourceReader | None:
     return next((reader for reader in READERS if reader.reads(known)), None)
 
 
+def of_family(quantization_config: Any) -> Method | None:
+    """A method whose libraries a checkpoint needs: its own, or, of a scheme that none has, another one of its family."""
+    if described := described_by(quantization_config):
+        return described[0]
+    family = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
+    return next((method for method in METHODS.values() if method.family == family), None)
+
+
 def method_of_source(folder: Path) -> SourceReader | None:
     """What reads a source which is quantized already; None for a plain one, and for what none of them reads."""
     return reader_of(quantization_of(folder))
