@@ -2,17 +2,22 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from configs.errors import BadInputError
 from configs.load import load_recipe
-from configs.schema import Fit, Gate, Recipe, Variant
+from configs.schema import Calibrate, Fit, Gate, Recipe, Source, Variant
 from flows.direct import DIRECT
 from flows.pipeline import make
 from tasks import result as results
+from tasks.download.task import download
+from tasks.fit.task import fit
+from tasks.fit.weights import Restorer
 from tasks.publish.rederive import rederive
 from tasks.report.html import render
 from tests.models import quantize, tiny, zoo
@@ -29,10 +34,10 @@ evaluate: {text: {builtin: python-docs}, window: 64, max_tokens: 640, speed: nul
 """
 
 
-def recipe(tmp_path: Path, fit: str, *settings: str, model: Path | None = None) -> Recipe:
+def recipe(tmp_path: Path, limit: str, *settings: str, model: Path | None = None) -> Recipe:
     path, text = tmp_path / "recipe.yaml", tmp_path / "text.txt"
     text.write_text(TEXT)
-    path.write_text(RECIPE.replace("MODEL", str(model or "x/y")).replace("FIT", fit).replace("TEXT", str(text)))
+    path.write_text(RECIPE.replace("MODEL", str(model or "x/y")).replace("FIT", limit).replace("TEXT", str(text)))
     return load_recipe(path, list(settings))
 
 
@@ -117,3 +122,23 @@ def test_a_release_with_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     told = json.loads((folder / "tame.json").read_text())
     assert told["variant"]["spec"]["skip_modules"] == variant.fit.modules
     assert rederive(str(folder), 8, str(model)).problems == []
+
+
+@pytest.mark.e2e  # six stages in processes of their own
+def test_two_sources_of_the_same_bytes_are_measured_apart(tiny_llama: Path, tame_home: Path, tmp_path: Path) -> None:
+    dequantized = Path(shutil.copytree(tiny_llama, tmp_path / "dequantized"))
+    plain = Variant(method="nf4", skip_modules=["model.layers.1", "self_attn"])
+    quantize(tiny_llama, tmp_path / "nf4", plain)
+    restorer = Restorer(tiny_llama, tmp_path / "nf4", plain)
+    weights = load_file(tiny_llama / "model.safetensors")
+    weights |= {name: restorer.weight(name, "cpu").bfloat16() for name in restorer.jobs}
+    save_file(weights, dequantized / "model.safetensors", {"format": "pt"})
+    variant, spec = plain.model_copy(update={"fit": Fit(max_mean_kl=5)}), Calibrate(sequences=2, length=32)
+    exact, rounded = (
+        fit(download(Source(model=str(folder))), variant, Gate(), spec, device="cpu")
+        for folder in (dequantized, tiny_llama)
+    )
+    assert exact.codes_digest == rounded.codes_digest
+    assert exact.taken.kl_mean is not None
+    assert rounded.taken.kl_mean is not None
+    assert exact.taken.kl_mean < 1e-6 < rounded.taken.kl_mean
