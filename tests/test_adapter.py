@@ -9,7 +9,8 @@ import pytest
 
 from configs.errors import BadInputError
 from configs.schema import Source
-from tasks.download.adapter_merge import CONFIG, WEIGHTS
+from tasks.download.adapter_merge import CONFIG, WEIGHTS, changes_of
+from tasks.download.checkpoint import Stored
 from tasks.download.inspection import inspect_source
 from tasks.download.task import download
 from tests.hub import Hub
@@ -157,3 +158,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, tiny_llama: Pat
         BadInputError, match=r"changes model.layers.0.self_attn.q_proj.weight, and the base has no tensor"
     ):
         download(Source(model=str(base), adapter=str(adapter)))
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "embed_tokens.lora_embedding_A"])
+def test_an_embedding_that_is_the_output_head_too_is_refused(name: str) -> None:
+    tied = {one: Stored(one, "BF16", (4, 4), "f", 0, 32) for one in ("model.embed_tokens.weight", "model.norm.weight")}
+    apart = {**tied, "lm_head.weight": Stored("lm_head.weight", "BF16", (4, 4), "f", 0, 32)}
+    names = [f"base_model.model.model.{name}"]
+    with pytest.raises(BadInputError, match="which is the output head of the base, too"):
+        changes_of(names, tied, Path("adapter"))
+    [change] = changes_of(names, apart, Path("adapter"))
+    assert change.tensor.name == "model.embed_tokens.weight"

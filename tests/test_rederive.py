@@ -142,3 +142,10 @@ def test_what_cannot_be_computed_again_is_refused(tiny_llama: Path, tmp_path: Pa
     with pytest.raises(BadInputError, match="names no source"):
         again(made)
     shutil.rmtree(made)
+
+
+def test_a_release_with_an_adapter_is_not_compared_with_its_base_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    made = released(tiny_llama, tmp_path / "made", DQ, commit="a" * 40, adapter={"model": "me/lora", "commit": None})
+    with pytest.raises(BadInputError, match="with the adapter me/lora merged into it; merge it, and name the folder"):
+        again(made)
+    assert again(made, tiny_llama, count=1).problems == []

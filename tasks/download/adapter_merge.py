@@ -33,6 +33,11 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges*")
 
 
+EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|embeddings?)")
+HEAD = re.compile(r"(.*\.)?(\w*head|embed_out|output)\.weight")
+"""The modules that make hidden states of tokens, and the tensor that makes logits of them, as architectures call them."""
+
+
 class Change(NamedTuple):
     """What an adapter does to a tensor of the base: `parts`, by kind, are names of its tensors; `replace` comes before what is
     added, as PEFT saves the embedding that an adapter changes."""
@@ -83,6 +88,9 @@ def merge(base: Path, adapter: Path, folder: Path, carried: list[str], progress:
 
     config = json.loads((adapter / CONFIG).read_bytes())
     check_config(config, str(adapter))
+    with safe_open(adapter / WEIGHTS, framework="pt") as ours:
+        names = list(ours.keys())
+    changes = changes_of(names, read_tensors(base), adapter)
     for name in [*carried, *weight_files(base)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / name, folder / name)
@@ -91,9 +99,6 @@ def merge(base: Path, adapter: Path, folder: Path, carried: list[str], progress:
             shutil.copyfile(path, folder / path.name)
     torch.set_grad_enabled(False)
     with ExitStack() as stack:
-        with safe_open(adapter / WEIGHTS, framework="pt") as ours:
-            names = list(ours.keys())
-        changes = changes_of(names, read_tensors(base), adapter)
         files = {change.tensor.file for change in changes}
         written = {file: stack.enter_context((folder / file).open("r+b")) for file in files}
         for done, change in enumerate(changes):
@@ -110,7 +115,8 @@ def changes_of(names: list[str], tensors: dict[str, Stored], where: Path) -> lis
     """Which tensors of the base an adapter with tensors of these `names` changes, in the base's order.
 
     Raises:
-        BadInputError: a name that is not one of LoRA's, or that has no tensor in the base.
+        BadInputError: a name that is not one of LoRA's, or that has no tensor in the base; or an embedding that is the base's
+            output head, too, which PEFT leaves as it is.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
@@ -131,6 +137,11 @@ def changes_of(names: list[str], tensors: dict[str, Stored], where: Path) -> lis
             raise BadInputError(
                 f"{where}: it changes {wanted}, and the base has no tensor of that name; merge it (PEFT's merge_and_unload), "
                 "and give the merged model"
+            )
+        if EMBEDDING.fullmatch(module) and not any(HEAD.fullmatch(name) for name in tensors):
+            raise BadInputError(
+                f"{where}: it changes {module}, which is the output head of the base, too, and PEFT changes the embedding alone; "
+                "merge it (PEFT's merge_and_unload, of the base with tie_word_embeddings: false), and give the merged model"
             )
         changes.append(Change(stored, module, parts))
     return sorted(changes, key=lambda change: (change.tensor.file, change.tensor.start))

@@ -157,6 +157,11 @@ def _variant(name: str, record: dict[str, Any]) -> Variant:
 def _source(record: dict[str, Any], given: str | None) -> RangedFiles:
     """The files of the source: of `given`, or of the Hub repo that the release names, at the commit that it names."""
     model, commit = record["source"]["model"], record["source"].get("commit")
+    if given is None and (adapter := record["source"].get("adapter")):
+        raise BadInputError(
+            f"it was made from {model} with the adapter {adapter['model']} merged into it; merge it, and name the folder with "
+            "--source"
+        )
     if given is None and not commit:
         raise BadInputError(
             f"it was made from {model}, which is no repo of the Hub; name a folder that holds it as safetensors with --source"
