@@ -67,7 +67,7 @@ def fit(
         wider=tuple((Path(one.path), of) for one, of in wider),
     )
     inputs = _inputs(variant, whole, [one for one, _ in wider], digest, asked.device.partition(":")[0])
-    inputs["source"] = snapshot.digest  # a dequantized model quantizes to the bytes of the original, and loses nothing by it
+    inputs["source"] = snapshot.digest  # a dequantized model quantizes to the bytes of the original, losing nothing
 
     def codes(modules: list[str], in_8_bits: list[str]) -> tuple[Quantized, Variant]:
         """The checkpoint that has a mix's codes, and what it was made as."""
