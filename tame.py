@@ -145,6 +145,9 @@ def _recipe(options: argparse.Namespace) -> Any:
 
     flags = {key: getattr(options, key) for key in ("to", "calibrate", "publish", "limit") if getattr(options, key)}
     if is_recipe(options.recipe):
+        if not Path(options.recipe).expanduser().exists() and not options.recipe.endswith((".yaml", ".yml")):
+            wanted = "give a recipe (see configs/), a Hub repo (owner/name), a folder or a .gguf"
+            raise BadInputError(f"{options.recipe}: there is no such file or folder; {wanted}")
         if flags or options.public:
             given = ", ".join(f"--{key}" for key in [*flags, *["public"] * options.public])
             raise BadInputError(f"{given}: belongs to a MODEL; a recipe says that itself, or with --set KEY=VALUE")

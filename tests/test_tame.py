@@ -122,6 +122,8 @@ def test_a_recipe_from_flags_is_the_one_that_it_shows(tiny_llama: Path, tmp_path
     assert load_recipe(file) == recipe
     code, _, errors = tame("run", file, "--to", "nf4")
     assert (code, "--to: belongs to a MODEL" in errors) == (2, True)
+    code, _, errors = tame("run", tmp_path / "nothing", "--to", "nf4")
+    assert (code, "nothing: there is no such file or folder; give a recipe" in errors) == (2, True)
 
 
 def test_init_writes_a_recipe_that_suits_the_model(tiny_llama: Path, tmp_path: Path) -> None:
