@@ -73,7 +73,7 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     """
     plan = preflight(recipe, out)
     found, source = plan.found, recipe.source
-    theirs = [_theirs(variant) for variant in recipe.variants if variant.checkpoint is not None]
+    others = [variant for variant in recipe.variants if variant.checkpoint is not None]
     recipe = recipe.model_copy(update={"variants": [v for v in recipe.variants if v.checkpoint is None]})
     folder = tokenizer_folder(source, found)
     facts = facts_of(found, folder)
@@ -96,10 +96,14 @@ def describe(recipe: Recipe, out: Path, exact: bool = False) -> list[tuple[str, 
     lines[1:1] = _adapter(source, found)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
         lines += _of_variant(variant, outlook, plan, recipe.publish.approve)
-    lines += theirs
+    theirs = {variant.label: inspect_source(variant.source, quantized=True) for variant in others}
+    lines += [_theirs(variant, theirs[variant.label]) for variant in others]
     lines.append(("evaluate", _evaluation(recipe.evaluate)))
-    lines += [("time", _time(recipe, facts, outlooks, baseline is not None))]
-    lines += [*_room(recipe, plan, outlooks, 0 if snapshot else found.bytes * (1 if found.adapter is None else 2))]
+    new = [one for one in others if not _known(one, theirs[one.label], baseline, snapshot, spec)]
+    lines += [("time", _time(recipe, facts, outlooks, (baseline is None) + len(new)))]
+    download_of = sum(one.bytes for one in theirs.values() if one.path is None)
+    download_of += 0 if snapshot else found.bytes * (1 if found.adapter is None else 2)
+    lines += [*_room(recipe, plan, outlooks, download_of)]
     return lines + [("note", warning) for warning in plan.warnings]
 
 
@@ -142,10 +146,21 @@ def _adapter(source: Source, found: Found) -> list[tuple[str, str]]:
     return [("adapter", f"{adapter.model}, {weight}, merged into {base}")]
 
 
-def _theirs(variant: Variant) -> tuple[str, str]:
+def _theirs(variant: Variant, found: Found) -> tuple[str, str]:
     """The line of somebody else's checkpoint."""
-    weight = size(inspect_source(variant.source, quantized=True).bytes)
-    return variant.label, f"{variant.checkpoint}, {weight}, is measured and not published"
+    where = "on this disk" if found.path else "to download"
+    return variant.label, f"{variant.checkpoint}, {size(found.bytes)} {where}, is measured and not published"
+
+
+def _known(
+    variant: Variant, found: Found, baseline: Evaluation | None, snapshot: Snapshot | None, spec: Evaluate | None
+) -> bool:
+    """Whether somebody else's checkpoint is here, and was measured before."""
+    if found.path is None or baseline is None or snapshot is None or spec is None:
+        return False
+    there = download(variant.source, found, quantized=True)
+    checkpoint = Checkpoint(path=there.path, digest=there.digest, label=variant.label)
+    return cached(lambda: evaluate_variant(checkpoint, baseline, snapshot, spec)) is not None
 
 
 def _outlook(
@@ -205,11 +220,14 @@ def _estimate(facts: Facts, variant: Variant) -> Size:
     return Size(int(weights), facts.parameters if facts.known else 0, quantized, [], False)
 
 
-def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], baseline: bool) -> str:
-    """About how long a run takes, from what machines were seen to do (benchmarks/RESULTS.md): right within a factor of three."""
+def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], others: int) -> str:
+    """About how long a run takes, from what machines were seen to do (benchmarks/RESULTS.md): right within a factor of three.
+
+    `others` are models to measure besides the variants.
+    """
     to_make = sum(outlook.where is None for outlook in outlooks)
     spec = recipe.evaluate
-    to_measure = sum(not outlook.measured for outlook in outlooks) + (not baseline) if spec else 0
+    to_measure = sum(not outlook.measured for outlook in outlooks) + others if spec else 0
     if not to_make + to_measure:
         return "a few seconds: all of it is in the cache"
     speed = FLOPS_OF_A_GPU * len(gpus()) if gpus() else FLOPS_OF_A_CORE * cores()

@@ -166,10 +166,13 @@ def _variant(name: str, calibrate: str | None) -> dict[str, Any]:
             variant["calibrate"] = True
         elif option in ("fast", "best") and variant.get("calibrate"):
             variant["calibrate"] = option
-        elif option.startswith("g") and option[1:].isdecimal():
-            variant["group_size"] = int(option[1:])
+        elif option == "row" or (option.startswith("g") and option[1:].isdecimal()):
+            variant["group_size"] = -1 if option == "row" else int(option[1:])
+        elif option == "search":
+            variant["scale"] = "search"
         else:
-            raise BadInputError(f"--to {name}: {option!r} is not known; after {method}, there are -dq, -cal and -g64")
+            known = "-dq, -cal, -g64, -row and -search"
+            raise BadInputError(f"--to {name}: {option!r} is not known; after {method}, there are {known}")
     if calibrate and "calibrate" in METHODS[method]:
         variant.setdefault("calibrate", LEVELS[calibrate])
     return variant

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import BadInputError
 from configs.load import load_recipe
-from configs.schema import Fit
+from configs.schema import Fit, Variant
 from tasks import suggest as suggestions
 from tasks.suggest import commented, suggest
 from tests.models import tiny, zoo
@@ -49,3 +50,11 @@ def test_a_fit_to_the_machines_memory_is_proposed(
 
 def test_none_is_proposed_for_a_mixture_of_experts(tmp_path: Path) -> None:
     assert "fit: {" not in commented(suggest(str(tiny(tmp_path / "model", zoo("qwen3-moe")))))
+
+
+def test_formats_are_asked_for_by_the_names_that_results_have(tiny_llama: Path) -> None:
+    asked = ("nf4-dq-cal-fast", "w4a16-g64-cal", "w8a16-row-search", "fp8-block-search")
+    made = suggest(str(tiny_llama), to=",".join(asked)).recipe["variants"]
+    assert tuple(Variant.model_validate(one).label for one in made) == asked
+    with pytest.raises(BadInputError, match="after fp8, there are -dq, -cal, -g64, -row and -search"):
+        suggest(str(tiny_llama), to="fp8-bloc")

@@ -90,7 +90,9 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_plan(
     other = tiny(tmp_path / "gpt2", zoo("gpt2"))
     recipe = recipe_of(tiny_llama, {"method": "nf4"}, {"checkpoint": str(other)})
     same = recipe_of(tiny_llama, {"method": "nf4"}, {"checkpoint": str(tiny_llama)})
-    assert "is measured and not published" in dict(describe(same, tmp_path / "out"))[tiny_llama.name]
+    told = dict(describe(same, tmp_path / "out"))
+    assert "on this disk, is measured and not published" in told[tiny_llama.name]
+    assert "1 to quantize, 3 to measure" in told["time"]
     with pytest.raises(BadInputError, match=r"variants gpt2: .* is a gpt2 of 512 tokens, the source a llama of 512"):
         preflight(recipe, tmp_path / "out")
 
