@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import BadInputError
 from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
-from tasks.download.architectures import called_by, check_known, check_language_model, no_language_model
+from tasks.download.architectures import called_by, check_known, no_language_model
 from tasks.download.checkpoint import unread
 from tasks.download.facts import facts_of
-from tasks.download.folder import check_tokenizer_files
+from tasks.download.folder import check_measurable
 from tasks.download.inspection import inspect_source, local_path, tokenizer_folder
 from tasks.download.published_scores import PublishedScore, published_scores
 from tasks.download.text import LoadedText, load_text
@@ -154,8 +154,7 @@ def look_at(source: Source, measured: bool = True) -> Found:
         if quantization and reader_of(quantization) is None:
             raise unread(quantization, where)
         if measured:
-            check_language_model(found.config, found.files, found.top_tensors, where, source.trust_remote_code)
-            check_tokenizer_files(found, where)
+            check_measurable(found, where, source.trust_remote_code)
         else:
             check_known(found.config, where, source.trust_remote_code)
     return found
@@ -189,6 +188,7 @@ def _check_theirs(variant: Variant, ours: Found) -> None:
             f"variants {variant.label}: {variant.checkpoint} is a {kinds[1]} of {sizes[1]} tokens, the source a {kinds[0]} of "
             f"{sizes[0]}; give a checkpoint of the same model"
         )
+    check_measurable(theirs, f"variants {variant.label}: {variant.checkpoint}", variant.source.trust_remote_code)
 
 
 def _check_calibration(recipe: Recipe, found: Found, evaluated: LoadedText | None) -> None:

@@ -95,6 +95,10 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_plan(
     assert "1 to quantize, 3 to measure" in told["time"]
     with pytest.raises(BadInputError, match=r"variants gpt2: .* is a gpt2 of 512 tokens, the source a llama of 512"):
         preflight(recipe, tmp_path / "out")
+    bare = Path(shutil.copytree(tiny_llama, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(BadInputError, match=r"variants bare: .* it has no tokenizer"):
+        preflight(recipe_of(tiny_llama, {"checkpoint": str(bare)}), tmp_path / "out")
 
 
 def static(source: Path, folder: Path) -> Path:

@@ -10,7 +10,7 @@ import yaml
 
 from configs.errors import AdapterError, BadInputError, TameError, line
 from configs.schema import Source
-from tasks.download.architectures import is_native
+from tasks.download.architectures import check_language_model, is_native
 from tasks.download.checkpoint import (
     INDEX,
     MODULE,
@@ -120,6 +120,17 @@ def select(source: Source, names: list[str], small: dict[str, dict[str, Any]]) -
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in NEVER)
     ]
     return sorted({*weights, *others})
+
+
+def check_measurable(found: Found, where: str, trust_remote_code: bool) -> None:
+    """Check that a model can be measured, before it is downloaded; of a .gguf only its header tells, when it is read.
+
+    Raises:
+        BadInputError: it is no causal language model, or has no tokenizer.
+    """
+    if found.kind != "gguf":
+        check_language_model(found.config, found.files, found.top_tensors, where, trust_remote_code)
+        check_tokenizer_files(found, where)
 
 
 def check_tokenizer_files(found: Found, where: str) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from configs.schema import Evaluate, Source
+from tasks.download.folder import check_measurable
 from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.download.task import download
 from tasks.download.text import check_text, load_text
@@ -23,6 +24,7 @@ def evaluate_alone(model: Source, baseline: Source | None, spec: Evaluate, devic
     text = load_text(spec.text)
     found = {source.model: inspect_source(source, quantized=True) for source in (model, baseline) if source}
     for source in [model, *([baseline] if baseline else [])]:
+        check_measurable(found[source.model], source.model, source.trust_remote_code)
         if folder := tokenizer_folder(source, found[source.model]):
             check_text(text, spec.window, folder, source.trust_remote_code)
             check_bos(folder, spec.bos)
