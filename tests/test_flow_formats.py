@@ -38,7 +38,8 @@ def test_a_mixture_of_experts_is_released_in_formats_for_vllm(place: Place) -> N
         folder = Path(found["published"])
         card = (folder / "README.md").read_text()
         assert "vllm serve" in card
-        assert "not with vLLM" in card
+        assert "vLLM: `vllm serve" in card
+        assert "tame has not tried it with these files" in card
         loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report.values()), report
         assert loaded.config.quantization_config.quant_method == "compressed-tensors"

@@ -159,6 +159,8 @@ def test_a_webhook_hears_of_an_alias_that_moves_and_of_no_other(
     tmp_path: Path, tame_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program of docs/results.md, with a receiver on this machine."""
+    import mlflow
+
     heard: list[dict[str, Any]] = []
     signatures: list[str | None] = []
 
@@ -179,6 +181,7 @@ def test_a_webhook_hears_of_an_alias_that_moves_and_of_no_other(
     running.start()
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
+        mlflow.set_tracking_uri(running.url)  # as the tests before this one have set another in this process
         page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
         program = page.split("## Deploy what is best now")[1].split("```py\n")[1].split("```")[0]
         exec(program.replace("https://deploy.example.com", f"http://127.0.0.1:{receiver.server_port}"), {})
