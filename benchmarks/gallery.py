@@ -137,8 +137,9 @@ def take(browser: Browser, up: Up, run: str, out: Path) -> None:
     browser.open(f"{up.prefect}/runs/flow-run/{run}", 1200, 760)
     browser.see("gallery:", 120)
     keep("prefect-run")
-    wanted = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_ASC"}  # of a key, the last one counts
-    artifacts = {found["key"]: found["id"] for found in up.ask("/artifacts/filter", wanted) if found["key"]}
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC"}
+    latest_last = reversed(up.ask("/artifacts/filter", wanted))  # of a key, the last one counts
+    artifacts = {found["key"]: found["id"] for found in latest_last if found["key"]}
     browser.open(f"{up.prefect}/artifacts/artifact/{artifacts['gallery-summary']}", 1200, 760)
     browser.see("Published", 120)
     keep("prefect-summary")
