@@ -13,6 +13,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Terminal:
         self.written = ""
         self.process_id, self.screen = pty.fork()
         if self.process_id == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts in the background ignore it
             os.chdir(ROOT)
             os.execvpe(command[0], command, environment)
         fcntl.ioctl(self.screen, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))

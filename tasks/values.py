@@ -117,7 +117,9 @@ class Calibration(_Value):
     def sentence(self) -> str:
         """What a user should know of it, with as much of a digest as names a text."""
         texts = " and ".join(f"{text.sequences} of {text.name} (sha256 {text.sha256[:12]}…)" for text in self.texts)
-        return f"Its codes were chosen on {self.sequences} sequences of {self.length} tokens: {texts}."
+        return (
+            f"Calibrated: its 4-bit codes were chosen on {self.sequences} sequences of {self.length} tokens: {texts}."
+        )
 
 
 class Unquantized(_Value):

@@ -199,7 +199,7 @@ def test_a_recipe_asks_for_it_and_every_place_says_what_came_of_it(
     assert any(f"opened by transformers {served.version}" in line for line in said)
     card = (Path(str(variant.published)) / "README.md").read_text()
     assert served.sentence in card
-    assert "vllm serve served`. It is a home of the format; tame has not tried it" in card
+    assert "vllm serve served`. The format is made for it; tame has not tried it" in card
     assert json.loads((Path(str(variant.published)) / "tame.json").read_text())["served"][0]["agrees"]
     assert served.sentence in render(result)
     assert _tags(result, variant)["served.transformers"] == served.sentence

@@ -50,7 +50,7 @@ def serving(repo: str, method: CardText, served: Sequence[Served]) -> list[str]:
         command = f"`{home.command.format(repo=repo)}`"
         if (found := tried.pop(home.runtime, None)) is None:
             lines.append(
-                f"- {home.title}: {command}. It is a home of the format; tame has not tried it with these files."
+                f"- {home.title}: {command}. The format is made for it; tame has not tried it with these files."
             )
         elif found.agrees:
             lines.append(f"- {home.title}: {command}. **Tried**: {found.sentence}.")

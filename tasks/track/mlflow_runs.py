@@ -176,7 +176,8 @@ def metric_key(name: str) -> str:
 
 def _write_measured(client: Any, result: Result, measured: Measured, run: Any, began: int, ended: int) -> None:
     """Make `run` show the baseline or a variant, unless it does. Times in ms since 1970."""
-    content = hashlib.sha256(f"{measured.model_dump_json()}{result.versions}".encode()).hexdigest()
+    used = measured.name if (chosen := _chosen(result)) and chosen.name == measured.name else ""
+    content = hashlib.sha256(f"{measured.model_dump_json()}{result.versions}{used}".encode()).hexdigest()
     if run.data.tags.get("tame.content") == content:
         return
     run_id, experiment_id = run.info.run_id, run.info.experiment_id
@@ -186,7 +187,7 @@ def _write_measured(client: Any, result: Result, measured: Measured, run: Any, b
     model = (
         registry.model(client, result, measured, experiment_id, run_id) if isinstance(measured, ResultVariant) else None
     )
-    shown = _Content(measured.metrics, params(result, measured), _tags(result, measured))
+    shown = _Content(measured.metrics, params(result, measured), {**_tags(result, measured), "use": used})
     _batch(client, run_id, shown, began, model, dataset)
     _log_windows(client, run_id, measured, began)
     _log_layers(client, run_id, measured, began)
