@@ -29,10 +29,10 @@ MOMENTS: list[float | str] = [
     *(0.1, 0.6, 1.5),
     "starting Prefect's server",
     "dequantize|reading the model",
-    "baseline: ",
-    "quantize (int8|nf4)",
-    "(int8|nf4): ",
-    "calibrate nf4",
+    r"\d/\d+ baseline",
+    r"\d/\d+ baseline.*windows",
+    r"\d/\d+ int8",
+    r"\d/\d+ nf4",
     "publish",
 ]
 """Seconds after the start, or what the screen shows; the order is that of a run."""
