@@ -22,7 +22,7 @@ import termios
 import time
 from pathlib import Path
 
-import psutil
+from tests.e2e.test_up import processes_of
 
 ROOT = Path(__file__).parents[1]
 MOMENTS: list[float | str] = [
@@ -103,18 +103,6 @@ class Terminal:
         return re.split(r"[\r\n]+", self.said.strip())[-1]
 
 
-def left(home: Path) -> list[str]:
-    """Command lines of the processes of a TAME_HOME."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TAME_HOME") == str(home) and process.pid != os.getpid():
-                found.append(" ".join(process.cmdline())[:80])
-        except psutil.Error:
-            continue
-    return [line for line in found if line]
-
-
 def main() -> int:
     """Interrupt a run at every moment, then let one complete."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,7 +122,7 @@ def main() -> int:
             continue
         seconds, code = terminal.interrupt()
         time.sleep(LEAVES)
-        names = left(home)
+        names = [line[:80] for line in processes_of(str(home))]
         print(
             f"| {shown} | {seconds:.2f} | {code} | {terminal.last_line} | {', '.join(names) or 'nothing'} |", flush=True
         )

@@ -66,8 +66,8 @@ def fit(
         trust_remote_code=snapshot.trust_remote_code,
         wider=tuple((Path(one.path), of) for one, of in wider),
     )
-    inputs = _inputs(variant, whole, [one for one, _ in wider], digest, asked.device.partition(":")[0])
-    inputs["source"] = snapshot.digest  # a dequantized model quantizes to the bytes of the original, losing nothing
+    checkpoints = [whole, *(one for one, _ in wider)]
+    inputs = _inputs(snapshot, variant, checkpoints, digest, asked.device.partition(":")[0])
 
     def codes(modules: list[str], in_8_bits: list[str]) -> tuple[Quantized, Variant]:
         """The checkpoint that has a mix's codes, and what it was made as."""
@@ -93,9 +93,13 @@ def fit(
     )
 
 
-def _inputs(variant: Variant, whole: Quantized, wider: list[Quantized], text: str, device: str) -> dict[str, Any]:
-    """Everything that decides the sensitivities, for the store's key."""
+def _inputs(
+    snapshot: Snapshot, variant: Variant, checkpoints: list[Quantized], text: str, device: str
+) -> dict[str, Any]:
+    """Everything that decides the sensitivities, for the store's key. `checkpoints` have the least bits first."""
+    whole, *wider = checkpoints
     return {
+        "source": snapshot.digest,  # a dequantized model quantizes to the bytes of the original, losing nothing
         "quantized": whole.digest,
         **({"wider": [one.digest for one in wider]} if wider else {}),
         "text": text,

@@ -44,13 +44,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Up]:
-    up = Up(tmp_path_factory.mktemp("up"))
-    del up.environment["HF_HUB_OFFLINE"]
-    up.environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token()}
-    up.start()
-    yield up
-    up.process.terminate()
-    up.process.wait(60)
+    with Up(tmp_path_factory.mktemp("up"), hub) as up:
+        yield up
 
 
 class Person:

@@ -13,13 +13,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
 
 from tests.e2e.browser import Browser, executable
 from tests.e2e.test_report_page import keep
+from tests.hub import Hub
 
 pytestmark = [
     pytest.mark.e2e,
@@ -39,10 +40,22 @@ FIELD = """((labels, inside) => {
 })"""
 
 
-class Up:
-    """`tame up` of a TAME_HOME of its own."""
+def processes_of(home: str) -> list[str]:
+    """Command lines of what runs with the TAME_HOME `home`, but for this process."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("TAME_HOME") == home and process.pid != os.getpid():
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return [line for line in found if line]
 
-    def __init__(self, folder: Path) -> None:
+
+class Up:
+    """`tame up` of a TAME_HOME of its own, with `hub` as its Hub, or none; as a context it starts and ends it."""
+
+    def __init__(self, folder: Path, hub: Hub | None = None) -> None:
         self.folder = folder
         self.environment = {
             **os.environ, "HOME": str(folder), "TAME_HOME": str(folder / "tame"), "HF_HUB_OFFLINE": "1",
@@ -50,6 +63,17 @@ class Up:
         }  # fmt: skip
         for name in ("PREFECT_HOME", "PREFECT_RESULTS_LOCAL_STORAGE_PATH", "PREFECT_LOGGING_LEVEL"):
             self.environment.pop(name, None)
+        if hub:
+            del self.environment["HF_HUB_OFFLINE"]
+            self.environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token()}
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
 
     def start(self) -> None:
         began = time.monotonic()
@@ -68,14 +92,7 @@ class Up:
 
     def ours(self) -> list[str]:
         """Command lines of what runs with this TAME_HOME."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("TAME_HOME") == self.environment["TAME_HOME"]:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return [line for line in found if line]
+        return processes_of(self.environment["TAME_HOME"])
 
     def ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -120,11 +137,8 @@ def recipe(model: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    up = Up(tmp_path_factory.mktemp("up"))
-    up.start()
-    yield up
-    up.process.terminate()
-    up.process.wait(60)
+    with Up(tmp_path_factory.mktemp("up")) as up:
+        yield up
 
 
 def test_the_form_refuses_what_is_wrong_and_starts_what_is_right(up: Up, tiny_llama: Path) -> None:
