@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from configs.schema import Variant
+from tasks.metrics import nats
 
 
 class _Value(BaseModel):
@@ -100,8 +101,8 @@ class Fitted(_Value):
     @property
     def sentence(self) -> str:
         """What a user of the model should know of it."""
-        kl = f"mean KL {self.taken.kl_mean:.4f} up to {self.taken.kl_mean_high:.4f}"
+        kl = " up to ".join(nats(end) for end in (self.taken.kl_mean, self.taken.kl_mean_high) if end is not None)
         return (
             f"It was fitted to {self.limit}: {self.kept}, chosen by what each does to the model's output; on the fit text "
-            f"({self.text}) it has {kl}."
+            f"({self.text}) it has mean KL {kl}."
         )

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from configs.schema import Gate
-from tasks.metrics import Metric, nats, parse, pessimistic, read
+from tasks.metrics import Metric, Unit, nats, parse, pessimistic, read
 from tasks.values import Verdict
 
 
@@ -73,17 +73,21 @@ class _Check(NamedTuple):
         kept, broken = ("≥", "<") if self.at_least else ("≤", ">")
         if self.metric is None or self.value is None or not math.isfinite(self.value):
             return f"{self.what} was not measured (limit {self.limit:g})"
-        number = _number(self.value, self.limit, scale)
+        number = _number(self.value, self.limit, scale, self.metric.unit)
         end = "" if self.metric.low is None or number.startswith("<") else " down to" if self.at_least else " up to"
         return f"{self.what}{end} {number}{unit} {kept if self.kept else broken} limit {scale * self.limit:g}{unit}"
 
 
-def _number(value: float, limit: float, scale: int) -> str:
-    """`value` with four digits, or as many as it takes to show on which side of the limit it is."""
-    if scale == 1 and value and abs(value) < 1e-6:
-        return nats(value)
-    for digits in range(4, 17):
-        text = f"{scale * value:.{digits}g}"
-        if (float(text) > scale * limit) == (value > limit) and (float(text) < scale * limit) == (value < limit):
-            break
-    return text
+def _number(value: float, limit: float, scale: int, unit: Unit) -> str:
+    """`value` as every place rounds it, or with as many digits as it takes to show on which side of the limit it is."""
+    number = nats(value) if unit == "nats" else f"{scale * value:.2f}" if scale == 100 else f"{scale * value:.4g}"
+    if number.startswith("<") or _tells(number, value, limit, scale):
+        return number if unit == "nats" else number.replace("-", "−")
+    longer = (f"{scale * value:.{digits}g}" for digits in range(4, 17))
+    return next((text for text in longer if _tells(text, value, limit, scale)), f"{scale * value:.17g}")
+
+
+def _tells(number: str, value: float, limit: float, scale: int) -> bool:
+    """Whether the rounded `number` lies on the side of the limit that `value` is on."""
+    shown = float(number.replace(",", ""))
+    return (shown > scale * limit) == (value > limit) and (shown < scale * limit) == (value < limit)

@@ -137,7 +137,14 @@ def pessimistic(metric: Metric) -> float:
 
 
 def nats(value: float) -> str:
-    """A KL divergence as people read it. It is never negative but for rounding, and below 1e-6 it is nothing but that."""
-    if value and abs(value) < 1e-6:
+    """A KL divergence as people read it. Below 1e-6 it is nothing but rounding, and so is a little below zero, where none can be.
+
+    What is further below zero is no rounding, and is shown.
+    """
+    if value and ROUNDING < value < 1e-6:
         return "< 1e-6"
     return f"{value:.2g}" if value and abs(value) < 1e-3 else f"{value:,.4f}"
+
+
+ROUNDING = -1e-4
+"""Nats. Summing probabilities over a vocabulary in float32 is off by less."""

@@ -21,6 +21,8 @@ from tests.results import make
         ("kl_mean", 0.000131, "0.00013"),
         ("floor_kl_mean", 0.0000213, "2.1e-05"),
         ("floor_kl_mean", -9.5e-09, "< 1e-6"),
+        ("floor_kl_mean", -1.7e-06, "< 1e-6"),
+        ("kl_mean", -0.5, "-0.5000"),
         ("kl_mean_low", 9.9e-07, "< 1e-6"),
         ("kl_max", 1e-06, "1e-06"),
         ("kl_mean", 0.0, "0.0000"),
@@ -64,7 +66,7 @@ def test_ends_of_intervals_are_not_points() -> None:
 
 def test_headline_says_the_worst_first_and_why() -> None:
     result = make()
-    reasons = "KL up to 0.2741 > limit 0.1, top-1 agreement down to 70.3 % < limit 90 %"
+    reasons = "KL up to 0.2741 > limit 0.1, top-1 agreement down to 70.30 % < limit 90 %"
     killed = result.variants[2].error
     assert formatting.headline(result) == f"Failed: fp4 ({killed}). Rejected: {reasons} for nf4-dq. Published: int8"
     assert formatting.outcome(result) == "Failed"

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from configs.schema import Gate
+from tasks.formatting import figure
 from tasks.gate import judge
 
 METRICS = {
@@ -18,10 +19,10 @@ METRICS = {
 @pytest.mark.parametrize(
     ("limit", "kept", "broken", "shown"),
     [
-        ("max_perplexity_increase", 0.0601, 0.05, "perplexity increase up to 6 % > limit 5 %"),
-        ("max_mean_kl", 0.11, 0.10, "KL up to 0.11 > limit 0.1"),
-        ("min_top1_agreement", 0.89, 0.90, "top-1 agreement down to 89 % < limit 90 %"),
-        ("max_task_drop", 0.03, 0.02, "piqa acc drop up to 3 points > limit 2 points"),
+        ("max_perplexity_increase", 0.0601, 0.05, "perplexity increase up to 6.00 % > limit 5 %"),
+        ("max_mean_kl", 0.11, 0.10, "KL up to 0.1100 > limit 0.1"),
+        ("min_top1_agreement", 0.89, 0.90, "top-1 agreement down to 89.00 % < limit 90 %"),
+        ("max_task_drop", 0.03, 0.02, "piqa acc drop up to 3.00 points > limit 2 points"),
     ],
 )
 def test_limits_are_judged_on_the_pessimistic_end(limit: str, kept: float, broken: float, shown: str) -> None:
@@ -58,8 +59,8 @@ def test_tasks_are_judged_by_their_differences_and_missed_where_there_is_none() 
     }
     verdict = judge(metrics, Gate(max_task_drop=0.05))
     assert verdict.checked == [
-        "piqa acc drop up to 3 points ≤ limit 5 points",
-        "piqa acc_norm drop -1 points ≤ limit 5 points",
+        "piqa acc drop up to 3.00 points ≤ limit 5 points",
+        "piqa acc_norm drop −1.00 points ≤ limit 5 points",
     ]
     assert verdict.reasons == ["a/b drop was not measured (limit 0.05)"]
 
@@ -67,13 +68,23 @@ def test_tasks_are_judged_by_their_differences_and_missed_where_there_is_none() 
 def test_all_broken_limits_are_named() -> None:
     verdict = judge(METRICS, Gate(max_mean_kl=0.01, min_top1_agreement=0.99, max_perplexity_increase=0.5))
     assert [reason.split()[0] for reason in verdict.reasons] == ["KL", "top-1"]
-    assert verdict.checked == ["perplexity increase up to 6 % ≤ limit 50 %"]
+    assert verdict.checked == ["perplexity increase up to 6.00 % ≤ limit 50 %"]
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.100004, "KL 0.100004 > limit 0.1"), (0.1, "KL 0.1 ≤ limit 0.1"), (0.0999996, "KL 0.0999996 ≤ limit 0.1")],
+    [(0.100004, "KL 0.100004 > limit 0.1"), (0.1, "KL 0.1000 ≤ limit 0.1"), (0.0999996, "KL 0.0999996 ≤ limit 0.1")],
 )
 def test_a_number_beside_its_limit_shows_on_which_side_it_is(value: float, said: str) -> None:
     verdict = judge({"kl_mean": value}, Gate(max_mean_kl=0.1))
     assert verdict.reasons + verdict.checked == [said]
+
+
+def test_a_number_has_as_many_digits_as_everywhere_else() -> None:
+    rates = {"perplexity_ratio": 1.040123, "kl_mean": 0.071041, "top1_agreement": 0.863512}
+    limits = Gate(max_perplexity_increase=0.05, max_mean_kl=0.35, min_top1_agreement=0.8)
+    assert judge(rates, limits).checked == [
+        "perplexity increase 4.01 % ≤ limit 5 %",
+        f"KL {figure('kl_mean', 0.071041)} ≤ limit 0.35",
+        f"top-1 agreement {figure('top1_agreement', 0.863512)} ≥ limit 80 %",
+    ]
