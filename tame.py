@@ -175,7 +175,7 @@ def quantize(options: argparse.Namespace) -> int:
         if variant.calibrate:
             from tasks.calibrate.prepare import calibrate
 
-            calibration = calibrate(snapshot, spec)
+            calibration = calibrate(snapshot, spec, "codes" if variant.fit else "all")
     request = Request(
         source=Path(str(folder)),
         out=Path(options.out),

@@ -104,7 +104,9 @@ def quality(options: argparse.Namespace) -> None:
     baseline = {name: _logits(_loaded(snapshot.path, options.device), windows) for name, windows in judged.items()}
     plain: dict[str, float] = {}
     for level in (False, *({"true": True}.get(level, level) for level in options.levels)):
-        variant = Variant(method=options.method, double_quant=options.double_quant, calibrate=level)
+        variant = Variant(
+            method=options.method, double_quant=options.double_quant, group_size=options.group_size, calibrate=level
+        )
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             request = Request(Path(snapshot.path), Path(name), variant, options.device, calibration=made)
             started = time.monotonic()
@@ -167,6 +169,7 @@ def main() -> None:
     two.add_argument("--levels", nargs="+", default=["fast", "true"], choices=("fast", "true", "best"))
     two.add_argument("--method", default="nf4")
     two.add_argument("--double-quant", action="store_true")
+    two.add_argument("--group-size", type=int)
     two.add_argument("--window", type=int, default=512)
     two.add_argument("--tokens", type=int, default=16384, help="of each text that is judged")
     two.set_defaults(run=quality)

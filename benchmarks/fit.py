@@ -79,13 +79,13 @@ def table(options: argparse.Namespace) -> None:
     fits = []
     for most in options.bytes:
         variant = Variant(method="nf4", calibrate=chosen, fit=Fit(max_bytes=most))
-        calibration = calibrate(snapshot, spec) if chosen else None
+        calibration = calibrate(snapshot, spec, "codes") if chosen else None
         started = time.perf_counter()
         fits.append(task.fit(snapshot, variant, Gate(), spec, calibration, device=options.device))
         print(f"{most}: {time.perf_counter() - started:.0f} s ({fits[-1].seconds:.0f} s when made)", flush=True)
     groups = fits[0].groups
     windows, length = WHOLE[device.partition(":")[0]]
-    ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
+    ids = load_file(task.fit_text(snapshot, spec, "fit" if chosen else "all")[0] / task.IDS)["ids"].long()
     ids = ids[:: max(1, len(ids) // windows)][:windows, :length]
     texts = {"the fit text": ids} | {Path(name).stem: _windows(snapshot.path, name, ids) for name in options.judge}
     whole = quantize(snapshot, variant.unfitted, calibration, device=options.device)

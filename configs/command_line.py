@@ -168,7 +168,7 @@ def _of_quantize(command: argparse.ArgumentParser) -> None:
         "--group-size",
         metavar="N",
         type=int,
-        help="integers of w4a16 and w8a16 that share a scale: 128, 64, 32, or -1 for a whole row",
+        help="weights of nf4, fp4, w4a16 and w8a16 that share a scale: 128, 64, 32, or -1 for a whole row of integers",
     )
     command.add_argument(
         "--scale", choices=("search",), help="of methods for vLLM: the scales with the least squared error"

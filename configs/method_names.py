@@ -7,8 +7,6 @@ from typing import Literal, get_args
 
 FOUR_BIT = "the 4-bit methods nf4 and fp4"
 
-INTEGERS = "w4a16 and w8a16"
-
 FOR_VLLM = "the methods for vLLM: w4a16, w8a16, w8a8, fp8, fp8-block, mxfp4 and nvfp4"
 
 OPTIONS = {
@@ -16,7 +14,7 @@ OPTIONS = {
     "compute_dtype": FOUR_BIT,
     "calibrate": "nf4, fp4 and w4a16",
     "fit": "nf4, fp4, w4a16 and w8a16",
-    "group_size": INTEGERS,
+    "group_size": "nf4, fp4, w4a16 and w8a16",
     "scale": FOR_VLLM,
     "eight_bit_modules": "w4a16",
 }
@@ -24,8 +22,8 @@ OPTIONS = {
 
 METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
-    "nf4": ("double_quant", "compute_dtype", "calibrate", "fit"),
-    "fp4": ("double_quant", "compute_dtype", "calibrate", "fit"),
+    "nf4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit"),
+    "fp4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit"),
     "w4a16": ("group_size", "scale", "calibrate", "fit", "eight_bit_modules"),
     "w8a16": ("group_size", "scale", "fit"),
     "w8a8": ("scale",),

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from configs.method_names import METHODS, OPTIONS, Runtime
+from configs.method_names import INTEGER_METHODS, METHODS, OPTIONS, Runtime
 
 
 def _not_blank(text: str) -> str:
@@ -186,10 +186,14 @@ class Variant(Spec):
         if OPTIONS.keys() - takes
     ] + [
         {
+            "if": {"properties": {"method": {"enum": ["nf4", "fp4"]}}, "required": ["method"]},
+            "then": {"properties": {"group_size": {"not": {"const": -1}}}},
+        },
+        {
             "if": {"properties": {"checkpoint": EMPTY}},
             "then": {"properties": {"method": {"minLength": 1}}, "required": ["method"]},
             "else": {"properties": {"method": {"maxLength": 0}, **NOT_GIVEN, "skip_modules": {"maxItems": 0}}},
-        }
+        },
     ]
     method: Method = Field(
         "",
@@ -223,8 +227,9 @@ class Variant(Spec):
     )
     group_size: Literal[-1, 32, 64, 128] | None = Field(
         None,
-        description="Choose how many weights of w4a16 and w8a16 share one scale; -1 gives each row one scale. If it "
-        "is empty, tame takes the largest of 128, 64 and 32 that divides every row.",
+        description="Choose how many weights share one scale: fewer are more exact and take more space. nf4 and fp4 have 64 "
+        "if it is empty; with double_quant, 32 is smaller and better than 64 without. w4a16 and w8a16 have the largest of 128, "
+        "64 and 32 that divides every row if it is empty, and -1 gives each row one scale.",
     )
     scale: Literal["search"] | None = Field(
         None,
@@ -321,6 +326,8 @@ class Variant(Spec):
         for option, takers in OPTIONS.items():
             if getattr(self, option) and option not in METHODS[self.method]:
                 raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
+        if self.group_size == -1 and self.method not in INTEGER_METHODS:
+            raise ValueError(f"group_size -1 belongs to w4a16 and w8a16; {self.method} has 32, 64 or 128")
         if self.calibrate and self.scale:
             raise ValueError(
                 "scale: search is for variants without calibrate, which searches scales itself; leave one out"
@@ -754,6 +761,11 @@ class Recipe(Spec):
     serve: Serve = []
     publish: Publish = Field(default=Publish(), description="Where variants that pass are published.")
     track: Track = Field(default=Track(), description="Where the numbers are logged in MLflow.")
+
+    @property
+    def codes_part(self) -> Literal["all", "codes"]:
+        """What part of the calibration text codes are chosen on: not all of it where calibrated mixes are measured on the rest."""
+        return "codes" if any(variant.calibrate and variant.fit for variant in self.variants) else "all"
 
     @model_validator(mode="after")
     def _variants_differ(self) -> Self:

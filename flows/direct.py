@@ -7,6 +7,7 @@ from typing import NamedTuple
 from configs.errors import NotCachedError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from tasks.calibrate.prepare import calibrate
+from tasks.calibrate.sequences import Part
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
@@ -38,7 +39,7 @@ class Stages(NamedTuple):
     plan: Callable[[Recipe, Path], Plan]
     download: Callable[[Source, Found], Snapshot]
     baseline: Callable[[Snapshot, Evaluate, LoadedText], Evaluation]
-    calibrate: Callable[[Snapshot, Calibrate], Calibration]
+    calibrate: Callable[[Snapshot, Calibrate, Part], Calibration]
     fit: Callable[[Snapshot, Variant, Gate, Calibrate, Calibration | None], Fitted]
     quantize: Callable[[Snapshot, Variant, Calibration | None, Fitted | None], Quantized]
     evaluate: Callable[[Checkpoint, Evaluation, Snapshot, Evaluate], Evaluation]

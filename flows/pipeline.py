@@ -156,7 +156,9 @@ def _measure(
             known = results.found(known, theirs)
             checkpoint = Checkpoint(path=theirs.path, digest=theirs.digest, label=variant.label)
             return results.judged(known, stages.evaluate(checkpoint, baseline, snapshot, recipe.evaluate), None)
-        calibration = stages.calibrate(snapshot, recipe.calibration) if variant.calibrate else None
+        calibration = None
+        if variant.calibrate:
+            calibration = stages.calibrate(snapshot, recipe.calibration, recipe.codes_part)
         fitted = None
         if variant.fit is not None:
             fitted = stages.fit(snapshot, variant, recipe.gate, recipe.calibration, calibration)

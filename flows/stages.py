@@ -13,6 +13,7 @@ from configs.errors import UnreachableError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from flows.direct import Stages, nobody_to_ask
 from tasks.calibrate.prepare import calibrate
+from tasks.calibrate.sequences import Part
 from tasks.download import hub
 from tasks.download.task import download
 from tasks.download.text import LoadedText
@@ -45,9 +46,9 @@ def download_task(source: Source, found: Found | None = None) -> State[Snapshot]
 
 
 @task(name="calibrate", task_run_name="calibrate: sequences for {snapshot.name}")
-def calibrate_task(snapshot: Snapshot, spec: Calibrate) -> State[Calibration]:
+def calibrate_task(snapshot: Snapshot, spec: Calibrate, part: Part) -> State[Calibration]:
     """`calibrate` in the flow."""
-    made = calibrate(snapshot, spec)
+    made = calibrate(snapshot, spec, part)
     return Completed(name="Cached" if made.cached else "Completed", data=made)
 
 
@@ -141,7 +142,7 @@ IN_PREFECT = Stages(
     plan=plan_task,
     download=lambda source, found: download_task(source, found).result(),
     baseline=lambda snapshot, spec, text: baseline_task(snapshot, spec, text).result(),
-    calibrate=lambda snapshot, spec: calibrate_task(snapshot, spec).result(),
+    calibrate=lambda snapshot, spec, part: calibrate_task(snapshot, spec, part).result(),
     fit=lambda *given: fit_task(*given).result(),
     quantize=lambda *given: quantize_task(*given).result(),
     evaluate=lambda *given: evaluate_task(*given).result(),

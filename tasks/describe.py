@@ -168,7 +168,8 @@ def _outlook(
 ) -> Outlook:
     if snapshot is None:
         return Outlook(expected, None, False)
-    calibration = cached(lambda: calibrate(snapshot, recipe.calibration)) if variant.calibrate else None
+    text, part = recipe.calibration, recipe.codes_part
+    calibration = cached(lambda: calibrate(snapshot, text, part)) if variant.calibrate else None
     if variant.calibrate and calibration is None:
         return Outlook(expected, None, False)
     fitted = None

@@ -230,7 +230,7 @@ def to_fit(folder: Path, calibrate: Any) -> tuple[Snapshot, Calibrate, Calibrati
     source = Source(model=str(tiny(folder / "model", spread=True)))
     snapshot = download(source, inspect_source(source))
     spec = Calibrate(text=CalibrationSource(files=[str(folder / "text.txt")]), sequences=8, length=64)
-    return snapshot, spec, sequences(snapshot, spec) if calibrate else None
+    return snapshot, spec, sequences(snapshot, spec, "codes") if calibrate else None
 
 
 @pytest.mark.parametrize("calibrate", [False, "fast", True])
@@ -340,7 +340,7 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
 
     from safetensors.torch import load_file
 
-    ids = load_file(task.fit_text(snapshot, spec)[0] / task.IDS)["ids"].long()
+    ids = load_file(task.fit_text(snapshot, spec, "fit" if calibrate else "all")[0] / task.IDS)["ids"].long()
     windows, length = WHOLE["cpu"]
     ids, logits = ids[:: max(1, len(ids) // windows)][:windows, :length], []
     for folder in (made.path, snapshot.path):

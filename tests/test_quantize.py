@@ -246,9 +246,42 @@ def test_config_keeps_what_it_had(tiny_llama: Path, tmp_path: Path) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize(("method", "name"), [("nf4", "odd"), ("nf4-dq", "llama"), ("fp4", "llama")])
+def test_groups_of_other_sizes_are_bitsandbytes_own_and_load(method: str, name: str, size: Any, tmp_path: Path) -> None:
+    import torch
+    import transformers
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import load_file
+
+    source = tiny(tmp_path / "source", zoo(name), spread=True)
+    quantized(source, tmp_path / "made", variant_of(method, group_size=size))
+    weights, made = load_file(source / "model.safetensors"), load_file(tmp_path / "made" / "model.safetensors")
+    count = 0
+    for name, weight in weights.items():
+        own = {key for key in made if key.startswith(f"{name}.")}
+        if not own:
+            assert torch.equal(made[name], weight)
+            continue
+        count += 1
+        codes, state = quantize_4bit(
+            weight, blocksize=size, compress_statistics=method.endswith("-dq"), quant_type=method.removesuffix("-dq")
+        )
+        expected = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+        assert own == expected.keys()
+        assert torch.equal(made[name], codes)
+        assert all(torch.equal(made[key], value) for key, value in expected.items())
+    assert count
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", output_loading_info=True)
+    assert not any(info.values())
+    with torch.inference_mode():
+        assert bool(model(torch.arange(1, 9)[None]).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [64, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: str) -> None:
+def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: str, size: Any) -> None:
     import torch
     from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
@@ -266,10 +299,10 @@ def test_kernels_agree_with_bitsandbytes_at_every_magnitude(method: str, dtype: 
         codes, scales = bitsandbytes_8bit.quantize_rows(block, variant_of(method))
         expected, expected_scales, _ = int8_vectorwise_quant(block.half())
     else:
-        codes, scales = bitsandbytes_4bit.quantize_rows(block, variant_of(method))
-        expected, state = quantize_4bit(block, quant_type=method)
+        codes, scales = bitsandbytes_4bit.quantize_rows(block, variant_of(method, group_size=size))
+        expected, state = quantize_4bit(block, blocksize=size, quant_type=method)
         expected_scales = state.absmax
-        assert bitsandbytes_4bit._agrees(method, block.dtype)
+        assert bitsandbytes_4bit._agrees(method, block.dtype, size)
     assert torch.equal(codes, expected)
     assert torch.equal(scales, expected_scales)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Calibrate
-from tasks.calibrate.sequences import check_length, load_texts, make_sequences
+from tasks.calibrate.sequences import Part, check_length, load_texts, make_sequences
 from tasks.runtime.child_process import isolated
 from tasks.runtime.device import versions
 from tasks.store import artifacts as store
@@ -17,7 +17,7 @@ NO_TOKENIZER = (".safetensors", "config.json")
 """How the names of files end that do not decide tokens, tokenizer_config.json aside."""
 
 
-def calibration_inputs(snapshot: Snapshot, spec: Calibrate, digests: list[str]) -> dict[str, Any]:
+def calibration_inputs(snapshot: Snapshot, spec: Calibrate, digests: list[str], part: Part) -> dict[str, Any]:
     """Everything that decides the sequences, for the store's key."""
     deciding = {
         name: digest
@@ -28,6 +28,7 @@ def calibration_inputs(snapshot: Snapshot, spec: Calibrate, digests: list[str]) 
         "texts": digests,
         "sequences": spec.sequences,
         "length": spec.length,
+        **({"part": part} if part != "all" else {}),
         "tokenizer": deciding,
         "trust_remote_code": snapshot.trust_remote_code,
         "stage": VERSION,
@@ -35,7 +36,7 @@ def calibration_inputs(snapshot: Snapshot, spec: Calibrate, digests: list[str]) 
     }
 
 
-def calibrate(snapshot: Snapshot, spec: Calibrate) -> Calibration:
+def calibrate(snapshot: Snapshot, spec: Calibrate, part: Part = "all") -> Calibration:
     """The sequences that a snapshot's calibrated variants share: from the store, or made now.
 
     Raises:
@@ -47,11 +48,11 @@ def calibrate(snapshot: Snapshot, spec: Calibrate) -> Calibration:
     texts = load_texts(spec)
 
     def make(out: Path) -> on_disk.Made:
-        counts = isolated("calibrate", make_sequences, texts, spec, folder, snapshot.trust_remote_code, out)
+        counts = isolated("calibrate", make_sequences, texts, spec, folder, snapshot.trust_remote_code, out, part)
         return on_disk.Made(meta={"counts": counts})
 
     artifact, cached = store.build(
-        "calibration", calibration_inputs(snapshot, spec, [text.digest for text in texts]), make, shared=False
+        "calibration", calibration_inputs(snapshot, spec, [text.digest for text in texts], part), make, shared=False
     )
     counts: list[int] = artifact.meta["counts"]
     notes = [

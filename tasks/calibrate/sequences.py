@@ -2,8 +2,9 @@
 
 import functools
 import json
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.errors import BadInputError, line
 from configs.schema import Calibrate, CalibrationSource
@@ -11,6 +12,10 @@ from tasks.download.text import CHARACTERS_PER_TOKEN, ROW_SEPARATOR, LoadedText,
 
 RUN = 50  # words in a row that two texts must not share
 AMPLE = 8  # characters a token, with which every part of a text certainly fills a sequence
+SECTIONS = 4  # of a text whose last quarters are kept for a fit: few, so that most articles lie in one part alone
+Part = Literal["all", "codes", "fit"]
+"""What sequences are taken from: all of a text; or three quarters of it, on which codes are chosen, and the last quarter of
+each of its sections, on which mixes of them are then measured."""
 
 
 def load_texts(spec: Calibrate) -> list[LoadedText]:
@@ -58,12 +63,11 @@ def check_length(spec: Calibrate, folder: Path) -> None:
 
 
 def make_sequences(
-    texts: list[LoadedText], spec: Calibrate, folder: Path, trust_remote_code: bool, out: Path, shift: float = 0.0
+    texts: list[LoadedText], spec: Calibrate, folder: Path, trust_remote_code: bool, out: Path, part: Part = "all"
 ) -> list[int]:
-    """Tokenize the texts and write their sequences, mixed evenly, to `out`/ids.safetensors. Returns how many each text gave.
+    """Tokenize a part of the texts and write its sequences, mixed evenly, to `out`/ids.safetensors. Returns how many each gave.
 
-    Each sequence begins as the tokenizer begins a text, with BOS where it adds one. Those of a long text begin by `shift`, a
-    share of the text, later than without.
+    Each sequence begins as the tokenizer begins a text, with BOS where it adds one.
 
     Raises:
         BadInputError: no tokenizer, or a text that is shorter than one sequence.
@@ -79,8 +83,11 @@ def make_sequences(
     except Exception as error:
         raise BadInputError(f"{folder}: no tokenizer that loads ({line(error)}); add its tokenizer files") from None
     start = _start(tokenizer)
-    rows_of = functools.partial(_of_text, spec=spec, tokenizer=tokenizer, taken=len(start), shift=shift)
-    found = [rows_of(_as_read(text.text, tokenizer), name=text.name) for text in texts]
+    rows_of = functools.partial(_of_text, spec=spec, tokenizer=tokenizer, taken=len(start))
+    of = {"all": "", "codes": " (all but what is kept for the fit)", "fit": " (a quarter of it, kept for the fit)"}[
+        part
+    ]
+    found = [rows_of(_part_of(_as_read(text.text, tokenizer), part), name=text.name + of) for text in texts]
     mixed = [start + rows[number] for number in range(max(map(len, found))) for rows in found if number < len(rows)]
     save_file({"ids": torch.tensor(mixed, dtype=torch.int32)}, out / "ids.safetensors")
     return [len(rows) for rows in found]
@@ -112,13 +119,23 @@ def _as_read(text: str, tokenizer: Any) -> str:
     return ROW_SEPARATOR.join(str(turn["content"]) for chat in chats for turn in chat)
 
 
-def _of_text(text: str, spec: Calibrate, tokenizer: Any, taken: int, shift: float, name: str) -> list[list[int]]:
+def _part_of(text: str, part: Part) -> str:
+    """What is taken of a text. Cuts are at ends of lines where there are any near."""
+    if part == "all":
+        return text
+    quarters = 4 * SECTIONS
+    cuts = [text.rfind("\n", 0, len(text) * at // quarters) + 1 or len(text) * at // quarters for at in range(quarters)]
+    pieces = [text[start:end] for start, end in pairwise([*cuts, len(text)])]
+    return "".join(piece for number, piece in enumerate(pieces) if (number % 4 == 3) == (part == "fit"))
+
+
+def _of_text(text: str, spec: Calibrate, tokenizer: Any, taken: int, name: str) -> list[list[int]]:
     """Up to `spec.sequences` rows of tokens, without what begins them, evenly from all over the text."""
     length, count = spec.length - taken, spec.sequences
     if len(text) >= count * length * AMPLE:
         rows = []
         for number in range(count):
-            at = len(text) * number // count + int(shift * len(text))
+            at = len(text) * number // count
             at = 0 if not at else text.find("\n", at) + 1 or at
             piece = text[at : at + length * CHARACTERS_PER_TOKEN]
             rows.append(list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:length]))

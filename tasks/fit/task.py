@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.schema import Calibrate, Gate, Variant
 from tasks.calibrate.prepare import calibration_inputs
-from tasks.calibrate.sequences import load_texts, make_sequences
+from tasks.calibrate.sequences import Part, load_texts, make_sequences
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import max_positions
 from tasks.fit.allocate import Point
@@ -27,7 +27,7 @@ from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Calibration, Quantized, Snapshot
 
-VERSION = 3  # of this stage: raise it when the same inputs give other numbers, or another mix
+VERSION = 4  # of this stage: raise it when the same inputs give other numbers, or another mix
 SEARCH = 3  # of what is done with the sensitivities: raise it when the same ones give another mix
 IDS, FOUND = "ids.safetensors", "found.json"
 Codes = Callable[[list[str], list[str]], tuple[Quantized, Variant]]
@@ -56,7 +56,7 @@ def fit(
     limits = limits_of(variant, gate)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
     size, wider = _with_more_bits(snapshot, variant.unfitted, whole, device, progress)
-    windows, digest, text = fit_text(snapshot, spec)
+    windows, digest, text = fit_text(snapshot, spec, "fit" if variant.calibrate else "all")
     asked = Asked(
         source=Path(snapshot.path),
         quantized=Path(whole.path),
@@ -135,35 +135,31 @@ def _with_more_bits(
 ) -> tuple[int | None, list[tuple[Quantized, Variant]]]:
     """The group size that it was decided to have with all quantized; and checkpoints of the choices with more bits."""
     described = described_by(quantization_of(Path(whole.path)))
-    size = described[1].group_size if described else None
+    size = variant.group_size or (described[1].group_size if described else None)
     choices = method_of(variant).choices(variant.model_copy(update={"group_size": size}))
     return size, [(quantize(snapshot, one, device=device, progress=progress), one) for one in choices[1:]]
 
 
-def fit_text(snapshot: Snapshot, spec: Calibrate) -> tuple[Path, str, str]:
+def fit_text(snapshot: Snapshot, spec: Calibrate, part: Part) -> tuple[Path, str, str]:
     """The folder with the fit text's windows, the digest of what they were made from, and a sentence on them.
 
-    They are of the calibration text, and where that is long they lie between the sequences that codes are chosen on.
+    They are of a part of the calibration text. Codes do better on the text that they were chosen on than on other text of its
+    kind, and on the pages around it; so calibrated mixes are measured on a part that is kept for that.
     """
     folder = Path(snapshot.path)
     texts = load_texts(spec)
     length = min(LENGTH, spec.length, max_positions(folder) or LENGTH)
     windows = Calibrate(text=spec.text, sequences=-(-WINDOWS // len(texts)), length=length)
-    inputs = calibration_inputs(snapshot, windows, [text.digest for text in texts])
-    inputs |= {"between": spec.sequences, "fit": VERSION}
+    inputs = calibration_inputs(snapshot, windows, [text.digest for text in texts], part) | {"fit": VERSION}
 
     def make(out: Path) -> on_disk.Made:
-        shift = 0.5 / spec.sequences
-        isolated("fit", make_sequences, texts, windows, folder, snapshot.trust_remote_code, out, shift)
+        isolated("fit", make_sequences, texts, windows, folder, snapshot.trust_remote_code, out, part)
         return on_disk.Made()
 
     artifact, _ = store.build("fit-text", inputs, make, shared=False)
     names = " and ".join(f"{text.name} (sha256 {text.digest[:12]}…)" for text in texts)
-    return (
-        Path(artifact.path),
-        artifact.digest,
-        f"the calibration text {names}, between the sequences codes are chosen on",
-    )
+    kept = "a quarter, on which no code is chosen, of " if part == "fit" else ""
+    return Path(artifact.path), artifact.digest, f"{kept}the calibration text {names}"
 
 
 def _sensitivities(asked: Asked, inputs: dict[str, Any], progress: Progress) -> tuple[Path, float]:

@@ -6,6 +6,7 @@ What needs the model's own layers to be known is found by `tasks.quantize.previe
 from typing import Any
 
 from configs.errors import BadInputError
+from configs.method_names import INTEGER_METHODS
 from configs.schema import Variant
 
 NO_EXPERTS = ("w8a8", "nvfp4")
@@ -36,7 +37,7 @@ def check_variant(variant: Variant, config: dict[str, Any], experts: int, where:
             f"{refused}: eight_bit_modules: lm_head is the embedding under another name in this model, which nothing opens in 8 "
             "bits; leave it out"
         )
-    if size > 0 and not variant.skip_modules:
+    if size > 0 and variant.method in INTEGER_METHODS and not variant.skip_modules:
         for name in ("hidden_size", *([] if experts else ["intermediate_size"])):
             width = text.get(name)
             if isinstance(width, int) and width % size:

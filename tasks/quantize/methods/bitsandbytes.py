@@ -18,6 +18,7 @@ FAMILY = "bitsandbytes"
 READERS = (
     "The files are in bitsandbytes' format: transformers with bitsandbytes reads them, most other programs do not."
 )
+SMALL_GROUPS = "32 weights share a scale, for which GPUs need bitsandbytes 0.49.2 or newer."
 HOMES = (
     Home("vllm", "vLLM from 0.28 on, with `pip install vllm-bnb-plugin`", "vllm serve {repo}"),
     Home(
@@ -95,7 +96,7 @@ class EightBit:
 
 @dataclass(frozen=True)
 class FourBit:
-    """nf4 or fp4: 64 weights share a scale; with double quantization, 256 scales share one."""
+    """nf4 or fp4: 64 weights share a scale, or what the variant says; with double quantization, 256 scales share one."""
 
     name: Literal["nf4", "fp4"]
     family = FAMILY
@@ -109,11 +110,13 @@ class FourBit:
         """What the model card says of the format."""
         numbers = {"nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}[self.name]
         doubly = " with double quantization" if variant.double_quant else ""
+        groups = f", {variant.group_size} weights to a scale," if variant.group_size else ""
+        small = (SMALL_GROUPS,) if variant.group_size == 32 else ()
         return CardText(
-            quantized_to=f"{numbers}{doubly} with bitsandbytes",
+            quantized_to=f"{numbers}{groups}{doubly} with bitsandbytes",
             install=(FAMILY,),
             tags=(FAMILY, "4-bit", self.name),
-            limits=(READERS,),
+            limits=(READERS, *small),
             homes=HOMES,
         )
 

@@ -1,4 +1,5 @@
-"""bitsandbytes' 4-bit formats, nf4 and fp4: 64 weights share a scale; with double quantization, 256 scales share one.
+"""bitsandbytes' 4-bit formats, nf4 and fp4: 64 weights share a scale, or as many as was asked for; with double quantization, 256
+scales share one.
 
 The format is bitsandbytes' own (`functional.quantize_4bit`, `QuantState.as_dict`); what it writes is what comes out here,
 bit for bit. On CUDA its kernel is used. On the CPU its kernel is plain torch and searches bounds for every weight; here a
@@ -19,7 +20,7 @@ from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
-BLOCK = 64  # weights that share a scale
+BLOCK = 64  # weights that share a scale, where nothing else is asked for
 CELLS = 32768  # of equal width, which the lookup table divides [-1, 1] into
 PIECE = 1 << 17  # weights worked on at once on the CPU, so that they stay in its cache
 UNSURE = 16  # marks cells that hold a bound between two codes
@@ -66,19 +67,20 @@ def grows(name: str, variant: Variant) -> bool:
 
 def row_multiple(columns: int, variant: Variant) -> int:
     """So many rows that no block of weights that share a scale crosses from one call of `quantize_rows` to the next."""
-    return BLOCK // math.gcd(BLOCK, columns)
+    return block_size(variant) // math.gcd(block_size(variant), columns)
 
 
 def scale_count(shape: tuple[int, int], variant: Variant) -> int:
     """One for each block, the last of which may be shorter."""
-    return -(-shape[0] * shape[1] // BLOCK)
+    return -(-shape[0] * shape[1] // block_size(variant))
 
 
 def quantize_rows(block: torch.Tensor, variant: Variant) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize whole rows: their codes, U8 [ceil(n / 2), 1], and scales, F32 [ceil(n / 64)]; on the block's device."""
-    if block.device.type == "cpu" and block.numel() % BLOCK == 0 and _agrees(variant.method, block.dtype):
-        return _look_up(block, variant.method)
-    return _bitsandbytes(block, variant.method)
+    """Quantize whole rows: their codes, U8 [ceil(n / 2), 1], and scales, F32 [ceil(n / group)]; on the block's device."""
+    size = block_size(variant)
+    if block.device.type == "cpu" and block.numel() % size == 0 and _agrees(variant.method, block.dtype, size):
+        return _look_up(block, variant.method, size)
+    return _bitsandbytes(block, variant.method, size)
 
 
 def levels(variant: Variant) -> torch.Tensor:
@@ -90,8 +92,8 @@ def levels(variant: Variant) -> torch.Tensor:
 
 
 def block_size(variant: Variant) -> int:
-    """64."""
-    return BLOCK
+    """What the variant says, or 64."""
+    return variant.group_size or BLOCK
 
 
 def signed_scales(variant: Variant) -> bool:
@@ -136,30 +138,33 @@ def fault(block: torch.Tensor, scales: torch.Tensor) -> tuple[int, str] | None:
     return None
 
 
-def _bitsandbytes(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _bitsandbytes(block: torch.Tensor, method: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel that `bitsandbytes.functional.quantize_4bit` calls, without the copy of the 16 codes that it also makes."""
     import bitsandbytes  # noqa: F401  it registers the operator
 
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block, BLOCK, method, torch.uint8)
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(block, size, method, torch.uint8)
     return codes, scales
 
 
 def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, variant: Variant) -> dict[str, torch.Tensor]:
     """What is stored besides the codes: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4`, ….
 
-    `scales` are those of the whole weight, F32 [ceil(n / 64)].
+    `scales` are those of the whole weight, F32 [ceil(n / group)].
     """
     if variant.double_quant:
         return _state(scales, shape, dtype, variant)
-    return {**_without_scales(shape, dtype, variant.method, scales.device), "weight.absmax": scales}
+    return {
+        **_without_scales(shape, dtype, variant.method, block_size(variant), scales.device),
+        "weight.absmax": scales,
+    }
 
 
 @functools.lru_cache
 def _without_scales(
-    shape: tuple[int, int], dtype: torch.dtype, method: Any, device: torch.device
+    shape: tuple[int, int], dtype: torch.dtype, method: Any, size: Any, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """What is the same for all weights of one shape, on the host. On a fast GPU, making it takes longer than the weight."""
-    variant = Variant(method=method, double_quant=False)
+    variant = Variant(method=method, group_size=size)
     state = _state(torch.zeros(1, device=device), shape, dtype, variant)
     return {name: tensor.cpu() for name, tensor in state.items() if name != "weight.absmax"}
 
@@ -183,28 +188,34 @@ def _state(
         nested = {"offset": offset, "state2": state2}
     code = torch.empty(16, device="meta") if meta else get_4bit_type(variant.method, device=scales.device)
     state = QuantState(
-        scales, shape=torch.Size(shape), code=code, blocksize=BLOCK, quant_type=variant.method, dtype=dtype, **nested
+        scales,
+        shape=torch.Size(shape),
+        code=code,
+        blocksize=block_size(variant),
+        quant_type=variant.method,
+        dtype=dtype,
+        **nested,
     )
     with torch.device("cpu"):
         return {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
-def _look_up(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _look_up(block: torch.Tensor, method: str, share: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The arithmetic of bitsandbytes' CPU kernel up to each weight's fraction of its scale; then a table gives the code.
 
     Rounding to a cell keeps order, so a cell without a bound in it has one code. Weights in the few cells with one are
-    searched as bitsandbytes does.
+    searched as bitsandbytes does. `share` weights share a scale.
     """
     table, bounds, order = _table(method)
     flat = block.reshape(-1)
     n = flat.numel()
     codes = torch.empty(n // 2, 1, dtype=torch.uint8)
-    scales = torch.empty(n // BLOCK)
+    scales = torch.empty(n // share)
     for start in range(0, n, PIECE):
         size = min(PIECE, n - start)
-        weights, work, cells, found, unsure, packed, shifted = _scratch(size)
-        absmax = scales[start // BLOCK : (start + size) // BLOCK]
-        weights.copy_(flat[start : start + size].view(-1, BLOCK))
+        weights, work, cells, found, unsure, packed, shifted = _scratch(size, share)
+        absmax = scales[start // share : (start + size) // share]
+        weights.copy_(flat[start : start + size].view(-1, share))
         torch.amax(torch.abs(weights, out=work), 1, out=absmax)
         weights.mul_((1.0 / absmax.clamp(min=1e-38)).view(-1, 1))
         cells.copy_(torch.add(torch.tensor(float(CELLS // 2)), weights, alpha=CELLS // 2, out=work).view(-1))
@@ -218,10 +229,10 @@ def _look_up(block: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tens
     return codes, scales
 
 
-def _scratch(size: int) -> list[torch.Tensor]:
+def _scratch(size: int, share: int) -> list[torch.Tensor]:
     """This thread's buffers for `size` weights. Allocated once: fresh memory costs more than the arithmetic on it."""
     if not hasattr(_local, "buffers"):
-        floats = torch.empty(2, PIECE // BLOCK, BLOCK)
+        floats = torch.empty(2, PIECE)
         shorts = torch.empty(2, PIECE // 2, dtype=torch.int16)
         _local.buffers = (
             *floats,
@@ -230,8 +241,11 @@ def _scratch(size: int) -> list[torch.Tensor]:
             torch.empty(PIECE // 8, dtype=torch.int64),
             *shorts,
         )
-    per_weight = (BLOCK, BLOCK, 1, 1, 8, 2, 2)
-    return [buffer[: size // weights] for buffer, weights in zip(_local.buffers, per_weight, strict=True)]
+    per_weight = (1, 1, 1, 1, 8, 2, 2)
+    weights, work, *others = [
+        buffer[: size // several] for buffer, several in zip(_local.buffers, per_weight, strict=True)
+    ]
+    return [weights.view(-1, share), work.view(-1, share), *others]
 
 
 @functools.cache
@@ -250,18 +264,19 @@ def _table(method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def _agrees(method: str, dtype: torch.dtype) -> bool:
+def _agrees(method: str, dtype: torch.dtype, share: int) -> bool:
     """Whether the lookup gives bitsandbytes' own bytes here, tried on random weights and on ones at the bounds."""
     _, bounds, _ = _table(method)
     near = torch.cat([bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-2.0))])
-    blocks = torch.randn(256, BLOCK, generator=torch.Generator().manual_seed(0))
-    blocks[:64, 1:46] = near
+    blocks = torch.randn(256, share, generator=torch.Generator().manual_seed(0))
+    several = share - 1
+    near = near.repeat(-(-64 * several // len(near)))[: 64 * several].view(64, several)
     blocks[:64, 0] = torch.linspace(0.5, 2.0, 64)
-    blocks[:64, 1:] *= blocks[:64, :1]
+    blocks[:64, 1:] = near * blocks[:64, :1]
     blocks[64] = 0
     sample = blocks.to(dtype)
-    codes, scales = _bitsandbytes(sample, method)
-    mine = _look_up(sample, method)
+    codes, scales = _bitsandbytes(sample, method, share)
+    mine = _look_up(sample, method, share)
     if torch.equal(codes, mine[0]) and torch.equal(scales, mine[1]):
         return True
     log.warning(
