@@ -17,13 +17,14 @@ OPTIONS = {
     "group_size": "nf4, fp4, w4a16 and w8a16",
     "scale": FOR_VLLM,
     "eight_bit_modules": "w4a16",
+    "small_group_modules": FOUR_BIT,
 }
 """Options of a variant that only some methods take, and which these are, in words."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "int8": (),
-    "nf4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit"),
-    "fp4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit"),
+    "nf4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit", "small_group_modules"),
+    "fp4": ("double_quant", "compute_dtype", "group_size", "calibrate", "fit", "small_group_modules"),
     "w4a16": ("group_size", "scale", "calibrate", "fit", "eight_bit_modules"),
     "w8a16": ("group_size", "scale", "fit"),
     "w8a8": ("scale",),

@@ -107,6 +107,9 @@ def _known_method(method: Any) -> str:
     )
 
 
+SMALL_GROUP = 32
+"""Weights that share a scale in `small_group_modules`."""
+Finer = Literal["eight_bit_modules", "small_group_modules"]
 Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": [*METHODS, ""], "type": "string"})]
 NOT_GIVEN: dict[str, Any] = {
     "double_quant": {"const": False},
@@ -116,8 +119,9 @@ NOT_GIVEN: dict[str, Any] = {
     "group_size": EMPTY,
     "scale": EMPTY,
     "eight_bit_modules": {"maxItems": 0},
+    "small_group_modules": {"maxItems": 0},
 }
-LATER = ("calibrate", "fit", "group_size", "scale", "checkpoint", "eight_bit_modules")
+LATER = ("calibrate", "fit", "group_size", "scale", "checkpoint", "eight_bit_modules", "small_group_modules")
 """Options that came later than keys: they are part of a key only where they are used."""
 SIZE = r"^[0-9]+([.][0-9]+)?[ ]?([KMGT]?B)?$"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -251,6 +255,13 @@ class Variant(Spec):
         examples=[["model.layers.0.mlp.down_proj"]],
         max_length=10_000,
     )
+    small_group_modules: list[Text] = Field(
+        default=[],
+        description="List modules of nf4 and fp4 whose weights share a scale in groups of 32, which are more exact, by their "
+        "names in the model. fit finds such a list by itself.",
+        examples=[["model.layers.0.mlp.down_proj"]],
+        max_length=10_000,
+    )
     checkpoint: Text | None = Field(
         None,
         description="Instead of a method, enter a quantized checkpoint that already exists, a Hub repo or a folder, in "
@@ -289,14 +300,16 @@ class Variant(Spec):
         """The same with all quantized."""
         return self.model_copy(update={"fit": None, "name": None})
 
-    def keeping(self, modules: list[str], in_8_bits: list[str] | None = None, group_size: int | None = None) -> Self:
-        """The same, its fit replaced by what it came to: `modules` stay in 16 bits, too, others are `in_8_bits`.
+    def keeping(self, modules: list[str], finer: list[str] | None = None, group_size: int | None = None) -> Self:
+        """The same, its fit replaced by what it came to: `modules` stay in 16 bits, too, and `finer` ones are in 8 bits, or in
+        small groups, as the method has it.
 
         `group_size` is the one that it was decided to have with all quantized.
         """
+        key: Finer = "eight_bit_modules" if self.method in INTEGER_METHODS else "small_group_modules"
         lists = {
             "skip_modules": [*self.skip_modules, *modules],
-            "eight_bit_modules": [*self.eight_bit_modules, *(in_8_bits or [])],
+            key: [*getattr(self, key), *(finer or [])],
         }
         update = {key: [*dict.fromkeys(names)] for key, names in lists.items()}
         return self.model_copy(
@@ -328,6 +341,8 @@ class Variant(Spec):
                 raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
         if self.group_size == -1 and self.method not in INTEGER_METHODS:
             raise ValueError(f"group_size -1 belongs to w4a16 and w8a16; {self.method} has 32, 64 or 128")
+        if self.group_size == SMALL_GROUP and self.small_group_modules:
+            raise ValueError("small_group_modules have groups of 32, and with group_size 32 all have; leave one out")
         if self.calibrate and self.scale:
             raise ValueError(
                 "scale: search is for variants without calibrate, which searches scales itself; leave one out"

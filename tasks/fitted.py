@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.schema import Variant
+from configs.schema import SMALL_GROUP, Variant
 from tasks.metrics import nats
 
 
@@ -17,15 +17,22 @@ class FitGroup(_Value):
     modules: list[str]
     """By the names that the model has for them."""
     bits: list[int]
-    """The choices: how many bits a weight has. The last one is the original's."""
+    """The choices: how many bits a weight has. The last one is the original's; one with as many as the first has smaller groups
+    of weights that share a scale."""
     bytes: list[int]
     """What the group takes with each, without the file's header."""
     kl: list[float]
     """The KL divergence of the model in which this group alone is quantized so, nats a token; 0 for the original.
 
     Where codes undo what others did, it is the mean of that and of how much smaller the divergence of everything quantized is
-    without it. That of the least bits is measured; those between are smaller as the squared error of the weights is.
+    without it. That of the least bits is measured; those between are smaller as the squared error of the weights is, or as
+    `tasks.fit.search.SMALLER` says.
     """
+
+    def called(self, choice: int) -> str:
+        """A choice, as it ends "a group is …"."""
+        small = choice > 0 and self.bits[choice] == self.bits[0]
+        return f"in groups of {SMALL_GROUP}" if small else f"in {self.bits[choice]} bits"
 
     @property
     def kind(self) -> str:
@@ -46,6 +53,8 @@ class FitPoint(_Value):
     """How many groups stay in 16 bits."""
     in_8_bits: int = 0
     """How many others are in 8 bits, where all else is in fewer."""
+    in_small_groups: int = 0
+    """How many others have groups of 32 weights to a scale, where all else has larger ones."""
     predicted: float | None
     """What its KL was said to be before it was measured."""
     kl_mean: float | None = None
@@ -66,6 +75,8 @@ class Fitted(_Value):
     """The modules that stay in 16 bits, by the names that the model has for them."""
     in_8_bits: list[str] = []
     """The modules that are quantized to 8 bits, where all else is quantized to fewer."""
+    in_small_groups: list[str] = []
+    """The modules that have groups of 32 weights to a scale, where all else has larger ones."""
     group_size: int | None = None
     """How many weights share a scale, as it was decided with all quantized."""
     taken: FitPoint
@@ -90,12 +101,14 @@ class Fitted(_Value):
 
     def mix(self, variant: Variant) -> Variant:
         """What `variant`, whose limit this is about, came to."""
-        return variant.keeping(self.modules, self.in_8_bits, self.group_size)
+        return variant.keeping(self.modules, self.in_8_bits + self.in_small_groups, self.group_size)
 
     @property
     def kept(self) -> str:
         """How many groups of modules stay in 16 bits, or are in 8: `29 of 120 groups of modules stay in 16 bits`."""
         between = f", {self.taken.in_8_bits} are in 8" if self.in_8_bits else ""
+        if self.in_small_groups:
+            between = f", {self.taken.in_small_groups} have 32 weights to a scale"
         return f"{self.taken.kept} of {len(self.groups)} groups of modules stay in 16 bits{between}"
 
     @property

@@ -295,7 +295,7 @@ def test_a_layer_without_a_token_is_rounded_plainly_and_counted(tmp_path: Path) 
     model = BlockModel(tiny(tmp_path / "source", zoo("llama"), "float32"), "cpu", torch.float32)
     weight = "model.layers.0.unused.weight"
     model.blocks[0].unused = torch.nn.Linear(64, 64, bias=False)
-    walk = Walk(model, Streams(model, torch.ones(2, 16, dtype=torch.long), 2, tmp_path), {weight}, grid_of(), Effort())
+    walk = Walk(model, Streams(model, torch.ones(2, 16, dtype=torch.long), 2, tmp_path), {weight: grid_of()}, Effort())
     with model.loaded(0) as module:
         module.unused = torch.nn.Linear(64, 64, bias=False)
         chosen = walk.block(0, module)

@@ -258,8 +258,14 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     ]
     assert fitted.modules
     assert fitted.taken.bytes <= most
-    kept = set(fitted.modules)
-    assert all(kept.isdisjoint(group.modules) or kept.issuperset(group.modules) for group in fitted.groups)
+    kept, small = set(fitted.modules), set(fitted.in_small_groups)
+    assert small
+    assert "have 32 weights to a scale" in fitted.sentence
+    assert not kept & small
+    for group in fitted.groups:
+        assert group.bits == [4, 4, 16]
+        assert group.bytes == sorted(group.bytes)
+        assert all(names.isdisjoint(group.modules) or names.issuperset(group.modules) for names in (kept, small))
 
     made = stage(snapshot, asked, calibration, fitted, device="cpu")
     weights = Path(made.path) / "model.safetensors"
@@ -279,10 +285,14 @@ def test_a_limit_becomes_a_checkpoint_that_keeps_whole_groups(
     with safe_open(weights, "pt") as file, safe_open(Path(fitted.codes) / "model.safetensors", "pt") as all_of_it:
         for name in file.keys():  # noqa: SIM118
             module = name.partition(".weight")[0]
-            if module not in kept:
-                assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
-            else:
+            if module in kept:
                 assert file.get_tensor(name).dtype == torch.bfloat16
+            elif module not in small or calibrate is True:
+                assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
+            elif name.endswith("absmax"):
+                assert len(file.get_tensor(name)) == 2 * len(all_of_it.get_tensor(name))
+    # In bf16, in which transformers opens it, weights are rounded.
+    assert told_by_the_model(made.path, snapshot, spec, asked) == pytest.approx(fitted.taken.kl_mean, rel=0.03)
     assert stage(snapshot, asked, calibration, fitted, device="cpu").cached
     # Codes that undo what others did are chosen again for the mix: more than what stays in 16 bits differs from all quantized.
     assert (fitted.codes == size.path) == (calibrate is not True)
@@ -305,7 +315,6 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
 
     from tasks.fit import task
     from tasks.quantize.task import quantize as stage
-    from tests.test_compressed_tensors import loaded
 
     monkeypatch.setenv("TAME_HOME", str(tmp_path / "home"))
     snapshot, spec, calibration = to_fit(tmp_path, calibrate)
@@ -338,19 +347,27 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
             if module not in kept | eight:
                 assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
 
+    assert told_by_the_model(made.path, snapshot, spec, asked) == pytest.approx(fitted.taken.kl_mean, rel=0.005)
+
+
+def told_by_the_model(made: str, snapshot: Snapshot, spec: Calibrate, variant: Variant) -> float:
+    """The KL divergence on the fit text of a checkpoint, as transformers opens it."""
     from safetensors.torch import load_file
 
-    ids = load_file(task.fit_text(snapshot, spec, "fit" if calibrate else "all")[0] / task.IDS)["ids"].long()
+    from tasks.fit import task
+    from tests.test_compressed_tensors import loaded
+
+    part: Any = "fit" if variant.calibrate else "all"
+    ids = load_file(task.fit_text(snapshot, spec, part)[0] / task.IDS)["ids"].long()
     windows, length = WHOLE["cpu"]
     ids, logits = ids[:: max(1, len(ids) // windows)][:windows, :length], []
-    for folder in (made.path, snapshot.path):
+    for folder in (made, snapshot.path):
         model = loaded(Path(folder))
-        if folder == made.path:
-            method_of(asked).densify(model, 0)
+        if folder == made:
+            method_of(variant).densify(model, 1 << 40)
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             tensor.data = tensor.data.float()
         with torch.no_grad():
             logits.append(model(ids).logits[:, :-1].double().log_softmax(-1))
     ours, original = logits
-    kl = float((original.exp() * (original - ours)).sum(-1).mean())
-    assert kl == pytest.approx(fitted.taken.kl_mean, rel=0.005)
+    return float((original.exp() * (original - ours)).sum(-1).mean())

@@ -278,6 +278,26 @@ def test_groups_of_other_sizes_are_bitsandbytes_own_and_load(method: str, name: 
         assert bool(model(torch.arange(1, 9)[None]).logits.isfinite().all())
 
 
+def test_single_modules_can_have_smaller_groups(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    module = "model.layers.1.mlp.down_proj"
+    for name, options in {"plain": {}, "small": {"group_size": 32}, "mixed": {"small_group_modules": [module]}}.items():
+        quantized(tiny_llama, tmp_path / name, variant_of("nf4", **options))
+    plain, small, mixed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "small", "mixed"))
+    for name, tensor in mixed.items():
+        assert torch.equal(tensor, (small if name.startswith(module) else plain)[name])
+    with pytest.raises(BadInputError, match=r"small_group_modules: 'mlp.up' matches no module that is quantized"):
+        quantized(tiny_llama, tmp_path / "no", variant_of("nf4", small_group_modules=["mlp.up"]))
+    for options, said in (
+        ({"group_size": 32, "small_group_modules": [module]}, "leave one out"),
+        ({"group_size": -1}, "group_size -1 belongs to w4a16 and w8a16"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            variant_of("nf4", **options)
+
+
 @pytest.mark.parametrize("size", [64, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])

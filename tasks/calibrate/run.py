@@ -37,8 +37,8 @@ class Asked:
     """The folder of the model."""
     ids: torch.Tensor
     """Tokens, Int64 [sequences, tokens]."""
-    weights: list[str]
-    """The weights that are quantized, as the model calls them."""
+    grids: dict[str, Grid]
+    """The weights that are quantized, as the model calls them, with the levels and groups that each has."""
     level: Level
     device: str
     work: Path
@@ -57,7 +57,7 @@ class Chosen:
     notes: list[str]
 
 
-def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
+def choose(asked: Asked, label: str, progress: Progress) -> Chosen:
     """Choose codes and scales for all weights that lie in the model's blocks.
 
     Raises:
@@ -67,9 +67,9 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     model = BlockModel(
         asked.source, asked.device, torch.float32 if asked.device == "cpu" else None, asked.trust_remote_code
     )
-    called = {name: model.experts.get(name, name) for name in asked.weights}
-    outside = [name for name in asked.weights if not _within(model, called[name])]
-    if len(outside) == len(asked.weights):
+    called = {name: model.experts.get(name, name) for name in asked.grids}
+    outside = [name for name in asked.grids if not _within(model, called[name])]
+    if len(outside) == len(asked.grids):
         raise BadInputError(
             f"{asked.source}: no quantized layer of {model.kind}, such as {outside[0]}, lies in its blocks {model.blocks_name}; "
             "leave calibrate out"
@@ -80,8 +80,9 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     at_once = max(1, (FAST_AT_ONCE if fast else AT_ONCE) // ids.shape[1])
     streams = Streams(model, ids, at_once, asked.work)
     model.unload_rest()
-    wanted = {called[name] for name in asked.weights} - {called[name] for name in outside}
-    walk = Walk(model, streams, wanted, grid, EFFORTS[asked.level])
+    apart = set(outside)
+    wanted = {called[name]: grid for name, grid in asked.grids.items() if name not in apart}
+    walk = Walk(model, streams, wanted, EFFORTS[asked.level])
     behind, states = finished.streams() or (-1, None)
     if states is not None:
         streams.restore(states)
@@ -100,7 +101,7 @@ def choose(asked: Asked, grid: Grid, label: str, progress: Progress) -> Chosen:
     progress(f"calibrate {label}", count, count)
     where, plain = finished.where()
     found = {name: (where[group], group) for name, group in called.items() if group in where}
-    return Chosen(found, _notes(outside, plain, len(asked.weights)))
+    return Chosen(found, _notes(outside, plain, len(asked.grids)))
 
 
 def _notes(outside: list[str], plain: list[str], count: int) -> list[str]:

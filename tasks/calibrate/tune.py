@@ -21,11 +21,15 @@ Batch = tuple[torch.Tensor, torch.Tensor, Arguments]
 
 
 def tuned(
-    module: nn.Module, chosen: dict[str, Codes], grid: Grid, batches: Callable[[], Iterator[Batch]], effort: Effort
+    module: nn.Module,
+    chosen: dict[str, Codes],
+    grids: dict[str, Grid],
+    batches: Callable[[], Iterator[Batch]],
+    effort: Effort,
 ) -> dict[str, Codes]:
     """The same codes with tuned scales. `batches` gives all of the text, once a call."""
     moved = {name: torch.zeros_like(codes.scales, requires_grad=True) for name, codes in chosen.items()}
-    levels = {name: grid.levels[codes.codes.int()] for name, codes in chosen.items()}
+    levels = {name: grids[name].levels[codes.codes.int()] for name, codes in chosen.items()}
     adam = torch.optim.Adam(moved.values(), lr=effort.rate, betas=(0.9, 0.95))
     total = effort.tunings * sum(1 for _ in batches())
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / total)
@@ -34,7 +38,7 @@ def tuned(
             weights = {}
             with torch.enable_grad():
                 for name, codes in chosen.items():
-                    weight = levels[name] * grid.spread(codes.scales * (1 + moved[name]), levels[name].shape)
+                    weight = levels[name] * grids[name].spread(codes.scales * (1 + moved[name]), levels[name].shape)
                     plain = isinstance(module.get_submodule(name), nn.Linear)
                     weights[f"{name}.weight"] = (weight if plain else weight.T).to(given.dtype)
                 out: Any = functional_call(module, weights, (given, *args), kwargs)

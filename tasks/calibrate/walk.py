@@ -36,6 +36,7 @@ class Block:
     name: str
     module: nn.Module
     layers: list[str]
+    grids: dict[str, Grid]
     original: dict[str, torch.Tensor]
     rounded: dict[str, torch.Tensor]
     groups: list[Group] = field(default_factory=list)
@@ -60,20 +61,20 @@ class Block:
             )
         return weight.float().contiguous()
 
-    def round(self, chosen: dict[str, Codes], grid: Grid) -> None:
+    def round(self, chosen: dict[str, Codes]) -> None:
         """Let the weights of the second stream be those that these codes stand for."""
         for name, codes in chosen.items():
-            weight = codes.values(grid).to(self.original[name].dtype)
+            weight = codes.values(self.grids[name]).to(self.original[name].dtype)
             self.rounded[name] = weight.T.contiguous() if self.transposed(name) else weight
 
 
 class Walk:
-    """`wanted` names the weights that get codes, as the model calls them."""
+    """`wanted` has the weights that get codes, as the model calls them, and the levels and groups of each."""
 
-    def __init__(self, model: BlockModel, streams: Streams, wanted: set[str], grid: Grid, effort: Effort) -> None:
+    def __init__(self, model: BlockModel, streams: Streams, wanted: dict[str, Grid], effort: Effort) -> None:
         self.model, self.streams, self.effort = model, streams, effort
-        self.grid = grid.to(model.device)
-        self.wanted = wanted
+        here = {id(grid): grid.to(model.device) for grid in wanted.values()}
+        self.wanted = {name: here[id(grid)] for name, grid in wanted.items()}
         self.plain: list[str] = []
         """Weights of the last block that were rounded plainly: no token came to them, or their layer ran more than once."""
 
@@ -92,7 +93,7 @@ class Walk:
         for number, group in enumerate(block.groups):
             hessian, other = self._products(block, group, [found[number] for found in inputs], computed)
             found = self._solve(block, group, hessian, other)
-            block.round(found, self.grid)
+            block.round(found)
             chosen |= found
         if self.effort.tunings and chosen:
             chosen, computed = self._tuned(block, chosen), [None for _ in self.streams.pieces]
@@ -104,7 +105,7 @@ class Walk:
         """Take both streams through a block whose codes are known."""
         block = self._read_block(index, module)
         by_layer = {name: chosen[f"{block.name}.{name}.weight"] for name in self.layers(index)}
-        block.round(by_layer, self.grid)
+        block.round(by_layer)
         self._through(block, [None for _ in self.streams.pieces])
 
     def replay_original(self, index: int) -> None:
@@ -122,7 +123,8 @@ class Walk:
         def observe(name: str, given: torch.Tensor, run: Run) -> torch.Tensor:
             if name in groups:
                 flat = given.reshape(-1, given.shape[-1]).float()
-                products[name] = products.get(name, 0) + _local_products(flat, self.grid.block)
+                widest = max(block.grids[layer].block for layer in groups[name].layers)
+                products[name] = products.get(name, 0) + _local_products(flat, widest)
                 tokens[name] = tokens.get(name, 0) + len(flat)
             return run(given)
 
@@ -135,7 +137,8 @@ class Walk:
                 self._check(block, first, total.diagonal(dim1=1, dim2=2))
                 total /= tokens[first]
                 for name in groups[first].layers:
-                    chosen[name] = searched(block.weight(name), total, f"{block.name}.{first}", self.grid, self.effort)
+                    weight, grid = block.weight(name), block.grids[name]
+                    chosen[name] = searched(weight, total, f"{block.name}.{first}", grid, self.effort)
         chosen |= self._rest(block, chosen)
         return {f"{block.name}.{name}.weight": codes for name, codes in chosen.items()}
 
@@ -148,7 +151,9 @@ class Walk:
     def _read_block(self, index: int, module: nn.Module) -> Block:
         layers = self.layers(index)
         original = {name: module.get_parameter(f"{name}.weight").data for name in layers}
-        block = Block(index, self.model.block_name(index), module, layers, original, dict(original))
+        prefix = self.model.block_name(index)
+        grids = {name: self.wanted[f"{prefix}.{name}.weight"] for name in layers}
+        block = Block(index, prefix, module, layers, grids, original, dict(original))
         block.groups, several = find_groups(module, layers, lambda: self.run(index, "original", 0))
         block.layers = [name for name in layers if name not in several]
         return block
@@ -227,7 +232,7 @@ class Walk:
         solve.shrink(hessian, self.effort.shrink)
         made = solve.form(hessian, self.effort.damping, f"{block.name}.{group.layers[0]}")
         return {
-            name: solved(block.weight(name), importance, shifts[name], made, self.grid, self.effort)
+            name: solved(block.weight(name), importance, shifts[name], made, block.grids[name], self.effort)
             for name in group.layers
         }
 
@@ -244,8 +249,8 @@ class Walk:
                 given = self.streams.get("rounded", piece).to(self.model.device, self.model.model.dtype)
                 yield given, wanted[piece].to(self.model.device), self.streams.arguments(piece, block.index)
 
-        found = tuned(block.module, chosen, self.grid, batches, self.effort)
-        block.round(found, self.grid)
+        found = tuned(block.module, chosen, block.grids, batches, self.effort)
+        block.round(found)
         return found
 
     def _rest(self, block: Block, chosen: dict[str, Codes]) -> dict[str, Codes]:
@@ -253,10 +258,10 @@ class Walk:
         found, self.plain = {}, []
         for name in self.layers(block.index):
             if name not in chosen:
-                weight = block.weight(name)
-                found[name] = nearest(weight, scales.largest(weight, self.grid), self.grid)
+                weight, grid = block.weight(name), block.grids[name]
+                found[name] = nearest(weight, scales.largest(weight, grid), grid)
                 self.plain.append(f"{block.name}.{name}.weight")
-        block.round(found, self.grid)
+        block.round(found)
         return found
 
     def _through(self, block: Block, computed: Known) -> None:

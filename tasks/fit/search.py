@@ -27,6 +27,8 @@ WHOLE = {"cpu": (WINDOWS, 256), "cuda": (WINDOWS, LENGTH)}
 """Windows on which a whole mix is measured, and tokens in each."""
 ALONE = {"cpu": (4, 160), "cuda": (8, LENGTH)}
 """The same for each group alone, which takes a hundred passes through half of the model, and ranks the groups alone."""
+SMALLER = 0.8
+"""KL of calibrated codes with 32 weights to a scale, of that with 64: 0.77 to 0.82 (benchmarks/RESULTS.md)."""
 SENSITIVITIES = "sensitivities.json"
 
 
@@ -42,8 +44,9 @@ class Asked:
     """The file with the windows of the fit text, Int32 [windows, tokens]."""
     device: str
     trust_remote_code: bool = False
-    wider: tuple[tuple[Path, Variant], ...] = ()
-    """Checkpoints of the same model with more bits, that a weight can have instead, and what they were made as."""
+    wider: tuple[tuple[Path | None, Variant], ...] = ()
+    """Checkpoints of the same model with more bits, that a weight can have instead, and what they were made as; None where there
+    is none, as codes are chosen for each mix."""
 
 
 def sensitivities(asked: Asked, out: Path, progress: Progress = silent) -> None:
@@ -115,9 +118,7 @@ class _Walks:
         With more bits it does so little that it would not be told from noise: KL goes with the square of the error.
         """
         restorers, plain = self.restorers, self.restorers[0]
-        first, *others = [
-            sum(one.squared_error(name) for name in group.weights) if restorers[1:] else 1.0 for one in restorers
-        ]
+        shares = [self._share(group, one) for one in restorers[1:]]
         return FitGroup(
             block=group.block,
             modules=[name.removesuffix(".weight") for name in group.weights],
@@ -126,8 +127,15 @@ class _Walks:
                 *(sum(one.stored[name] for name in group.weights) for one in restorers),
                 sum(map(plain.plain_bytes, group.weights)),
             ],
-            kl=[kl, *(max(kl, 0.0) * other / first if first else 0.0 for other in others), 0.0],
+            kl=[kl, *(max(kl, 0.0) * share for share in shares), 0.0],
         )
+
+    def _share(self, group: "Group", other: "Restorer") -> float:
+        """How large a group's squared error is with more bits, relative to that with the least."""
+        if other.folder is None:
+            return SMALLER
+        first, second = [sum(one.squared_error(name) for name in group.weights) for one in (self.restorers[0], other)]
+        return second / first if first else 0.0
 
     def measure(self, mix: dict[str, int], progress: Progress) -> Measure:
         """A mix on the whole text.

@@ -25,6 +25,9 @@ class Table:
         self.groups, self.limits = groups, limits
         self.choices = [list(zip(group.bytes, group.kl, strict=True)) for group in groups]
         self.points = frontier(self.choices)
+        small = any(len(set(group.bits)) < len(group.bits) for group in groups)
+        self.between = "in_small_groups" if small else "in_8_bits"
+        """What the choices between the first and the last are called in results."""
         self.rest = size - sum(group.bytes[0] for group in groups)
         """Bytes of all that is in no group, and of the headers where all is quantized: no mix has more of these."""
         everything = Point((0,) * len(groups), size - self.rest, sum(group.kl[0] for group in groups))
@@ -49,7 +52,7 @@ class Table:
         }
 
     def modules(self, point: Point) -> tuple[list[str], list[str]]:
-        """The modules that stay in 16 bits, and those that are in 8."""
+        """The modules that stay in 16 bits, and those that have more than the least."""
         kept = self._modules(point, lambda group, choice: choice == len(group.bits) - 1)
         return kept, self._modules(point, lambda group, choice: 0 < choice < len(group.bits) - 1)
 
@@ -57,10 +60,12 @@ class Table:
         """The mix that keeps the limits, as `Fitted` has it, measured by `measure`."""
         taken = self._within_bytes(measure) if self.limits.max_bytes is not None else self._within_damage(measure)
         told = {point.chosen: self._told(number, point) for number, (point, _) in enumerate(self.measured)}
-        kept, in_8_bits = self.modules(taken)
+        kept, between = self.modules(taken)
         return {
             "modules": kept,
-            "in_8_bits": in_8_bits,
+            "in_8_bits": [],
+            "in_small_groups": [],
+            self.between: between,
             "taken": told[taken.chosen].model_dump(),
             "measured": [point.model_dump() for point in told.values()],
             "curve": [self._predicted(point).model_dump() for point in self.points],
@@ -151,7 +156,7 @@ class Table:
             name=f"mix {number}" if number else ALL,
             bytes=point.bytes + self.rest,
             kept=_kept(self.groups, point),
-            in_8_bits=_between(self.groups, point),
+            **{self.between: _between(self.groups, point)},
             predicted=self.said[point.chosen],
             kl_mean=found.kl[0],
             kl_mean_low=found.kl[1],
@@ -168,7 +173,7 @@ class Table:
     def _predicted(self, point: Point) -> FitPoint:
         kept, between = _kept(self.groups, point), _between(self.groups, point)
         size = point.bytes + self.rest
-        return FitPoint(name="", bytes=size, kept=kept, in_8_bits=between, predicted=self._kl(point))
+        return FitPoint(name="", bytes=size, kept=kept, **{self.between: between}, predicted=self._kl(point))
 
     def _next(self, taken: Point) -> str:
         """Where one more megabyte would buy most."""
@@ -180,7 +185,7 @@ class Table:
                 more, gain = group.bytes[other] - group.bytes[choice], group.kl[choice] - group.kl[other]
                 if more > 0 and gain / more > best[0]:
                     bought = f"{1e6 * scale * gain / more:.2g} of KL a megabyte, {_mb(more)}"
-                    best = (gain / more, f"{group.kind} of block {group.block} in {group.bits[other]} bits: {bought}")
+                    best = (gain / more, f"{group.kind} of block {group.block} {group.called(other)}: {bought}")
         return best[1] if behind else ""
 
 

@@ -55,7 +55,7 @@ def fit(
     """
     limits = limits_of(variant, gate)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
-    size, wider = _with_more_bits(snapshot, variant.unfitted, whole, device, progress)
+    size, wider = _with_more_bits(snapshot, variant.unfitted, calibration, whole, device, progress)
     windows, digest, text = fit_text(snapshot, spec, "fit" if variant.calibrate else "all")
     asked = Asked(
         source=Path(snapshot.path),
@@ -64,22 +64,22 @@ def fit(
         ids=windows / IDS,
         device=pick(device),
         trust_remote_code=snapshot.trust_remote_code,
-        wider=tuple((Path(one.path), of) for one, of in wider),
+        wider=tuple((Path(one.path) if one else None, of) for one, of in wider),
     )
-    checkpoints = [whole, *(one for one, _ in wider)]
+    checkpoints = [whole, *(one for one, _ in wider if one)]
     inputs = _inputs(snapshot, variant, checkpoints, digest, asked.device.partition(":")[0])
 
-    def codes(modules: list[str], in_8_bits: list[str]) -> tuple[Quantized, Variant]:
+    def codes(modules: list[str], finer: list[str]) -> tuple[Quantized, Variant]:
         """The checkpoint that has a mix's codes, and what it was made as."""
-        if not variant.compensates or not modules + in_8_bits:
+        if not variant.compensates or not modules + finer:
             return whole, variant.unfitted
-        mixed = variant.keeping(modules, in_8_bits, size)
+        mixed = variant.keeping(modules, finer, size)
         return quantize(snapshot, mixed, calibration, device=device, progress=progress), mixed
 
     known, seconds = _sensitivities(asked, inputs, progress)
     artifact, cached = _search(asked, inputs, known, limits, codes, progress)
     found = json.loads((Path(artifact.path) / FOUND).read_bytes())
-    taken, _ = codes(found["modules"], found["in_8_bits"])
+    taken, _ = codes(found["modules"], found["in_8_bits"] + found["in_small_groups"])
     return Fitted(
         limit=str(limits),
         groups=[FitGroup(**group) for group in json.loads((known / SENSITIVITIES).read_bytes())["groups"]],
@@ -120,9 +120,11 @@ def _search(
 
         def measured(point: Point) -> Measure:
             made, variant = codes(*table.modules(point))
-            own = replace(asked, quantized=Path(made.path), variant=variant)
+            own, mix = replace(asked, quantized=Path(made.path), variant=variant), table.mix(point)
+            if variant.small_group_modules:  # the checkpoint has them as they are in the mix
+                mix = dict.fromkeys(mix, 0)
             with held():
-                return isolated(f"fit {variant.label}", measure, own, table.mix(point), progress=progress)
+                return isolated(f"fit {variant.label}", measure, own, mix, progress=progress)
 
         (out / FOUND).write_text(json.dumps(table.fit(measured), indent=1))
         return on_disk.Made(meta={"seconds": time.monotonic() - started})
@@ -131,13 +133,27 @@ def _search(
 
 
 def _with_more_bits(
-    snapshot: Snapshot, variant: Variant, whole: Quantized, device: str, progress: Progress
-) -> tuple[int | None, list[tuple[Quantized, Variant]]]:
-    """The group size that it was decided to have with all quantized; and checkpoints of the choices with more bits."""
+    snapshot: Snapshot,
+    variant: Variant,
+    calibration: Calibration | None,
+    whole: Quantized,
+    device: str,
+    progress: Progress,
+) -> tuple[int | None, list[tuple[Quantized | None, Variant]]]:
+    """The group size that it was decided to have with all quantized; and checkpoints of the choices with more bits.
+
+    There is none of a choice whose codes undo what others did: they are chosen for each mix.
+    """
     described = described_by(quantization_of(Path(whole.path)))
     size = variant.group_size or (described[1].group_size if described else None)
     choices = method_of(variant).choices(variant.model_copy(update={"group_size": size}))
-    return size, [(quantize(snapshot, one, device=device, progress=progress), one) for one in choices[1:]]
+
+    def made(one: Variant) -> Quantized | None:
+        if one.compensates:
+            return None
+        return quantize(snapshot, one, calibration if one.calibrate else None, device=device, progress=progress)
+
+    return size, [(made(one), one) for one in choices[1:]]
 
 
 def fit_text(snapshot: Snapshot, spec: Calibrate, part: Part) -> tuple[Path, str, str]:

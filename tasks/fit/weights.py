@@ -17,8 +17,8 @@ PIECE = 1 << 22  # weights restored at once
 class Restorer:
     """Reads the checkpoint in `folder`, which was made as `variant` from the model in `source`."""
 
-    def __init__(self, source: Path, folder: Path, variant: Variant, trust_remote_code: bool = False) -> None:
-        """Raises BadInputError, TameError: as `lay_out`."""
+    def __init__(self, source: Path, folder: Path | None, variant: Variant, trust_remote_code: bool = False) -> None:
+        """Raises BadInputError, TameError: as `lay_out`. Without a folder, it tells sizes alone."""
         self.source, self.folder, self.method, self.variant = source, folder, method_of(variant), variant
         layout = lay_out(source, self.method, variant, read_tensors(source), trust_remote_code)
         self.jobs: dict[str, Job] = {job.weight: job for job in layout.jobs if job.quantized}
@@ -27,7 +27,7 @@ class Restorer:
             job.weight: sum(layout.outputs[name].nbytes for name in job.outputs) for job in layout.jobs if job.quantized
         }
         """What each takes in the checkpoint, in bytes, without the file's header."""
-        self.written = written_tensors(folder)
+        self.written = written_tensors(folder) if folder else {}
 
     def plain_bytes(self, weight: str) -> int:
         """What a weight takes where it is not quantized."""
@@ -49,6 +49,7 @@ class Restorer:
         import torch
         from safetensors import safe_open
 
+        assert self.folder is not None
         job, parts = self.jobs[name], {}
         for part, output in job.parts.items():
             with safe_open(self.folder / self.written[output].file, framework="pt") as file:

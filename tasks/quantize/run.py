@@ -55,9 +55,9 @@ def quantize_tensors(method: Method, request: Request, progress: Progress = sile
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     jobs, notes = layout.jobs, layout.notes
     if request.codes is not None:
-        jobs = taking(request.codes, jobs)
-    elif request.variant.calibrate:
-        jobs, said = calibrated(request, tensor_format, layout, identity, progress)
+        jobs = taking(request.codes, layout)
+    if any(job.quantized and not job.taken and (job.variant or request.variant).calibrate for job in jobs):
+        jobs, said = calibrated(request, tensor_format, jobs, layout.config, identity, progress)
         notes = [*notes, *said]
     engine = Engine(request, tensor_format, jobs, files, journal, progress, packed)
     digests = engine.run(functools.partial(_complete, request, config, tensor_format, layout, files))

@@ -2,6 +2,7 @@
 
 import re
 
+from configs.schema import SMALL_GROUP
 from tasks.fitted import FitPoint
 from tasks.formatting import figure
 from tasks.report.plots import MUTED, PASS, REJECT, TEXT, Plot, _axes, _svg
@@ -9,6 +10,8 @@ from tasks.result import ResultVariant
 
 SHADES = 6
 """Steps of the heat map, each twice as much as the one below it."""
+RINGS = {True: "8", False: f"groups of {SMALL_GROUP}"}
+"""What the heat map's rings stand for, by whether there are modules in 8 bits."""
 
 
 def frontier(row: ResultVariant) -> Plot | None:
@@ -51,14 +54,14 @@ def frontier(row: ResultVariant) -> Plot | None:
 
 def heat(row: ResultVariant) -> Plot | None:
     """The KL divergence that each group causes, a column a block, a row a kind; a dot where it stays
-    in 16 bits, a ring where it is in 8."""
+    in 16 bits, a ring where it has more than the least."""
     fit = row.fit
     if fit is None or not fit.groups:
         return None
     kinds = list(dict.fromkeys(group.kind for group in fit.groups))
     most = max(group.kl[0] for group in fit.groups)
     canvas, axes = _axes(1.1 + 0.4 * len(kinds))
-    kept, between = set(fit.modules), set(fit.in_8_bits)
+    kept, between = set(fit.modules), set(fit.in_8_bits + fit.in_small_groups)
     for group in fit.groups:
         at = group.block, kinds.index(group.kind)
         axes.bar(
@@ -73,7 +76,10 @@ def heat(row: ResultVariant) -> Plot | None:
     axes.set_xlim(-0.6, max(group.block for group in fit.groups) + 0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(visible=False)
-    axes.set_xlabel("Block; a dot stays in 16 bits" + (", a ring is in 8" if between else ""), fontsize=12)
+    axes.set_xlabel(
+        "Block; a dot stays in 16 bits" + (f", a ring is in {RINGS[bool(fit.in_8_bits)]}" if between else ""),
+        fontsize=12,
+    )
     worst = sorted(fit.groups, key=lambda group: -group.kl[0])[:3]
     said = "; ".join(f"{group.kind} of block {group.block} {figure('kl_mean', group.kl[0])}" for group in worst)
     return _svg(
@@ -87,12 +93,18 @@ def told(point: FitPoint) -> list[str]:
     return [
         point.name,
         figure("size_bytes", point.bytes),
-        f"{point.kept}, and {point.in_8_bits} in 8" if point.in_8_bits else str(point.kept),
+        str(point.kept) + _between(point),
         "" if point.predicted is None else figure("kl_mean", point.predicted),
         figure("kl_mean", point.kl_mean or 0.0),
         interval,
         "yes" if point.holds else "no",
     ]
+
+
+def _between(point: FitPoint) -> str:
+    if point.in_small_groups:
+        return f", and {point.in_small_groups} in groups of {SMALL_GROUP}"
+    return f", and {point.in_8_bits} in 8" if point.in_8_bits else ""
 
 
 def _shade(value: float, most: float) -> float:

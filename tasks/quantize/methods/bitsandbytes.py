@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from configs.schema import Variant
+from configs.schema import SMALL_GROUP, Variant
 from tasks.quantize.methods.bitsandbytes_skips import without_fused
 from tasks.quantize.protocols import CardText, Dense, Home, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
@@ -111,7 +111,9 @@ class FourBit:
         numbers = {"nf4": "4-bit NormalFloat (NF4)", "fp4": "4-bit floats (FP4)"}[self.name]
         doubly = " with double quantization" if variant.double_quant else ""
         groups = f", {variant.group_size} weights to a scale," if variant.group_size else ""
-        small = (SMALL_GROUPS,) if variant.group_size == 32 else ()
+        if variant.small_group_modules:
+            groups = f", {len(variant.small_group_modules)} modules with {SMALL_GROUP} weights to a scale,"
+        small = (SMALL_GROUPS,) if variant.group_size == SMALL_GROUP or variant.small_group_modules else ()
         return CardText(
             quantized_to=f"{numbers}{groups}{doubly} with bitsandbytes",
             install=(FAMILY,),
@@ -166,8 +168,10 @@ class FourBit:
         return Restored(piece, multiple=block)
 
     def choices(self, variant: Variant) -> list[Variant]:
-        """4 bits alone: bitsandbytes loads a model with one kind of quantized layer."""
-        return [variant]
+        """4 bits as they are asked for, and in small groups: bitsandbytes reads the size of a group from each weight."""
+        if variant.group_size == SMALL_GROUP:
+            return [variant]
+        return [variant, variant.model_copy(update={"group_size": SMALL_GROUP, "small_group_modules": []})]
 
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Dequantize once what a 4-bit layer dequantizes in every forward pass, to multiply it in its compute dtype."""

@@ -6,6 +6,7 @@ bit for bit. On CUDA its kernel is used. On the CPU its kernel is plain torch an
 weight's code is looked up instead, fifteen times faster, and compared with bitsandbytes' on a sample first.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from configs.schema import Variant
+from configs.errors import BadInputError
+from configs.schema import SMALL_GROUP, Variant
 from tasks.quantize.methods.bitsandbytes_skips import with_fused
-from tasks.transformers_adapter import Selection, select_as_transformers
+from tasks.transformers_adapter import Selection, is_skipped, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
@@ -29,7 +31,11 @@ _local = threading.local()
 
 
 def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dtype) -> Selection:
-    """The layers that transformers quantizes."""
+    """The layers that transformers quantizes.
+
+    Raises:
+        BadInputError: one of `small_group_modules` is no module that is quantized.
+    """
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -40,7 +46,21 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
         bnb_4bit_compute_dtype=variant.compute_dtype or dtype,
         llm_int8_skip_modules=with_fused(skip),
     )
-    return select_as_transformers(config, model, dtype)
+    selection = select_as_transformers(config, model, dtype)
+    return dataclasses.replace(selection, variants=_small_groups(model, variant, selection))
+
+
+def _small_groups(model: Any, variant: Variant, selection: Selection) -> dict[str, Variant]:
+    """The weights of `small_group_modules`, by their names in the model, with what they are quantized as."""
+    found: dict[str, Variant] = {}
+    smaller = variant.model_copy(update={"group_size": SMALL_GROUP, "small_group_modules": []})
+    names = [name for name in model.state_dict() if selection.includes(name)] if variant.small_group_modules else []
+    for module in variant.small_group_modules:
+        here = [name for name in names if is_skipped(name.removesuffix(".weight"), [module])]
+        if not here:
+            raise BadInputError(f"small_group_modules: {module!r} matches no module that is quantized; correct it")
+        found |= dict.fromkeys(here, smaller)
+    return found
 
 
 def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:
