@@ -95,10 +95,10 @@ def table(options: argparse.Namespace) -> None:
         f"| most bytes | chosen by | modules in 16 bits | {' | '.join(texts)} |\n| --- | --- | --- |{' --- |' * len(texts)}"
     )
 
-    def row(most: str, name: str, kept: list[str]) -> None:
+    def row(most: str, name: str, kept: list[str], finer: list[str] | None = None) -> None:
         made, of = whole, variant.unfitted
-        if kept and variant.compensates:
-            of = variant.keeping(kept)
+        if finer or (kept and variant.compensates):
+            of = variant.keeping(kept, finer)
             made = quantize(snapshot, of, calibration, device=options.device)
         own = Restorer(Path(snapshot.path), Path(made.path), of)
         told = [_measured(snapshot.path, text, own, device, set(kept)) for text in texts.values()]
@@ -106,7 +106,12 @@ def table(options: argparse.Namespace) -> None:
 
     row("", "all quantized", [])
     for most, fitted in zip(options.bytes, fits, strict=True):
-        row(most, "fit", fitted.modules)
+        row(
+            most,
+            f"fit, and {len(fitted.in_small_groups)} modules in small groups",
+            fitted.modules,
+            fitted.in_small_groups,
+        )
         room = fitted.taken.bytes - fitted.measured[0].bytes
         for name, order in orders.items():
             row(most, name, sorted(_fill(groups, order, room)))
