@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from configs.errors import line
@@ -93,6 +94,16 @@ def outcome(result: Result) -> str:
     return next(word.capitalize() for word in VERDICTS if word in verdicts)
 
 
+def ending(statuses: set[str]) -> str:
+    """The name of the state that a run ends in which has not failed, by the statuses of its variants.
+
+    Rejected only where nothing passed: beside four variants that were published, one that was rejected is no reason to stop.
+    """
+    if "rejected" not in statuses:
+        return "Completed"
+    return "Partly rejected" if statuses - {"rejected", "measured", "baseline"} else "Rejected"
+
+
 def tally(result: Result) -> str:
     """How its variants fared, the best first: `4 published, 1 rejected`; in a word where all fared alike: `passed`.
 
@@ -105,14 +116,14 @@ def tally(result: Result) -> str:
 
 
 def short(result: Result) -> str:
-    """The release as a name says it: `use nf4-cal (57 % smaller, KL up to 0.05) – 4 published, 1 rejected`."""
+    """The release as a name says it: `use nf4-cal (57 % smaller than the original, KL up to 0.05) – 4 published, 1 rejected`."""
     if result.error:
         return "failed"
     choices = decide(result).choices
     if not choices:
         return f"use none – {tally(result)}"
     first = choices[0]
-    worth = [] if first.smaller is None else [_smaller(first.smaller)]
+    worth = [] if first.smaller is None else [f"{_smaller(first.smaller)} than {_original(result)}"]
     worth += [_cost(first)] if first.damage else []
     return (
         f"use {first.name} ({', '.join(worth)}) – {tally(result)}" if worth else f"use {first.name} – {tally(result)}"
@@ -136,30 +147,45 @@ def advice(result: Result) -> str:
     if not decision.choices:
         return "" if result.error else "Use none of these: no variant passed."
     first, *others = decision.choices
+    parts = [f"{first.name}: {_worth(first, f' than {_original(result)}')}"]
     if decision.judged:
-        parts = [f"Use {first.name}: {_worth(first)}"]
+        parts[0] = f"Use {parts[0]}"
     elif result.recipe.evaluate is None:
-        parts = [
-            f"Nobody knows what is good enough: it was {NOT_MEASURED}. The smallest is {first.name}: {_worth(first)}"
-        ]
+        parts[0] = f"Nobody knows what is good enough: it was {NOT_MEASURED}. The smallest is {parts[0]}"
     else:
-        parts = [
-            f"No limit was set, so that nobody knows what is good enough. The smallest is {first.name}: {_worth(first)}"
-        ]
+        parts[0] = f"No limit was set, so that nobody knows what is good enough. The smallest is {parts[0]}"
     return "; ".join(parts + [f"{one.name} {PURPOSES[one.purpose]}: {_worth(one)}" for one in others]) + "."
 
 
 PURPOSES = {"use": "", "between": "for something in between", "closest": "if answers must be closest to the original's"}
 
 
-def _worth(choice: Choice) -> str:
-    """What a variant saves, and what it costs at the pessimistic end: `57 % smaller (111.9 MB), KL up to 0.02 (limit 0.1)`."""
+def meaning(result: Result) -> str:
+    """What the KL divergence is, for whoever meets it here first; empty where none was measured."""
+    return KL if any("kl_mean" in variant.metrics for variant in result.variants) else ""
+
+
+KL = (
+    "KL (KL divergence) is how far a variant's probabilities for the next token are from the original's: 0 means the same. "
+    "“Up to” is the upper end of its 95 % interval. A limit is held against that end."
+)
+
+
+def _worth(choice: Choice, than: str = "") -> str:
+    """What a variant saves, and what it costs at the pessimistic end: `111.9 MB, 57 % smaller, KL up to 0.02 (limit 0.1)`."""
     size = figure("size_bytes", choice.size)
     if choice.smaller is not None:
-        size = f"{_smaller(choice.smaller)} ({size})"
+        size = f"{size}, {_smaller(choice.smaller)}{than}"
     if choice.damage is None:
         return size
     return f"{size}, {_cost(choice)}" + ("" if choice.limit is None else f" (limit {choice.limit:g})")
+
+
+def _original(result: Result) -> str:
+    """What sizes are compared with. Of a GGUF file it is not the file, but what was read from it."""
+    bits = result.baseline.metrics.get("bits_per_weight") if result.baseline else None
+    unpacked = bits is not None and result.source.model.lower().endswith(".gguf")
+    return f"the original in {bits:.0f} bits" if unpacked else "the original"
 
 
 def _smaller(share: float) -> str:
@@ -194,6 +220,11 @@ def table(result: Result) -> list[dict[str, str]]:
     ]
 
 
+def short_name(model: str) -> str:
+    """What people call a model: the last part of a repo id or a path, without `.gguf`."""
+    return PurePath(model).name.removesuffix(".gguf")
+
+
 def rows(result: Result) -> list[Measured]:
     """The baseline, if it was measured, and the variants."""
     return [*([result.baseline] if result.baseline else []), *result.variants]
@@ -220,6 +251,7 @@ def markdown(result: Result) -> str:
     main = ("size_bytes", "perplexity", "kl_mean", "top1_agreement", "peak_memory_bytes", "decode_tokens_per_second")
     names = [name for name in main if any(name in row.metrics for row in measured)]
     lines = [f"**{plain(sentence)}**\n" for sentence in (advice(result), headline(result)) if sentence]
+    lines += [f"{meaning(result)}\n"] if meaning(result) else []
     lines += [f"{plain(result.source.model)} at `{_commit(result)}`", ""]
     lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
     lines += ["|" + " --- |" * (len(names) + 2)]

@@ -13,11 +13,14 @@ from pydantic import ValidationError
 
 from configs.errors import TameError
 from configs.schema import CardFacts, Recipe
-from tasks.formatting import figure, label
+from tasks import formatting
+from tasks.formatting import advice, figure, label, meaning
+from tasks.gate import judge
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
 from tasks.publish.card import plain_files, release_files
 from tasks.publish.usage import memory
+from tasks.report.html import render
 from tasks.result import Result
 from tasks.values import Unquantized
 from tests.hub import Hub
@@ -61,6 +64,30 @@ def test_front_matter_is_valid_and_says_what_it_comes_from(result: Result) -> No
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert {"bitsandbytes", "8-bit", "int8"} <= set(data.tags)
     assert "4-bit" in ModelCard(text(result, "nf4-dq")).data.tags
+
+
+def test_the_decision_comes_first_and_says_what_its_words_mean(result: Result) -> None:
+    title, decision, words, *_ = text(result, "nf4-dq").split("---\n")[2].strip().split("\n\n")
+    assert title == "# SmolLM2-135M-Instruct nf4-dq"
+    assert decision == f"**{advice(result)}**"
+    assert "than the original" in decision
+    assert words == meaning(result)
+    alone = result.model_copy(update={"variants": result.variants[:1]})
+    before, after = text(alone).split("---\n")[2].split(meaning(result))
+    assert "KL" not in before
+    assert after.strip().startswith("| | Base model")
+    plain = changed(alone, metrics={"size_bytes": 1e9})
+    assert "KL (" not in text(plain)
+
+
+def test_the_card_says_each_number_in_one_way(result: Result) -> None:
+    """No number beside another that is itself with other digits, as 0.0209 and 0.02093 are."""
+    finer = changed(result, metrics={**result.variants[0].metrics, "kl_mean_high": 0.020934})
+    finer = changed(finer, gate=judge(finer.variants[0].metrics, finer.recipe.gate))
+    assert "KL up to 0.0209 ≤ limit 0.1" in text(finer)
+    for page in (text(finer).split("## Reproduce")[0].split("---\n")[2], render(finer), formatting.markdown(finer)):
+        assert "0.0209" in page
+        assert "0.02093" not in page
 
 
 def test_nothing_of_the_base_cards_claims(result: Result) -> None:

@@ -234,7 +234,7 @@ def test_prefect_and_mlflow_show_the_release(place: Place, tiny_llama: Path) -> 
 
     api = httpx.Client(base_url=place.environment["PREFECT_API_URL"])
     run = api.get(f"/flow_runs/{result['prefect_run']}").json()
-    assert re.fullmatch(r"tiny: use nf4 \(\d+ % smaller, KL up to [\d.e-]+\) – passed", run["name"])
+    assert re.fullmatch(r"tiny: use nf4 \(\d+ % smaller than the original, KL up to [\d.e-]+\) – passed", run["name"])
     assert run["state"]["type"] == "COMPLETED"
     named = {"flow_run_id": {"any_": [result["prefect_run"]]}}
     tasks = {

@@ -77,7 +77,10 @@ def test_headline_says_the_worst_first_and_why() -> None:
 
 def test_a_short_name_says_what_to_use_and_how_the_variants_fared() -> None:
     result = make()
-    assert formatting.short(result) == "use int8 (39 % smaller, KL up to 0.0209) – 1 published, 1 rejected, 1 failed"
+    assert (
+        formatting.short(result)
+        == "use int8 (39 % smaller than the original, KL up to 0.0209) – 1 published, 1 rejected, 1 failed"
+    )
     one = result.model_copy(update={"variants": result.variants[:1]})
     assert formatting.short(one).endswith("– passed")
     none = result.model_copy(update={"variants": result.variants[1:2]})

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import NotCachedError, TameError
-from tasks.formatting import advice, figure, headline, plain, rows, verdict
+from tasks.formatting import advice, figure, headline, meaning, plain, rows, verdict
 from tasks.result import Result
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file
@@ -108,6 +108,7 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     lines = [
         f"**{plain(sentence)}**\n" for sentence in (advice(result), headline(result)) if sentence
     ]  # the form is narrow
+    lines += [f"{meaning(result)}\n"] if meaning(result) else []
     lines.append("| variant | verdict | " + " | ".join(SHORT[name] for name in names) + " |")
     lines.append("| --- " * (2 + len(names)) + "|")
     for row in rows(result):

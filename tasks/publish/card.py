@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from configs.errors import TameError
 from tasks.evaluate.sanity import PUBLISHED
-from tasks.formatting import NOT_MEASURED, advice, cell, figure, label, points, rows, span, verdict
+from tasks.formatting import NOT_MEASURED, advice, cell, figure, label, meaning, points, rows, short_name, span, verdict
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
@@ -115,7 +115,7 @@ def plain_files(folder: Path, files: dict[str, str], repo: str) -> dict[str, byt
 def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
     base = provenance.base_name(result.source.model)
     repo = repos.get(variant.name, variant.name)
-    title = f"{PurePath(base).name.removesuffix('.gguf')} {variant.name}"
+    title = f"{short_name(base)} {variant.name}"
     method = method_of(variant.spec).card(variant.spec)
     front = front_matter(result, variant, method, title)
     commit = (
@@ -128,10 +128,10 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         commit += f", with the adapter {linked} merged into it"
     lines = [
         f"# {title}",
+        *([f"**{_plain(advice(result))}**", meaning(result)] if len(result.variants) > 1 else []),
         f"{name}{commit}, quantized to {method.quantized_to} by tame {result.versions.get('tame', '')}".rstrip() + ".",
         f"{MEASURED if variant.measured else NOTHING_MEASURED} Training, intended use, languages, risks and the base model's own "
         "results are its authors' to tell: see its card.",
-        *([_plain(advice(result))] if len(result.variants) > 1 else []),
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *usage(repo, method, *_where(variant)),
         *serving(repo, method, variant.served),
@@ -165,6 +165,7 @@ def _quality(result: Result, variant: ResultVariant) -> list[str]:
         return ["## What is known", "\n".join(lines), f"Read from the files. All else was {NOT_MEASURED}."]
     lines = [
         "## What it cost",
+        meaning(result) if len(result.variants) == 1 else "",  # else it stands at the top
         _beside("This model", table),
         "The difference in perplexity is its ratio to the base model's. Figures are rounded; `tame.json` has them in full.",
         f"Measured on {_protocol(variant)}.",
@@ -327,7 +328,7 @@ def _reproduce(result: Result) -> list[str]:
 
 
 def _repos(result: Result) -> dict[str, str]:
-    model = PurePath(provenance.base_name(result.source.model)).name.removesuffix(".gguf")
+    model = short_name(result.source.model)
     template = result.recipe.publish.repo
     return {
         v.name: template.format(model=model, variant=v.name, name=result.recipe.name)

@@ -133,7 +133,7 @@ def eval_results(
 
 
 def with_front_matter(front: dict[str, Any], lines: list[str]) -> str:
-    """A card from its metadata and its paragraphs."""
+    """A card from its metadata and its paragraphs, of which empty ones are left out."""
     ordered = {key: front[key] for key in ORDER if key in front}
     head = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{head}---\n\n" + "\n\n".join(lines) + "\n"
+    return f"---\n{head}---\n\n" + "\n\n".join(filter(None, lines)) + "\n"

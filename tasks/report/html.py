@@ -47,7 +47,7 @@ def render(result: Result) -> str:
     return _page(
         "report.html",
         result=result,
-        name=result.source.model.rstrip("/").rsplit("/", 1)[-1],
+        name=formatting.short_name(result.source.model),
         measured=measured,
         order=_order(result),
         metrics=formatting.points([row.metrics for row in measured]),
@@ -330,7 +330,7 @@ def _page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only ever given what plots.py drew
-    functions = ("advice", "figure", "span", "label", "headline", "verdict")
+    functions = ("advice", "figure", "span", "label", "headline", "meaning", "verdict")
     environment.globals |= {name: getattr(formatting, name) for name in functions}
     environment.globals["is_variant"] = lambda row: isinstance(row, ResultVariant)
     return environment.get_template(template).render(**values).strip() + "\n"

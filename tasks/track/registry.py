@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from datetime import datetime
-from pathlib import PurePath
 from typing import Any
 
 from configs.schema import Recipe
@@ -21,8 +20,8 @@ def experiment_name(recipe: Recipe) -> str:
 
 def run_name(recipe: Recipe, began: datetime) -> str:
     """What MLflow calls a release: the model, the variants, and when it began: `Qwen3-0.6B: int8, nf4 (2026-11-28 18:48)`."""
-    model = PurePath(recipe.source.model).name.removesuffix(".gguf")
-    return f"{model}: {', '.join(variant.label for variant in recipe.variants)} ({began:%Y-%m-%d %H:%M})"
+    variants = ", ".join(variant.label for variant in recipe.variants)
+    return f"{formatting.short_name(recipe.source.model)}: {variants} ({began:%Y-%m-%d %H:%M})"
 
 
 def model_name(recipe: Recipe) -> str:
