@@ -22,6 +22,7 @@ from tests.e2e.browser import Browser, open_variants
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[1]
+ENDS = {"Rejected", "Partly rejected", "Completed"}
 MOST_BYTES = 200_000
 RECIPE: dict[str, Any] = {
     "name": "gallery",
@@ -101,7 +102,7 @@ def main() -> None:
     try:
         deployment = up.ask("/deployments/name/release/any")["id"]
         run = up.ask(f"/deployments/{deployment}/create_flow_run", {"parameters": {"recipe": recipe}})["id"]
-        up.wait(run, {"Suspended", "Rejected", "Completed"})
+        up.wait(run, {"Suspended", *ENDS})
         with Browser() as browser:
             take(browser, up, run, options.out)
     finally:
@@ -133,7 +134,7 @@ def take(browser: Browser, up: Up, run: str, out: Path) -> None:
         keep("approval")
         passed = [v["name"] for v in result_of(up)["variants"] if v["status"] == "passed"]
         up.ask(f"/flow_runs/{run}/resume", {"run_input": {"publish": passed, "note": "for the gallery"}})
-        up.wait(run, {"Rejected", "Completed"})
+        up.wait(run, ENDS)
     browser.open(f"{up.prefect}/runs/flow-run/{run}", 1200, 760)
     browser.see("gallery:", 120)
     keep("prefect-run")

@@ -103,4 +103,5 @@ def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) 
     headline = formatting.headline(result)
     if result.exit_code in (1, 2):
         return Failed(message=headline, data=result if attempt is None else None)  # a worker would raise what it is
-    return Completed(name="Rejected" if result.exit_code == 3 else "Completed", message=headline, data=result)
+    ending = formatting.ending({variant.status for variant in result.variants})
+    return Completed(name=ending, message=headline, data=result)

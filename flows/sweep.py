@@ -16,6 +16,7 @@ from configs.schema import Sweep
 from configs.settings import home
 from tasks.fleet import flow_runs
 from tasks.fleet.sweep import FAILED, Pair, Row, grid, headline, leaderboard, plan, prefetch, table
+from tasks.formatting import ending
 from tasks.result import write_file
 from tasks.runtime.retry import retry
 
@@ -96,7 +97,8 @@ def wait(pairs: list[Pair], sweep_id: UUID, limit: int | None) -> dict[str, "Flo
 def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[list[Row]]:
     """Show the leaderboard: as Prefect's table and page, and in TAME_HOME/runs/NAME/leaderboard.md.
 
-    Ends Failed where a run failed, crashed or was cancelled, each named; Rejected where the gate rejected one; else Completed.
+    Ends Failed where a run failed, crashed or was cancelled, each named; Rejected where the gate rejected all, and Partly
+    rejected where it rejected some; else Completed.
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
@@ -110,4 +112,4 @@ def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[
     statuses = {row.status for row in rows}
     if statuses & FAILED:
         return Failed(message=summary)  # a worker would raise what it holds
-    return Completed(name="Rejected" if "rejected" in statuses else "Completed", message=summary, data=rows)
+    return Completed(name=ending(statuses), message=summary, data=rows)

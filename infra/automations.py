@@ -28,6 +28,8 @@ TAKEN = "prefect.flow-run.Pending"
 # what follows it: of 20 runs that crashed at once 13 were started again, most of them four times. An end that was not
 # counted is harmless: what has ended cannot be marked as crashed.
 ENDS = [f"prefect.flow-run.{name}" for name in ("Completed", "Cached", "Unchanged", "Cancelled", "Suspended")]
+REJECTED = {"prefect.flow-run.Rejected", "prefect.flow-run.Partly rejected"}
+"""The gate, or a person, turned down all variants, or some."""
 ASKS, ANSWERED = "prefect.flow-run.Suspended", "prefect.flow-run.Resuming"
 """A run waits for somebody's approval; it was given, or refused."""
 
@@ -143,7 +145,7 @@ def _notifications(client: "SyncPrefectClient") -> list["AutomationCore"]:
     return [
         _automation("people are told of a failure", _event(failed, {}), actions),
         _automation("people are told of a question", _event({ASKS}, {}), actions),
-        _automation("people are told of a rejection", _event({"prefect.flow-run.Rejected"}, {}), actions),
+        _automation("people are told of a rejection", _event(REJECTED, {}), actions),
     ]
 
 

@@ -197,7 +197,7 @@ def test_a_run_of_a_worker_suspends_itself_and_publishes_what_was_shown(
         made = worker.tasks()
 
         worker.answer({"publish": ["nf4"], "note": "as discussed"})
-        assert worker.work() == "Rejected"
+        assert worker.work() == "Partly rejected"
         assert set(worker.tasks()) - set(made) == {"publish nf4"}  # nothing was made again
         result = json.loads((out / "result.json").read_text())
         assert {v["name"]: v["status"] for v in result["variants"]} == {"int8": "rejected", "nf4": "published"}

@@ -180,22 +180,24 @@ def test_people_are_told_of_failures_and_rejections_through_every_block_of_that_
     blocks.append(CustomWebhookNotificationBlock(name="n", url=url, json_data=form).save("tame-notify"))
     blocks.append(Webhook(url=url, allow_private_urls=True).save("tame-notify"))
     create_automations(DEAD_AFTER, DEAD_AFTER)
-    failed, rejected, crashed = deployed(client), deployed(client), deployed(client)
+    failed, rejected, partly, crashed = deployed(client), deployed(client), deployed(client), deployed(client)
     move(client, failed, Pending(), Running(), Failed(message='nf4: "no" space'))
     move(client, rejected, Pending(), Running(), Completed(name="Rejected", message="the gate rejected nf4"))
+    move(client, partly, Pending(), Running(), Completed(name="Partly rejected", message="int8 was published"))
     move(client, crashed, Pending(), Running(), Crashed(message="SIGKILL"))
     end = time.monotonic() + 120
-    while len(bodies) < 4 and time.monotonic() < end:
+    while len(bodies) < 6 and time.monotonic() < end:
         time.sleep(0.1)
     texts = [body for body in bodies if "text" in json.loads(body)]
     news = [json.loads(body) for body in bodies if "flow" in json.loads(body)]
     news.sort(key=lambda new: str(new["state"]))
     assert [(new["flow"], new["state"], new["message"]) for new in news] == [
         ("release", "Failed", 'nf4: "no" space'),
+        ("release", "Partly rejected", "int8 was published"),
         ("release", "Rejected", "the gate rejected nf4"),
     ]
     assert news[0]["run"] == failed.name
-    assert len(texts) == 2
+    assert len(texts) == 3
     assert any('"no" space' in json.loads(text)["text"] for text in texts)
     assert "verysecret" not in "".join(automation.model_dump_json() for automation in client.read_automations())
     for block in blocks:

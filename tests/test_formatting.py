@@ -88,6 +88,21 @@ def test_a_short_name_says_what_to_use_and_how_the_variants_fared() -> None:
     assert formatting.short(result.model_copy(update={"error": "no space"})) == "failed"
 
 
+@pytest.mark.parametrize(
+    ("statuses", "name"),
+    [
+        ({"published"}, "Completed"),
+        ({"passed", "measured"}, "Completed"),
+        ({"published", "rejected"}, "Partly rejected"),
+        ({"passed", "rejected", "measured"}, "Partly rejected"),
+        ({"rejected"}, "Rejected"),
+        ({"rejected", "measured", "baseline"}, "Rejected"),
+    ],
+)
+def test_a_run_is_rejected_only_where_nothing_passed(statuses: set[str], name: str) -> None:
+    assert formatting.ending(statuses) == name
+
+
 def test_a_run_that_ended_early_says_so_once() -> None:
     result = make()
     stopped = [variant.model_copy(update={"status": "failed", "error": "no such model"}) for variant in result.variants]

@@ -114,7 +114,7 @@ def test_prefect_shows_the_graph_the_states_and_the_artifacts(
 ) -> None:
     browser.open(f"{prefect}/runs/flow-run/{result['prefect_run']}", 1500, 1100)
     browser.see("tiny: use int8", 120)
-    browser.see("Rejected")
+    browser.see("Partly rejected")
     browser.until(lambda: browser.ask("!!document.querySelector('canvas')"), 60, "the graph")
     time.sleep(3)  # the graph is drawn on a canvas that says nothing of when it is done
     keep(browser, "prefect-run")
