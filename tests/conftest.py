@@ -35,12 +35,19 @@ os.environ |= {
 (_ROOT / "home").mkdir()
 
 import shutil  # noqa: E402
-import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from multiprocessing import forkserver  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
+
+from tasks.runtime import child_process  # noqa: E402
+
+# Each test's Hub has an address of its own, which tame reads when it asks, and none of what is done in a process of its own
+# asks by itself: no reason to import torch again, for 8 s. For the same reason the one process of `tame quantize`, which would
+# import it anyway, is forked here; test_quantize_edges runs the command as it is.
+child_process.OURS += ("HF_ENDPOINT", "HF_TOKEN")
+child_process.alone = child_process.isolated
 
 ON_A_SERVER = {
     "runs": {"first_minute", "flow", "second_method", "sweep"},
@@ -105,8 +112,7 @@ def same_environment(environment: dict[str, str]) -> Iterator[None]:
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
     yield
-    child_process = sys.modules.get("tasks.runtime.child_process")
-    began_under = getattr(child_process, "_preloaded_under", None)
+    began_under = child_process._preloaded_under
     if began_under and any(environment.get(name) != value for name, value in began_under.items()):
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         began_under.clear()

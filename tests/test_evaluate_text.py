@@ -110,15 +110,21 @@ READ = """
 import sys
 from configs.schema import TextSource
 from tasks.download.text import load_text
-print(repr(load_text(TextSource.model_validate_json(sys.argv[1])).text))
+for asked in sys.argv[1:]:
+    try:
+        print(repr(load_text(TextSource.model_validate_json(asked)).text))
+    except Exception as error:
+        print(error)
 """
 
 
-def read_from(hub: Hub, source: TextSource, home: Path) -> subprocess.CompletedProcess[str]:
-    """Load a text in a process of its own, because `datasets` reads the Hub's address when it is imported."""
+def read_from(hub: Hub, home: Path, *sources: TextSource) -> list[str]:
+    """What each text is, or why there is none: in a process of its own, as `datasets` reads the Hub's address at import."""
     there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token(), "HF_HOME": str(home), "TAME_HOME": str(home)}
-    command = [sys.executable, "-c", READ, source.model_dump_json()]
-    return subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", READ, *(source.model_dump_json() for source in sources)]
+    done = subprocess.run(command, env={**os.environ, **there}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.fixture
@@ -138,23 +144,24 @@ def data_set(tmp_path: Path) -> Path:
 def test_only_the_files_of_the_split_are_fetched_and_null_rows_are_left_out(data_set: Path, tmp_path: Path) -> None:
     with Hub() as hub:
         hub.add_dataset("me/text", data_set)
-        done = read_from(hub, TextSource(dataset="me/text", config="plain"), tmp_path / "home")
-        assert done.stdout == "'one\\n\\ntwo'\n", done.stderr
+        assert read_from(hub, tmp_path / "home", TextSource(dataset="me/text", config="plain")) == [r"'one\n\ntwo'"]
         assert any("test.jsonl" in request for request in hub.requests)
         assert not any("resolve" in request and "train.jsonl" in request for request in hub.requests)
         sliced = TextSource(dataset="me/text", config="plain", split="test[2:]+train")
-        assert read_from(hub, sliced, tmp_path / "home").stdout == "'two\\n\\nlarge'\n"
+        assert read_from(hub, tmp_path / "home", sliced) == [r"'two\n\nlarge'"]
 
 
 def test_a_split_or_column_that_is_not_there_is_named(data_set: Path, tmp_path: Path) -> None:
     with Hub() as hub:
         hub.add_dataset("me/text", data_set)
-        done = read_from(hub, TextSource(dataset="me/text", split="dev"), tmp_path / "home")
-        assert 'Unknown split "dev"' in done.stderr
-        done = read_from(hub, TextSource(dataset="me/text", column="words"), tmp_path / "home")
-        assert "no column 'words'; it has text, number" in done.stderr
-        done = read_from(hub, TextSource(dataset="me/text", column="number"), tmp_path / "home")
-        assert "column 'number' holds int, not text" in done.stderr
+        asked = (
+            TextSource(dataset="me/text", **one)
+            for one in ({"split": "dev"}, {"column": "words"}, {"column": "number"})
+        )
+        split, words, number = read_from(hub, tmp_path / "home", *asked)
+        assert 'Unknown split "dev"' in split
+        assert "no column 'words'; it has text, number" in words
+        assert "column 'number' holds int, not text" in number
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mamba"])

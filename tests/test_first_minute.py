@@ -1,4 +1,4 @@
-"""What a newcomer meets: the same lines on a screen and in a pipe, a cached run at once, Ctrl-C, the form for one model."""
+"""What a newcomer meets: the same lines on a screen and in a pipe, Ctrl-C, the form for one model."""
 
 import json
 import os
@@ -19,39 +19,10 @@ from tasks.report.terminal import closing
 from tests.results import make
 from tests.test_flow import ROOT, Place
 
-HEAVY = ("torch", "prefect", "mlflow", "transformers", "matplotlib")
-
 
 @pytest.fixture
 def place(tmp_path: Path, prefect_url: str) -> Place:
     return Place(tmp_path, prefect_url)
-
-
-def test_a_run_that_is_cached_needs_neither_prefect_nor_mlflow_and_says_the_same(
-    place: Place, tiny_llama: Path
-) -> None:
-    recipe = place.recipe(tiny_llama, gate={"max_mean_kl": 1.0})
-    code, first, said = place.run(recipe)
-    assert code == 0, said
-    for told in ("✓ 1/4 ", "✓ 2/4 baseline measured ", "✓ 3/4 nf4 quantized ", " · passed", "✓ 4/4 nf4 published "):
-        assert told in said
-    assert "time      about 1 minute" in said
-    del place.environment["PREFECT_API_URL"]
-    program = f"import sys, tame\ntry: tame.main()\nfinally: print([m for m in {HEAVY} if m in sys.modules])"
-    code, output, said = place.tame("run", recipe, "--out", place.folder / "out", code=("-c", program))
-    assert code == 0, said
-    assert output.splitlines()[-1] == "[]"
-    assert "✓ 3/4 nf4 quantized before · measured before" in said
-    again = json.loads((place.folder / "out" / "result.json").read_text())
-    assert again["mlflow_run"] == first["mlflow_run"]
-    assert again["variants"][0]["metrics"] == first["variants"][0]["metrics"]
-    code, output, said = place.tame("run", recipe, "--out", place.folder / "out", "--json")
-    assert json.loads(output)["exit_code"] == code == 0
-    code, output, said = place.tame("plan", recipe, "--out", place.folder / "out")
-    assert "quantized and measured: in the cache" in output
-    assert "a few seconds: all of it is in the cache" in output
-    listed = place.tame("cache", "list")[1]
-    assert f"{tiny_llama.name} nf4" in listed
 
 
 @pytest.mark.parametrize("after", [3.0, 8.0])
