@@ -65,9 +65,12 @@ def suspended(shown: Shown, show: Callable[[], Links]) -> Answer:
         variants=list(given.publish),
         private=getattr(given, "private", shown.result.recipe.publish.private),
         note=given.note.strip(),
-        answered=bool(given.model_fields_set),
+        answered=bool(given.model_fields_set) or _in_time(run),
     )
-    log.info("Approved: %s%s", ", ".join(answer.variants) or answer.no, f" ({answer.note})" if answer.note else "")
+    if answer.variants:
+        log.info("Approved: %s%s", ", ".join(answer.variants), f" ({answer.note})" if answer.note else "")
+    else:
+        log.info("Nothing is published: %s", answer.no)
     return answer
 
 
@@ -146,6 +149,20 @@ def _ask(what: str) -> str:
     sys.stderr.write(what)
     sys.stderr.flush()
     return input().strip()
+
+
+def _in_time(run: str) -> bool:
+    """Whether a run went on before the time was over after which the server resumes it by itself: an empty form from a person, who
+    has sent it without choosing, is the same as the server's."""
+    from uuid import UUID
+
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        states = sorted(client.read_flow_run_states(UUID(run)), key=lambda state: state.timestamp)
+    last = max(rank for rank, state in enumerate(states) if state.is_paused())
+    waited = states[last + 1].timestamp - states[last].timestamp
+    return waited < timedelta(seconds=int(3600 * approval_hours()))  # as infra/automations.py counts them
 
 
 def _asked(run: str, key: str) -> bool:

@@ -304,6 +304,8 @@ class Answer(_Value):
         """Why a variant that was not chosen is not published."""
         if not self.answered:
             return "nobody approved it in time"
+        if not self.variants and not self.note:
+            return "a person answered, and nothing was chosen to be published"
         return f"a person did not approve it: {self.note}" if self.note else "a person did not approve it"
 
 

@@ -89,6 +89,8 @@ def test_a_no_counts_as_the_gates() -> None:
     assert result.variant("int8").gate is not None
     assert result.variant("int8").gate.reasons == ["a person did not approve it: the licence is not clear"]
     assert Answer(variants=[], private=True, answered=False).no == "nobody approved it in time"
+    assert Answer(variants=[], private=True).no == "a person answered, and nothing was chosen to be published"
+    assert Answer(variants=["nf4"], private=True).no == "a person did not approve it"
 
 
 def test_a_recipe_that_publishes_nowhere_asks_nobody() -> None:
@@ -208,6 +210,35 @@ def test_a_run_of_a_worker_suspends_itself_and_publishes_what_was_shown(
         assert told["artifact"]["files"] == waiting["variants"][1]["artifact"]["files"]
         head, _, body = (published / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
         assert artifact["data"] == f"{body}\nIts metadata:\n\n```yaml\n{head}\n```\n"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [("168", "a person answered, and nothing was chosen to be published"), ("0.0002", "nobody approved it in time")],
+    ids=["a person", "the server, which does so when the time is over"],
+)
+def test_an_empty_form_says_whether_somebody_has_sent_it(
+    hours: str,
+    said: str,
+    prefect_url: str,
+    tiny_llama: Path,
+    tame_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TAME_APPROVAL_HOURS", hours)
+    sections = {"publish": {"to": "folder", "approve": True}, "evaluate": None}
+    recipe = load_recipe(Place(tmp_path, prefect_url).recipe(tiny_llama, **sections))
+    settings = {PREFECT_API_URL: prefect_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
+        worker = Worker(client, recipe, tmp_path / "out")
+        assert worker.work() == "Suspended"
+        worker.answer({})
+        assert worker.work() == "Rejected"
+        state = client.read_flow_run(worker.run).state
+        assert state is not None
+        assert state.message == f"Rejected: {said} for nf4"
 
 
 def _inputs(client: SyncPrefectClient, worker: Worker, kind: str) -> list[str]:
