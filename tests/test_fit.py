@@ -17,7 +17,7 @@ from tasks.fit.allocate import Choice, best_within, frontier, predicted, smalles
 from tasks.fit.limits import Limits, Measure
 from tasks.fit.search import WHOLE
 from tasks.fit.table import Table
-from tasks.fit.walk import Walk
+from tasks.fit.walk import Walk, growth
 from tasks.fit.weights import Restorer
 from tasks.fitted import FitGroup
 from tasks.quantize.methods import described_by, method_of
@@ -348,6 +348,20 @@ def test_a_mix_of_4_8_and_16_bits(calibrate: Any, tmp_path: Path, monkeypatch: p
                 assert torch.equal(file.get_tensor(name), all_of_it.get_tensor(name))
 
     assert told_by_the_model(made.path, snapshot, spec, asked) == pytest.approx(fitted.taken.kl_mean, rel=0.005)
+
+
+def test_logits_that_are_far_apart_have_a_divergence_too() -> None:
+    """As one outlier in a module's weights makes them: exp of a difference overflows, and meets shares that are 0."""
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 300, generator=draw) * 4
+    other = base + torch.randn(5, 300, generator=draw) * 1e-3
+    other[1, 7] += 15
+    base[2] *= 60
+    other[3] = -2 * base[3] * 60
+    other[4] = base[4] - 90
+    grown = growth(base, base.softmax(-1), other - base)
+    expected = other.double().logsumexp(-1) - base.double().logsumexp(-1)
+    assert torch.allclose(grown.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def told_by_the_model(made: str, snapshot: Snapshot, spec: Calibrate, variant: Variant) -> float:

@@ -17,7 +17,7 @@ from tasks.runtime.quiet import quieten
 if TYPE_CHECKING:
     import torch
 
-    from tasks.fit.walk import Group, Walk
+    from tasks.fit.walk import Divergence, Group, Walk
     from tasks.fit.weights import Restorer
 
 LENGTH = 512
@@ -105,10 +105,12 @@ class _Walks:
         """
         walk, what = self._walk(ALONE, self.restorers[:1]), f"sensitivity {self.asked.variant.label}"
         found = self._within_memory(lambda: walk.alone(progress, what))
+        self._check(*(one for _, _, one in found))
         alone = [(group, float(one.kl.mean())) for group, _, one in found]
         if not self.asked.variant.compensates:
             return alone
         (_, _, whole), *others = self._within_memory(lambda: walk.without(progress, what))
+        self._check(whole, *(one for _, _, one in others))
         more = {group.weights: float((whole.kl - one.kl).mean()) for group, _, one in others}
         return [(group, max((kl + more[group.weights]) / 2, 0.0)) for group, kl in alone]
 
@@ -145,12 +147,15 @@ class _Walks:
         """
         walk = self.whole = self.whole or self._walk(WHOLE, self.restorers)
         (found,) = self._within_memory(lambda: walk.measure([mix], progress, f"fit {self.asked.variant.label}"))
-        if not bool(found.kl.isfinite().all()):
+        self._check(found)
+        return measure_of(found)
+
+    def _check(self, *found: "Divergence") -> None:
+        if not all(bool(one.kl.isfinite().all()) for one in found):
             raise TameError(
                 f"{self.asked.source}: the fit text gives NaN or infinite logits; does the model itself work? Leave fit out, or "
                 "fit on another text"
             )
-        return measure_of(found)
 
     def _walk(self, text: dict[str, tuple[int, int]], restorers: "list[Restorer]") -> "Walk":
         """A walk on so many windows, from all over the text, and so many tokens of each, as the device has time for."""

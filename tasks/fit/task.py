@@ -27,7 +27,7 @@ from tasks.store import artifacts as store
 from tasks.store import on_disk
 from tasks.values import Calibration, Quantized, Snapshot
 
-VERSION = 4  # of this stage: raise it when the same inputs give other numbers, or another mix
+VERSION = 5  # of this stage: raise it when the same inputs give other numbers, or another mix
 SEARCH = 3  # of what is done with the sensitivities: raise it when the same ones give another mix
 IDS, FOUND = "ids.safetensors", "found.json"
 Codes = Callable[[list[str], list[str]], tuple[Quantized, Variant]]

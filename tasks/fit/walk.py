@@ -18,6 +18,7 @@ from tasks.runtime.progress import Progress
 
 AT_ONCE = 2048  # tokens that go through a block together
 LIKELY = 4096  # tokens of the vocabulary that single groups are compared on
+FAR = 10.0  # what logits may differ by for their exponentials to be precise in float32
 
 Mix = dict[str, int]
 """The weights that are quantized, by the model's names, and at which of the levels. All others are the original's."""
@@ -210,7 +211,7 @@ class Walk:
                             one.agreement[at] = float((logits.argmax(-1) == base.argmax(-1)).double().mean())
                         # KL = log E_p[exp(d)] - E_p[d], d being the difference of the logits: precise where that is small.
                         difference = logits.sub_(base)
-                        grown = torch.linalg.vecdot(shares, torch.expm1(difference)).log1p_()
+                        grown = growth(base, shares, difference)
                         one.kl[at] = float((grown - torch.linalg.vecdot(shares, difference)).double().mean())
                         if whole:
                             one.loss[at] = float((grown - difference.gather(1, targets)[:, 0]).double().mean())
@@ -220,6 +221,20 @@ class Walk:
     def _logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """F32 [tokens - 1, vocabulary], of a window whose states behind the last block are `hidden`."""
         return self.model.finish(ids, hidden)[0, :-1].float()
+
+
+def growth(base: torch.Tensor, shares: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """log E_p[exp(d)] for every token, F32 [tokens]: p are `shares`, the softmax of `base`, and d is `difference`, from there.
+
+    All three are F32 [tokens, vocabulary]. E_p[exp(d) - 1] is precise where little differs. Where a logit differs by more than
+    `FAR`, exp(d) could overflow, or meet a share that is rounded to 0: there it is a difference of two log-sum-exps.
+    """
+    grown: torch.Tensor = torch.linalg.vecdot(shares, torch.expm1(difference)).log1p_()
+    far = difference.abs().amax(-1) > FAR
+    if bool(far.any()):
+        there = base[far].double()
+        grown[far] = ((there + difference[far]).logsumexp(-1) - there.logsumexp(-1)).float()
+    return grown
 
 
 def _likely(shares: torch.Tensor) -> torch.Tensor | None:
