@@ -73,12 +73,12 @@ class _Check(NamedTuple):
         kept, broken = ("≥", "<") if self.at_least else ("≤", ">")
         if self.metric is None or self.value is None or not math.isfinite(self.value):
             return f"{self.what} was not measured (limit {self.limit:g})"
-        number = _number(self.value, self.limit, scale, self.metric.unit)
+        number = number_beside(self.value, self.limit, scale, self.metric.unit)
         end = "" if self.metric.low is None or number.startswith("<") else " down to" if self.at_least else " up to"
         return f"{self.what}{end} {number}{unit} {kept if self.kept else broken} limit {scale * self.limit:g}{unit}"
 
 
-def _number(value: float, limit: float, scale: int, unit: Unit) -> str:
+def number_beside(value: float, limit: float, scale: int, unit: Unit) -> str:
     """`value` as every place rounds it, or with as many digits as it takes to show on which side of the limit it is."""
     number = nats(value) if unit == "nats" else f"{scale * value:.2f}" if scale == 100 else f"{scale * value:.4g}"
     if number.startswith("<") or _tells(number, value, limit, scale):

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from configs.errors import BadInputError, TameError
-from configs.schema import Recipe
+from configs.schema import Gate, Recipe
 from tasks import formatting
 from tasks.evaluate import evidence
 from tasks.report import html as report
-from tasks.result import NOT_REACHED, Result
+from tasks.result import NOT_REACHED, Result, ResultVariant
 from tasks.track import connection, liveness, registry
 from tasks.track import task as track
 from tests.results import RECIPE, make
@@ -106,6 +106,7 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     assert nf4.params["hardware.cores"] == "2"
     assert nf4.params["protocol.text.sha256"] == "5d" * 32
     assert (nf4.tags["verdict"], nf4.tags["source_commit"]) == ("rejected", result.source.commit)
+    assert nf4.tags["KL up to"] == "0.2741 > 0.1"
     assert found["int8"].data.tags["hub_commit"] == "c" * 40
     assert [found[name].info.status for name in ("baseline", "int8", "nf4-dq", "fp4")] == ["FINISHED"] * 3 + ["FAILED"]
     curve = client().get_metric_history(found["int8"].info.run_id, "window/kl")
@@ -120,9 +121,28 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     parent = runs("release")[EXPERIMENT]
     assert re.fullmatch(r"SmolLM2-135M-Instruct: int8, nf4-dq, fp4 \(\d{4}-\d\d-\d\d \d\d:\d\d\)", parent.info.run_name)
     assert (parent.info.run_id, parent.info.status) == (run_id, "FAILED")
+    shown = {name: parent.data.tags[name] for name in ("verdict", "KL up to", "use")}
+    assert shown == {"verdict": "1/3 passed, 1 rejected, 1 failed", "KL up to": "0.0209 ≤ 0.1", "use": "int8"}
+    assert "use" not in found["nf4-dq"].data.tags or not found["nf4-dq"].data.tags["use"]
     assert parent.data.tags["headline"] == formatting.headline(result)
     written = Path(parent.info.artifact_uri.removeprefix("file://")) / "result.json"
     assert json.loads(written.read_text()) == result.model_dump(mode="json")
+
+
+def test_what_a_narrow_column_says(result: Result) -> None:
+    int8, nf4, fp4 = result.variants
+    measured = int8.model_copy(update={"status": "measured"})
+
+    def told(*variants: ResultVariant, **gate: Any) -> tuple[str, str]:
+        recipe = result.recipe.model_copy(update={"gate": Gate(**gate)})
+        release = result.model_copy(update={"variants": list(variants), "recipe": recipe})
+        return registry.tally(release), registry.kl_and_limit(release, variants[0])
+
+    assert told(int8, int8, nf4, max_mean_kl=0.1) == ("2/3 passed, 1 rejected", "0.0209 ≤ 0.1")
+    assert told(nf4, fp4, max_mean_kl=0.27405) == ("0/2 passed, 1 rejected, 1 failed", "0.2741 > 0.27405")
+    assert told(int8) == ("passed", "0.0209")
+    assert told(fp4, int8, measured) == ("1/3 passed, 1 failed, 1 measured", "")
+    assert registry.kl_and_limit(result, None) == ""
 
 
 def test_models_are_references_with_linked_numbers(home: Path, result: Result) -> None:

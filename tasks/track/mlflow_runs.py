@@ -3,7 +3,7 @@
 Everything is found before it is made and carries the release's own time, so that writing a result again, or a later
 one of the same release, adds what is new and duplicates nothing. Tags that searches use: `kind` (release, baseline,
 variant; rerun for a release that found everything in the cache and in MLflow, and adds nothing), `variant`, `status`,
-`verdict` (passed, rejected, failed; of a release how many of each, where they differ), `source_commit`, `hub_commit`,
+`verdict` (passed, rejected, failed; of a release how many passed), `source_commit`, `hub_commit`,
 `prefect_run`.
 """
 
@@ -27,12 +27,8 @@ COLUMNS = (
     *("decode_tokens_per_second", "peak_memory_bytes"),
 )
 """What people compare variants by, in MLflow's table and over time."""
-# No more, or the verdict, which MLflow puts behind all metrics, is beyond the edge of a screen.
-SEEN = [
-    *(f"metrics.`{name}`" for name in ("kl_mean", "perplexity_ratio", "size_bytes")),
-    "tags.`verdict`",
-    "tags.`use`",
-]
+# No more, or the verdict, which MLflow puts behind all metrics, is beyond the edge of a screen. It cuts at 13 characters or so.
+SEEN = ["metrics.`kl_mean`", "metrics.`size_bytes`", "tags.`verdict`", "tags.`KL up to`", "tags.`use`"]
 TAGS = {
     "tame": "true",
     "mlflow.experimentKind": "custom_model_development",
@@ -118,7 +114,7 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
         _batch(client, run_id, _Content({"seconds": result.seconds}, {}, {**_release_of(result), **tags}), began)
         client.set_terminated(run_id, "FINISHED", ended)
         return run_id
-    children = _children(client, experiment_id, run_id)
+    children, chosen = _children(client, experiment_id, run_id), _chosen(result)
     for order, measured in enumerate(formatting.rows(result)):
         if not final and getattr(measured, "error", None) == NOT_REACHED:
             continue
@@ -127,8 +123,9 @@ def write(client: Any, result: Result, release: Release, report: str | None, fin
             tags = {"mlflow.parentRunId": run_id, "variant": measured.name}
             # MLflow's table shows the latest first: a millisecond apart, they stand in the recipe's order.
             run = client.create_run(experiment_id, start_time=began - order, tags=tags, run_name=measured.name)
-        _write_measured(client, result, measured, run, began, ended)
-    _batch(client, run_id, _Content(_release_metrics(result), params(result), _release_tags(result)), began)
+        _write_measured(client, result, measured, run, (began, ended), measured is chosen)
+    shown = _Content(_release_metrics(result, chosen), params(result), _release_tags(result, chosen))
+    _batch(client, run_id, shown, began)
     if final:
         client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         if report:
@@ -174,9 +171,11 @@ def metric_key(name: str) -> str:
     return re.sub(r"[^\w./ :-]", "-", name)
 
 
-def _write_measured(client: Any, result: Result, measured: Measured, run: Any, began: int, ended: int) -> None:
-    """Make `run` show the baseline or a variant, unless it does. Times in ms since 1970."""
-    used = measured.name if (chosen := _chosen(result)) and chosen.name == measured.name else ""
+def _write_measured(
+    client: Any, result: Result, measured: Measured, run: Any, times: tuple[int, int], chosen: bool
+) -> None:
+    """Make `run` show the baseline or a variant, unless it does. `times`: beginning and end, ms since 1970."""
+    (began, ended), used = times, measured.name if chosen else ""
     content = hashlib.sha256(f"{measured.model_dump_json()}{result.versions}{used}".encode()).hexdigest()
     if run.data.tags.get("tame.content") == content:
         return
@@ -207,6 +206,7 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
             "kind": "variant",
             "status": measured.status,
             "verdict": registry.verdict(measured),
+            "KL up to": registry.kl_and_limit(result, measured),
             "reasons": reasons or measured.error or "",
             "published": measured.published or "",
             "hub_commit": commit.group(1) if commit else "",
@@ -218,13 +218,14 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
     return {**tags, **_release_of(result)}
 
 
-def _release_tags(result: Result) -> dict[str, str]:
+def _release_tags(result: Result, chosen: ResultVariant | None) -> dict[str, str]:
     return {
         "headline": formatting.headline(result),
         "decision": formatting.advice(result),
-        "use": chosen.name if (chosen := _chosen(result)) else "",
+        "use": chosen.name if chosen else "",
         "status": formatting.outcome(result).lower(),
-        "verdict": formatting.tally(result),
+        "verdict": registry.tally(result),
+        "KL up to": registry.kl_and_limit(result, chosen),
         "approval": registry.approval(result),
         "mlflow.note.content": formatting.markdown(result),
         **_release_of(result),
@@ -242,11 +243,10 @@ def _release_of(result: Result) -> dict[str, str]:
     }
 
 
-def _release_metrics(result: Result) -> dict[str, float]:
+def _release_metrics(result: Result, chosen: ResultVariant | None) -> dict[str, float]:
     counts = dict.fromkeys(("published", "passed", "rejected", "measured", "failed"), 0.0)
     for variant in result.variants:
         counts[variant.status] += 1
-    chosen = _chosen(result)  # so that the release's own row has numbers
     shown = {name: chosen.metrics[name] for name in COLUMNS if name in chosen.metrics} if chosen else {}
     return {"seconds": result.seconds, **shown, **{f"variants_{status}": count for status, count in counts.items()}}
 

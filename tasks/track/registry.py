@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
 from configs.schema import Recipe
 from tasks import formatting
+from tasks.gate import number_beside
+from tasks.metrics import nats, pessimistic, read
 from tasks.quantize.methods import method_of
-from tasks.result import Result, ResultVariant
+from tasks.result import Measured, Result, ResultVariant
 from tasks.track import mlflow_internals
 
 
@@ -41,6 +45,26 @@ def verdict(variant: ResultVariant) -> str:
     if not variant.measured and variant.status in ("passed", "published"):
         return formatting.NOT_MEASURED
     return "passed" if variant.status == "published" else variant.status
+
+
+def tally(result: Result) -> str:
+    """A release's verdict in a narrow column: `4/5 passed, 1 rejected`; in a word where all variants fared alike."""
+    counts = Counter(map(verdict, result.variants))
+    if len(counts) == 1:
+        return next(iter(counts))
+    others = (f", {count} {word}" for word, count in counts.most_common() if word != "passed")
+    return f"{counts['passed']}/{counts.total()} passed{''.join(others)}"
+
+
+def kl_and_limit(result: Result, measured: Measured | None) -> str:
+    """The end of the KL divergence's interval that is judged, and its limit, in a narrow column: `0.0710 ≤ 0.35`."""
+    found = read(measured.metrics).get("kl_mean") if measured else None
+    if found is None or not math.isfinite(end := pessimistic(found)):
+        return ""
+    limit = result.recipe.gate.max_mean_kl
+    if limit is None:
+        return nats(end)
+    return f"{number_beside(end, limit, 1, found.unit)} {'≤' if end <= limit else '>'} {limit:g}"
 
 
 def approval(result: Result) -> str:

@@ -94,7 +94,7 @@ def test_mlflow_shows_releases_variants_and_their_comparison(
     experiment = parent.info.experiment_id
     open_variants(browser, mlflow, experiment, 1700, 800)
     browser.see("nf4-dq")
-    for column in ("kl_mean", "perplexity_ratio", "verdict"):
+    for column in ("kl_mean", "verdict", "KL up to"):
         browser.see(column)
     keep(browser, "mlflow-runs")
     names = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment], "tags.kind = 'variant'")}
