@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,20 +134,28 @@ def _titled(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+@cache
+def _form(entrypoint: str) -> tuple[str, dict[str, Any]]:
+    """The name of a flow and the schema of its form, which takes half a second to make, and which many deployments share."""
+    from prefect.flows import load_flow_from_entrypoint
+    from prefect.utilities.callables import parameter_schema
+
+    flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint)
+    return flow.name, _titled(parameter_schema(flow).model_dump(exclude_unset=True))
+
+
 def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[str]:
     from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
     from prefect.client.schemas.schedules import construct_schedule
     from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-    from prefect.flows import load_flow_from_entrypoint
-    from prefect.utilities.callables import parameter_schema
 
-    flow: Flow[..., Any] = load_flow_from_entrypoint(spec["entrypoint"])
+    flow_name, form = _form(spec["entrypoint"])
     asked: dict[str, Any] = {
         "entrypoint": spec["entrypoint"],
         "description": spec["description"],
         "tags": spec.get("tags", []),
         "parameters": spec.get("parameters", {}),
-        "parameter_openapi_schema": _titled(parameter_schema(flow).model_dump(exclude_unset=True)),
+        "parameter_openapi_schema": form,
         "enforce_parameter_schema": True,
         "work_pool_name": spec["work_pool"]["name"],
         "work_queue_name": spec["work_pool"]["work_queue_name"],
@@ -155,7 +164,7 @@ def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[s
     }
     content = json.dumps(asked, sort_keys=True)
     asked["version"] = f"{version('tame')}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    name = f"{flow.name}/{spec['name']}"
+    name = f"{flow_name}/{spec['name']}"
     try:
         existing = client.read_deployment_by_name(name)
         if existing.version != asked["version"]:
@@ -170,7 +179,7 @@ def _deployment(client: "SyncPrefectClient", spec: dict[str, Any]) -> Iterator[s
             )
             for one in spec.get("schedules", [])
         ]
-        flow_id = client.create_flow_from_name(flow.name)
+        flow_id = client.create_flow_from_name(flow_name)
         # Made with it, a schema that is enforced is checked twice by the server: a second of its CPU for each of these.
         asked["enforce_parameter_schema"] = False
         made = client.create_deployment(flow_id, name=spec["name"], schedules=schedules, **asked)

@@ -49,11 +49,12 @@ from tasks.runtime import child_process  # noqa: E402
 child_process.OURS += ("HF_ENDPOINT", "HF_TOKEN")
 child_process.alone = child_process.isolated
 
-ON_A_SERVER = {
+TOGETHER = {
+    "lm_eval": {"evaluate_tasks", "evaluate_chat"},
     "runs": {"first_minute", "flow", "second_method", "sweep"},
     "deployments": {"approval", "automations", "infra", "publish_task", "watch"},
 }
-"""Files whose tests need a Prefect server, by their names without test_ and .py: those of a set share one."""
+"""Files, by their names without test_ and .py, whose tests share what costs seconds to make: a Prefect server, or imports."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,13 +75,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def group_of(file: str) -> str:
     name = Path(file).stem.removeprefix("test_")
-    return next((server for server, files in ON_A_SERVER.items() if name in files), file)
+    return next((server for server, files in TOGETHER.items() if name in files), file)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # the largest first, so that both processes end at about the same time
         sizes = {path: path.stat().st_size for path in {item.path for item in items}}
-        items.sort(key=lambda item: (group_of(item.path.name) not in ON_A_SERVER, -sizes[item.path]))
+        items.sort(key=lambda item: (group_of(item.path.name) not in TOGETHER, -sizes[item.path]))
     if not any("cuda" in item.keywords for item in items):
         return
     import torch

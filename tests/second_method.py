@@ -1,10 +1,11 @@
 """A second method, to prove that one file is all that a method is: 16-bit weights, stored as integers that have the same bits.
 
-Importing this file adds the method `bits16` to tame's tables. `main` is the command line with it, and with processes that know it.
+Importing this file adds the method `bits16` to tame's tables. `release` makes a release with it, in processes that know it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import method_names
@@ -175,10 +176,16 @@ def taught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def main(arguments: list[str]) -> None:
-    """The command line of tame, and processes of its own that know the method."""
+def release(recipe: str, out: str) -> None:
+    """Run a recipe as `tame run` does where there is no Prefect, with processes that know the method."""
     plain: Callable[..., Any] = child_process.isolated
     setattr(child_process, "isolated", lambda what, *args, **kwargs: plain(what, taught, *args, **kwargs))  # noqa: B010
-    import tame
+    from configs.load import load_recipe
+    from flows.direct import DIRECT
+    from flows.pipeline import make
+    from tasks import result as results
 
-    tame.main(arguments)
+    asked = load_recipe(Path(recipe))
+    result = make(asked, Path(out), results.begin(asked, None), DIRECT)
+    (Path(out) / "result.json").write_text(result.model_dump_json())
+    raise SystemExit(result.exit_code)

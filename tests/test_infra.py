@@ -124,22 +124,22 @@ def test_the_schema_refuses_what_the_recipe_refuses(change: dict[str, Any], sche
 
 PROVISION = """
 import sys, tame
-try:
-    tame.main(["provision"])
-finally:
-    print("torch" in sys.modules, "mlflow" in sys.modules)
+for _ in range(2):
+    try:
+        tame.main(["provision"])
+    except SystemExit as ended:
+        assert not ended.code
+    print(*{"torch", "mlflow"} & sys.modules.keys(), "imported")
 """
 
 
 @pytest.fixture(scope="module")
 def provisioned(prefect_url: str) -> Iterator[tuple[str, str, str]]:
     """The server's API, and what provisioning printed the first and the second time."""
-    told = []
-    for _ in range(2):
-        done = python(PROVISION, PREFECT_API_URL=prefect_url)
-        assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
-    yield prefect_url, told[0], told[1]
+    done = python(PROVISION, PREFECT_API_URL=prefect_url)
+    assert done.returncode == 0, done.stderr
+    first, _, second = done.stdout.partition("imported\n")
+    yield prefect_url, first, second
     with temporary_settings({PREFECT_API_URL: prefect_url}), get_client(sync_client=True) as client:
         for automation in client.read_automations():
             client.delete_automation(automation.id)
@@ -153,9 +153,9 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
 
 def test_provisioning_is_done_once_and_without_torch(provisioned: tuple[str, str, str]) -> None:
     api, first, second = provisioned
-    assert second.splitlines() == ["everything is there", "False False"]
-    assert "deployment release/demo" in first
-    assert first.splitlines()[-1] == "False False"
+    assert second.splitlines() == ["everything is there", "imported"]
+    assert "deployment release/demo" in first.splitlines()
+    assert first.endswith("\n")  # neither torch nor mlflow
     queues = ask(f"{api}/work_pools/{work_queues.POOL}/queues/filter", {})
     assert {queue["name"] for queue in queues} == set(work_queues.QUEUES)
     deployments = {found["name"]: found for found in ask(f"{api}/deployments/filter", {})}
@@ -177,26 +177,36 @@ def test_the_server_refuses_a_wrong_recipe_before_a_worker_sees_it(provisioned: 
 
 
 HOLD = """
-import sys, time
+import time
 from tasks.runtime.device import held
+with held():  # everything is imported, and the server was reached
+    pass
+print("ready", flush=True)
+input()
 with held():
-    print(time.time(), flush=True)
-    time.sleep(1)
-    print(time.time(), flush=True)
+    print(time.time())
 """
 
 
-def test_two_processes_never_hold_one_device_together(provisioned: tuple[str, str, str]) -> None:
+def test_two_processes_never_hold_one_device_together(
+    provisioned: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     api, _, _ = provisioned
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name("gpu:here:0", 1)
-    environment = {**os.environ, "PREFECT_API_URL": api, DEVICE_LIMIT.name: "gpu:here:0"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", HOLD], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    spans = sorted(tuple(map(float, process.communicate()[0].split())) for process in both)
-    assert spans[0][1] <= spans[1][0], spans
+    monkeypatch.setenv(DEVICE_LIMIT.name, "gpu:here:0")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PREFECT_API_URL": api}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, cwd=ROOT, **pipes) as other:
+        assert other.stdout
+        assert other.stdin
+        assert other.stdout.readline() == "ready\n"
+        with temporary_settings({PREFECT_API_URL: api}), held():
+            other.stdin.write("go\n")
+            other.stdin.flush()
+            time.sleep(2)
+            ended = time.time()
+        assert ended <= float(other.communicate()[0])
 
 
 def test_a_device_without_a_limit_is_an_error_and_none_is_none(
@@ -258,13 +268,22 @@ def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
     assert "waiting for it before taking gpu:here:3" in caplog.text
 
 
+WORKERS = """
+import tame
+for arguments in (["--gpu", "99"], ["--pool", "nowhere"]):
+    try:
+        tame.main(["worker", *arguments])
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
+
 def test_a_worker_says_what_it_lacks(prefect_url: str) -> None:
-    none = tame("worker", "--gpu", "99", PREFECT_API_URL=prefect_url)
-    assert (none.returncode, none.stderr.count("\n")) == (2, 1)
-    assert "--gpu 99: there is no such GPU" in none.stderr
-    nowhere = tame("worker", "--pool", "nowhere", PREFECT_API_URL=prefect_url)
-    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
-    assert "has no work pool 'nowhere'" in nowhere.stderr
+    done = python(WORKERS, PREFECT_API_URL=prefect_url)
+    assert done.stdout.split() == ["2", "1"]
+    none, nowhere = done.stderr.splitlines()
+    assert "--gpu 99: there is no such GPU" in none
+    assert "has no work pool 'nowhere'" in nowhere
     unnamed = tame("worker")
     assert (unnamed.returncode, unnamed.stderr.count("\n")) == (2, 1)
     assert "PREFECT_API_URL is not set" in unnamed.stderr

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,14 +42,19 @@ def again(release: Path | str, source: Path | str | None = None, count: int = 10
     return _rederive(str(release), count, None if source is None else str(source), silent)
 
 
-def test_a_release_on_the_hub_is_read_in_parts_and_found_the_same(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_release_on_the_hub_is_read_in_parts_and_found_the_same(
+    hub: Hub, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tame
+
     source = hub.add_model("org/tiny", tiny_llama)
     made = released(tiny_llama, tmp_path / "made", DQ, model="org/tiny", commit=source.at("main"))
     hub.add_model("me/tiny-nf4", made)
-    command = [sys.executable, "-m", "tame", "publish", "--check", "me/tiny-nf4", "--rederive", "3"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"computed again from org/tiny at {str(source.at('main'))[:12]}, are the same, byte for byte" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        tame.main(["publish", "--check", "me/tiny-nf4", "--rederive", "3"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert f"computed again from org/tiny at {str(source.at('main'))[:12]}, are the same, byte for byte" in said.out
     whole = sum((tiny_llama / file).stat().st_size for file in ("model.safetensors",))
     found = again("me/tiny-nf4", count=1)
     assert not found.problems

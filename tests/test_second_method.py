@@ -10,7 +10,7 @@ from configs import method_names
 from tasks.quantize import methods
 from tests.test_flow import Place
 
-WITH_IT = "import sys; from tests import second_method; second_method.main(sys.argv[1:])"
+WITH_IT = "import sys; from tests import second_method; second_method.release(*sys.argv[1:])"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_method_of_one_file_is_quantized_measured_judged_described_and_publish
     recipe = place.recipe(
         tiny_llama, variants=[{"method": "bits16"}], gate={"max_mean_kl": 1e-6, "min_top1_agreement": 0.999}
     )
-    code, output, errors = place.tame("run", recipe, "--out", place.folder / "out", code=("-c", WITH_IT))
+    code, output, errors = place.tame(recipe, place.folder / "out", code=("-c", WITH_IT))
     assert code == 0, output + errors
     (variant,) = json.loads((place.folder / "out" / "result.json").read_text())["variants"]
     assert (variant["name"], variant["status"]) == ("bits16", "published")

@@ -111,13 +111,14 @@ def test_two_looks_at_once_start_one_release_and_import_no_torch(
     command = [sys.executable, "-c", program, spec(f"{owner}/*").model_dump_json()]
     environment = {**os.environ, "PREFECT_API_URL": str(prefect.api_url)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    looks = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
-    assert [process.stdout.readline() for process in looks if process.stdout] == ["ready\n"] * 2
-    for process in looks:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    assert [process.communicate()[0] for process in looks] == ["set()\n"] * 2
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as other:
+        assert other.stdout
+        assert other.stdin
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        fire(spec(f"{owner}/*"))
+        assert other.communicate()[0] == "set()\n"
     assert [len(runs(prefect, model)) for model in models] == [1, 1, 1]
 
 
