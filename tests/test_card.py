@@ -1,7 +1,9 @@
 """The model card and what is published beside it: complete, true to the result, and the same for the same result."""
 
+import ast
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,17 @@ def test_speed_is_told_of_the_machine_that_measured(result: Result) -> None:
         result, protocol=result.variants[0].protocol.model_copy(update={"device": "NVIDIA H100 80GB HBM3"})
     )
     assert "On NVIDIA H100 80GB HBM3, one sequence" in text(cached)
+
+
+def test_a_path_with_a_space_is_quoted_where_it_is_typed(result: Result) -> None:
+    place = '/home/me/my models/it\'s "8 bit"'
+    card = release_files(result, "int8", {"int8": place})["README.md"].decode()
+    [command] = re.findall(r"`(vllm serve [^`]*)`", card)
+    name = place.rsplit("/", 1)[-1]
+    assert shlex.split(command) == ["vllm", "serve", name]
+    [call] = re.findall(r"^generate = (pipeline\(.*\))$", card, re.M)
+    assert ast.literal_eval(ast.parse(call).body[0].value.args[1]) == name  # type: ignore[attr-defined]
+    assert re.findall(r"`(vllm serve [^`]*)`", text(result)) == ["vllm serve me/SmolLM2-135M-Instruct-int8"]
 
 
 def test_hostile_names_do_not_break_the_card(result: Result) -> None:

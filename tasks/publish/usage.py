@@ -1,5 +1,7 @@
 """What the card says on using a model: a snippet that runs as it stands, what to install, and how much memory it takes."""
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def serving(repo: str, method: CardText, served: Sequence[Served]) -> list[str]:
     tried = {each.runtime: each for each in served}
     lines = []
     for home in method.homes:
-        command = f"`{home.command.format(repo=repo)}`"
+        command = f"`{home.command.format(repo=shlex.quote(repo))}`"
         if (found := tried.pop(home.runtime, None)) is None:
             lines.append(
                 f"- {home.title}: {command}. The format is made for it; tame has not tried it with these files."
@@ -95,9 +97,14 @@ def _snippet(repo: str, chat: bool) -> str:
     return (
         "```python\n"
         "from transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", "{repo}", device_map="auto")\n'
+        f'generate = pipeline("text-generation", {_literal(repo)}, device_map="auto")\n'
         f"{asked}```"
     )
+
+
+def _literal(repo: str) -> str:
+    """A repo or a path as Python's source has it, whatever is in it."""
+    return json.dumps(repo, ensure_ascii=False)
 
 
 def _forward(repo: str, name: str, generates: bool) -> str:
@@ -110,8 +117,8 @@ def _forward(repo: str, name: str, generates: bool) -> str:
     return (
         "```python\n"
         f"from transformers import AutoTokenizer, {name}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
-        f'model = {name}.from_pretrained("{repo}", device_map="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({_literal(repo)})\n"
+        f'model = {name}.from_pretrained({_literal(repo)}, device_map="auto")\n'
         'inputs = tokenizer("Paris is the capital of France.", return_tensors="pt").to(model.device)\n'
         f"{shown}\n```"
     )
