@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+ENDED = (0, 3)  # a run of which a variant was rejected is a run
 
 
 class Seen(NamedTuple):
@@ -56,7 +57,7 @@ def seen(command: list[str], environment: dict[str, str], folder: Path) -> Seen:
             first = first or time.monotonic() - began
         elif process.poll() is not None:
             break
-    if process.wait():
+    if process.wait() not in ENDED:
         raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
     whole = time.monotonic() - began
     os.close(primary)
@@ -80,7 +81,9 @@ def main() -> None:
     ran = [*tame, "run", recipe, "--out", str(home / "out")]
     commands = {"tame": tame, "tame --help": [*tame, "--help"], "tame plan": [*tame, "plan", *ran[len(tame) + 1 :]]}
     commands["tame run, cached"] = ran
-    subprocess.run(ran, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.run(ran, cwd=checkout, env=environment, capture_output=True)
+    if first.returncode not in ENDED:
+        raise SystemExit(f"{options.recipe}: exit code {first.returncode}: {first.stderr.decode().strip()[-300:]}")
     print(f"load {os.getloadavg()[0]:.1f}, medians of {options.times}\n")
     print("| command | first output, s | whole, s | CPU, s |\n| --- | --- | --- | --- |")
     for name, command in commands.items():

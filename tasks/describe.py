@@ -19,6 +19,7 @@ from tasks.download.facts import Facts, facts_of
 from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline, evaluate_variant
+from tasks.fit.table import TRIES
 from tasks.fit.task import fit
 from tasks.fleet.work_queues import memory_needed, smallest
 from tasks.formatting import NOT_MEASURED, figure
@@ -215,7 +216,9 @@ def _written(artifact: Artifact) -> Size:
 def _estimate(facts: Facts, variant: Variant) -> Size:
     """About what a variant will be, from the sizes of the model's parts."""
     bits = method_of(variant).bits(variant)
-    scales = 0.0 if bits > 4 else 0.13 if variant.double_quant or variant.method in INTEGER_METHODS else 0.5
+    integers = variant.method in INTEGER_METHODS
+    group = variant.group_size or (128 if integers else 64)
+    scales = 0.0 if bits > 4 or group < 0 else (8.1 if variant.double_quant else 16 if integers else 32) / group
     quantized = facts.linear + (facts.experts if variant.method in WITH_EXPERTS else 0)
     weights = quantized * (bits + scales) / 8 + 2 * (facts.parameters - quantized)
     return Size(int(weights), facts.parameters if facts.known else 0, quantized, [], False)
@@ -248,9 +251,22 @@ def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], others: int) ->
     return f"about {duration}, downloading aside: {', '.join(missing)}"
 
 
+def _tried(variant: Variant) -> int:
+    """How many checkpoints a fit makes at most on its way: of all quantized, of choices with more bits, of mixes with own codes."""
+    if variant.fit is None:
+        return 0
+    if not variant.compensates:
+        return len(method_of(variant).choices(variant))
+    return 2 if variant.fit != "gate" and variant.fit.bytes else 1 + TRIES
+
+
 def _room(recipe: Recipe, plan: Plan, outlooks: list[Outlook], download: int) -> list[tuple[str, str]]:
     """Memory and disk, what there is and what it takes."""
-    needed = download + sum(outlook.size.weight_bytes for outlook in outlooks if outlook.where is None)
+    needed = download + sum(
+        outlook.size.weight_bytes * (1 + _tried(variant))
+        for variant, outlook in zip(recipe.variants, outlooks, strict=True)
+        if outlook.where is None
+    )
     if recipe.publish.to == "folder":
         needed += sum(
             outlook.size.weight_bytes

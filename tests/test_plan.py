@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from configs.schema import Variant
 from tests.hub import Hub
 from tests.models import with_own_code
 from tests.test_download import change
@@ -185,3 +187,19 @@ def test_a_repo_is_planned_from_its_headers(model: Path, tmp_path: Path) -> None
     assert "to download" in told
     assert "of its parameters quantized" in told
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [
+        ({}, 0),
+        ({"fit": {"max_mean_kl": 0.1}}, 2),  # all quantized, and all of it in small groups
+        ({"fit": {"max_mean_kl": 0.1}, "calibrate": "fast"}, 2),
+        ({"fit": {"max_mean_kl": 0.1}, "calibrate": True}, 6),  # codes are chosen for each mix
+        ({"fit": {"max_bytes": "1GB"}, "calibrate": True}, 2),
+    ],
+)
+def test_the_plan_counts_the_checkpoints_that_a_fit_tries(options: dict[str, Any], tried: int) -> None:
+    from tasks.describe import _tried
+
+    assert _tried(Variant(method="nf4", **options)) == tried
