@@ -98,7 +98,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """The environment before the first test."""
+    """The environment before the first test. No test may have a parameter of this name, which `same_environment` would take."""
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 

@@ -58,19 +58,19 @@ ANOTHER_SERVERS = {
 
 
 @pytest.mark.parametrize(
-    "environment",
+    "settings",
     [
         {**PROXY, **ANOTHER_SERVERS, **ASCII},
         *(pytest.param(one, marks=pytest.mark.e2e) for one in (PROXY, ANOTHER_SERVERS, ASCII)),
     ],
     ids=["all of it", "proxy", "another server's settings", "ASCII"],
 )
-def test_a_temporary_server_answers_whatever_the_environment_says(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_temporary_server_answers_whatever_the_environment_says(tmp_path: Path, settings: dict[str, str]) -> None:
     folder = tmp_path / "it's 100 % #1"
     folder.mkdir()
     for name in ("prefect", "uvicorn", "tasks", "configs", "flows"):
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder')")
-    assert with_server(folder, **environment) == "healthy None 0\n"
+    assert with_server(folder, **settings) == "healthy None 0\n"
 
 
 def test_a_temporary_server_that_does_not_start_says_why(tmp_path: Path) -> None:
