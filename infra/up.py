@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING
 from uuid import uuid4
@@ -54,7 +54,8 @@ def up(host: str) -> int:
     with _alone() as (lock, token):
         try:
             began = time.monotonic()
-            started = _start_all(host, token)
+            with ExitStack() as ports:  # taken until what was started on them answers
+                started = _start_all(host, token, ports)
             log.info("✓ all of it is healthy after %.0f s", time.monotonic() - began)
             pages = f"Prefect  {_prefect()}/deployments\nMLflow   {_mlflow()}/#/experiments?{MODELS}"
             lock.write(pages.replace("\n", "  "))
@@ -111,7 +112,7 @@ def _alone() -> Iterator[tuple[IO[str], str]]:
             guard.communicate()  # closes its standard input
 
 
-def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
+def _start_all(host: str, token: str, ports: ExitStack) -> dict[str, "subprocess.Popen[bytes]"]:
     started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(name: str, kind: str, *arguments: str) -> None:
@@ -133,7 +134,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
     if near != "127.0.0.1":
         log.warning("%s: whoever reaches it can start runs and see results; neither page asks for a password", host)
     if not os.environ.get("PREFECT_API_URL"):
-        port = _free_port(host, 4200)
+        port = ports.enter_context(_free_port(host, 4200))
         os.environ |= {"PREFECT_API_URL": f"http://{near}:{port}/api", "PREFECT_UI_API_URL": "/api"}
         os.environ.setdefault("PREFECT_HOME", str(home() / "prefect"))
         os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)
@@ -143,7 +144,7 @@ def _start_all(host: str, token: str) -> dict[str, "subprocess.Popen[bytes]"]:
         log.info("Starting Prefect's server at %s …", _prefect())
         start("prefect", "server", "prefect", "server", "start", "--host", host, "--port", str(port))
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        port = _free_port(host, 5000)
+        port = ports.enter_context(_free_port(host, 5000))
         log.info("Starting MLflow at http://%s:%d …", near, port)
         # Not proxied: a run without this server, straight into the same database, must find and write the same files.
         store = ["--backend-store-uri", _database(), "--no-serve-artifacts"]
@@ -245,19 +246,42 @@ def _mlflow() -> str:
     return bare_address(os.environ["MLFLOW_TRACKING_URI"])
 
 
-def _free_port(host: str, wanted: int) -> int:
+@contextmanager
+def _free_port(host: str, wanted: int) -> Iterator[int]:
+    """The first port from `wanted` on that nobody listens on, and that no other `tame up` of this machine is given meanwhile.
+
+    A server takes seconds until it listens. What says so long that a port is taken is its namesake of UDP, on which nothing is
+    sent: the kernel gives it to one process, and takes it back however that ends.
+
+    Raises:
+        BadInputError: `host` is no address of this machine.
+        TameError: all of them are taken.
+    """
     for port in range(wanted, wanted + 50):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except PermissionError:
+        with socket.socket(type=socket.SOCK_DGRAM) as claim:
+            if not (_binds(claim, "127.0.0.1", port) and _is_free(host, port)):
                 continue
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise BadInputError(f"--host {host}: {error.strerror}; give an address of this machine") from None
-                continue
-        if port != wanted:
-            log.warning("port %d is taken; using %d", wanted, port)
-        return port
+            if port != wanted:
+                log.warning("port %d is taken; using %d", wanted, port)
+            yield port
+            return
     raise TameError(f"no free port from {wanted} to {wanted + 49} on {host}")
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return _binds(probe, host, port)
+
+
+def _binds(made: socket.socket, host: str, port: int) -> bool:
+    """Bind a socket, unless the port is taken or needs rights that this process has not."""
+    try:
+        made.bind((host, port))
+    except PermissionError:
+        return False
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise BadInputError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+        return False
+    return True

@@ -31,6 +31,7 @@ os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONUTF8": "1",
     "COMPRESSED_TENSORS_LOG_DISABLED": "true",
+    "TORCHINDUCTOR_CACHE_DIR": str(_ROOT / "inductor"),  # torch sets it where it is not set
 }
 (_ROOT / "home").mkdir()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from configs.schema import Evaluate, Recipe, Source, Sweep, TextSource, Variant,
 from configs.settings import DEVICE_LIMIT
 from flows.release import release
 from infra.provision import FILE
+from infra.up import _free_port
 from tasks.download.task import download
 from tasks.evaluate.task import evaluate_baseline
 from tasks.fleet import work_queues
@@ -293,3 +295,30 @@ def test_up_on_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
     refused = tame("up", "--host", "192.0.2.1", TAME_HOME=str(tmp_path))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 2)  # a warning, and the refusal
     assert "--host 192.0.2.1" in refused.stderr.splitlines()[-1]
+
+
+PORT = """
+import sys
+from infra.up import _free_port
+with _free_port("127.0.0.1", int(sys.argv[1])) as port:
+    print(port, flush=True)
+    input()
+"""
+
+
+def test_two_that_come_up_at_once_are_given_two_ports() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        wanted = probe.getsockname()[1]
+    command = [sys.executable, "-c", PORT, str(wanted)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        theirs = int(other.stdout.readline())  # and nothing listens on it yet
+        with _free_port("127.0.0.1", wanted) as ours:
+            assert theirs == wanted < ours
+            other.kill()  # gives it back
+            other.wait()
+            with _free_port("127.0.0.1", wanted) as again:
+                assert again == wanted
+    with socket.create_server(("127.0.0.1", wanted)), _free_port("127.0.0.1", wanted) as ours:
+        assert ours > wanted
