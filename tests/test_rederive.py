@@ -114,8 +114,12 @@ def test_a_release_of_another_source_is_found(tiny_llama: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [("gpt2", Variant(method="nf4")), ("qwen3-moe", Variant(method="w4a16", group_size=32))],
-    ids=["transposed", "experts"],
+    [
+        ("gpt2", Variant(method="nf4")),
+        ("qwen3-moe", Variant(method="w4a16", group_size=32)),
+        ("llama", Variant(method="nf4", double_quant=True, small_group_modules=["model.layers.1.mlp.down_proj"])),
+    ],
+    ids=["transposed", "experts", "small groups"],
 )
 def test_transposed_weights_and_experts_are_computed_again(name: str, variant: Variant, tmp_path: Path) -> None:
     source = tiny(tmp_path / name, zoo(name))
