@@ -247,6 +247,8 @@ class Served(_Value):
     opened: bool
     agrees: bool = False
     """Whether it computes the same, as far as 16 bits allow."""
+    exact: bool = False
+    """Whether transformers computed in float32 what it was compared with, rather than in 16 bits."""
     error: str | None = None
     """Why it does not open it, in the runtime's own words; or what is wrong with all that it computes."""
     prompts: int = 0
@@ -271,9 +273,10 @@ class Served(_Value):
             return f"{where} does not open it: {self.error}"
         if self.error:
             return f"{where} opens it, and {self.error}"
+        arithmetic = " in float32" if self.exact else ""
         figures = (
-            f"{self.same} of {self.answered} tokens of greedy answers are those of transformers, and the log-probabilities of "
-            f"{self.tokens} tokens differ by {self.difference:.3f} nats on average"
+            f"{self.same} of {self.answered} tokens of greedy answers are those of transformers{arithmetic}, and the "
+            f"log-probabilities of {self.tokens} tokens differ by {self.difference:.3f} nats on average"
         )
         if not self.agrees:
             return f"{where} opens it, and computes something else: {figures}"
