@@ -173,7 +173,7 @@ def quantize(options: argparse.Namespace) -> int:
 
         folder = (snapshot := download(source, found)).path
         if variant.calibrate:
-            from tasks.calibrate.prepare import calibrate
+            from tasks.calibrate.task import calibrate
 
             calibration = calibrate(snapshot, spec, "codes" if variant.fit else "all")
     request = Request(

@@ -89,7 +89,7 @@ def speed(options: argparse.Namespace) -> None:
 
 def quality(options: argparse.Namespace) -> None:
     """Calibrate, and measure KL on other texts."""
-    from tasks.calibrate.prepare import calibrate
+    from tasks.calibrate.task import calibrate
     from tasks.download.task import download
 
     snapshot = download(Source(model=options.source))

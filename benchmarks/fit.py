@@ -63,7 +63,7 @@ def table(options: argparse.Namespace) -> None:
     """Compare ways to choose groups, at equal bytes, on the fit text and on texts that nothing was chosen on."""
     from safetensors.torch import load_file
 
-    from tasks.calibrate.prepare import calibrate
+    from tasks.calibrate.task import calibrate
     from tasks.download.inspection import inspect_source
     from tasks.download.task import download
     from tasks.fit import task

@@ -110,7 +110,7 @@ class Judge:
 
 def table(options: argparse.Namespace) -> None:
     """One line a variant; the original comes first, checkpoints that others made last."""
-    from tasks.calibrate.prepare import calibrate
+    from tasks.calibrate.task import calibrate
     from tasks.download.task import download
 
     snapshot = download(Source(model=options.source))

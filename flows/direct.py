@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from configs.errors import NotCachedError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
-from tasks.calibrate.prepare import calibrate
 from tasks.calibrate.sequences import Part
+from tasks.calibrate.task import calibrate
 from tasks.download.task import download
 from tasks.download.text import LoadedText
 from tasks.evaluate.task import compare_weights, evaluate_baseline, evaluate_variant
@@ -51,7 +51,7 @@ class Stages(NamedTuple):
 
 
 def nobody_to_ask(shown: Shown) -> Answer:
-    """For a run that makes nothing: it ends here, as something would have to be published.
+    """End a run that only looks into the cache: a person would have to approve what is published.
 
     Raises:
         NotCachedError: always.

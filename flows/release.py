@@ -18,7 +18,7 @@ from tasks.publish.approval import Shown, recall
 from tasks.report.html import render
 from tasks.report.prefect_artifacts import create_artifacts, show_card
 from tasks.result import Result
-from tasks.runtime import ownership as attempts
+from tasks.runtime import flow_run_ownership as attempts
 from tasks.store import artifacts as store
 from tasks.track import connection
 from tasks.track import task as track

@@ -12,8 +12,8 @@ from prefect.states import Completed, State
 from configs.errors import UnreachableError
 from configs.schema import Calibrate, Evaluate, Gate, Publish, Recipe, Source, Variant
 from flows.direct import Stages, nobody_to_ask
-from tasks.calibrate.prepare import calibrate
 from tasks.calibrate.sequences import Part
+from tasks.calibrate.task import calibrate
 from tasks.download import hub
 from tasks.download.task import download
 from tasks.download.text import LoadedText

@@ -95,10 +95,10 @@ def wait(pairs: list[Pair], sweep_id: UUID, limit: int | None) -> dict[str, "Flo
 
 
 def finish(spec: Sweep, pairs: list[Pair], runs: dict[str, "FlowRun"]) -> State[list[Row]]:
-    """Show the leaderboard: as Prefect's table and page, and in TAME_HOME/runs/NAME/leaderboard.md.
+    """Show the leaderboard: as two artifacts in Prefect, a table and a page, and in TAME_HOME/runs/NAME/leaderboard.md.
 
-    Ends Failed where a run failed, crashed or was cancelled, each named; Rejected where the gate rejected all, and Partly
-    rejected where it rejected some; else Completed.
+    Ends Failed where a run failed, crashed or was cancelled, and names each of them; Rejected where the gate rejected all, and
+    Partly rejected where it rejected some; else Completed.
     """
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
 

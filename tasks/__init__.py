@@ -1,1 +1,1 @@
-"""The stages, in the order the data meets them: download, quantize, evaluate, gate, track, report, publish."""
+"""The stages; docs/architecture.md has their order and what passes between them."""

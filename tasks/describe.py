@@ -13,7 +13,7 @@ from configs.errors import NotCachedError
 from configs.method_names import INTEGER_METHODS, WITH_EXPERTS
 from configs.schema import Evaluate, Recipe, Source, Variant
 from configs.settings import home
-from tasks.calibrate.prepare import calibrate
+from tasks.calibrate.task import calibrate
 from tasks.download.adapter import base_of
 from tasks.download.facts import Facts, facts_of
 from tasks.download.inspection import inspect_source, tokenizer_folder

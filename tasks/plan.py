@@ -26,8 +26,8 @@ from tasks.publish.benchmarks import find as find_benchmarks
 from tasks.publish.preflight import full_names
 from tasks.publish.preflight import preflight as preflight_publish
 from tasks.publish.targets import targets
-from tasks.quantize.early import check_variant
 from tasks.quantize.methods import reader_of
+from tasks.quantize.refusals import check_variant
 from tasks.runtime.device import gpus, pick
 from tasks.runtime.files import check_writable
 from tasks.serve.runtimes import versions_of

@@ -222,7 +222,7 @@ TEXT = "".join(
 
 def to_fit(folder: Path, calibrate: Any) -> tuple[Snapshot, Calibrate, Calibration | None]:
     """A tiny model whose layers differ, the text to fit on, and its sequences for a variant that is calibrated."""
-    from tasks.calibrate.prepare import calibrate as sequences
+    from tasks.calibrate.task import calibrate as sequences
     from tasks.download.inspection import inspect_source
     from tasks.download.task import download
 

@@ -116,7 +116,7 @@ def quantization_of(folder: Path) -> dict[str, Any]:
 
 
 def refuse_wrapped(names: Collection[str], where: str) -> None:
-    """Refuse tensors of which transformers would load none, and fill the model with random numbers.
+    """Refuse tensors with names of which transformers would load none: it would fill the model with random numbers instead.
 
     Raises:
         BadInputError: all names begin with `module.`, as torch's DataParallel saves them; `where` names the model.

@@ -98,10 +98,11 @@ class _Walks:
         self.whole: Walk | None = None
 
     def alone(self, progress: Progress) -> "list[tuple[Group, float]]":
-        """What each group does, on a few windows from all over the text: the KL divergence where it alone is quantized.
+        """The damage of each group, on a few windows from all over the text: the KL divergence where it alone is quantized.
 
-        Codes that undo what others did are of little use alone, and others are of little use without them. There it is the
-        mean of that and of how much smaller the divergence of everything quantized is without the group.
+        Where the codes of a variant undo the errors of modules before them, that says little of a group among the others. For
+        such a variant the damage is the mean of two numbers: that divergence, and how much smaller the divergence of everything
+        quantized becomes when this group keeps its original weights.
         """
         walk, what = self._walk(ALONE, self.restorers[:1]), f"sensitivity {self.asked.variant.label}"
         found = self._within_memory(lambda: walk.alone(progress, what))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Calibrate, Gate, Variant
-from tasks.calibrate.prepare import calibration_inputs
 from tasks.calibrate.sequences import Part, load_texts, make_sequences
+from tasks.calibrate.task import calibration_inputs
 from tasks.download.checkpoint import quantization_of
 from tasks.download.text import max_positions
 from tasks.fit.allocate import Point

@@ -1,4 +1,4 @@
-"""A variant that is calibrated: which weights, in which format, on which sequences, is what quantizing tells tasks/calibrate."""
+"""For a calibrated variant: quantizing tells tasks/calibrate which weights to choose codes for, in which format, on which text."""
 
 import functools
 from dataclasses import replace

@@ -44,9 +44,10 @@ LINES = 8
 
 
 def judged(result: Result, name: str, limit: float | None) -> Plot | None:
-    """The metric `name` of each variant, the smallest first, with the interval that is judged, and the gate's limit.
+    """The metric `name` of each variant, with the interval that is judged, and the gate's limit. Each variant has a row.
 
-    A row a variant: names, sizes and figures stand beside the rows, where they cannot meet, however equal the values.
+    The row of the smallest checkpoint comes first. Names, sizes and figures stand beside the rows, so that no two labels overlap,
+    however equal the values are.
     """
     shown = sorted(_drawable(result.variants, name), key=lambda row: row.metrics.get("size_bytes", math.inf))
     if not shown:

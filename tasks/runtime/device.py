@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from configs.errors import BadInputError, TameError, line
 from configs.settings import DEVICE_LIMIT, device_limit
-from tasks.runtime.ownership import PATIENCE, PAUSE
+from tasks.runtime.flow_run_ownership import PATIENCE, PAUSE
 from tasks.runtime.retry import retry
 
 log = logging.getLogger("tame.device")

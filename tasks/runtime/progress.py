@@ -1,6 +1,7 @@
-"""How long work is shown: a line below all others in a terminal, a line now and then in a log, a progress artifact in Prefect.
+"""Shows the progress of slow work: a line below all others in a terminal, a line now and then in a log, an artifact in Prefect.
 
-What is said stays: only the line at the bottom changes. It has what is worked on, how far it is, and about how long it takes yet.
+What is said stays: only the line at the bottom changes. It says what is worked on, how far it is, and about how long it will
+still take.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A look whether all of it is in the cache: within `nothing_made`, what is not there raises, and is neither made nor waited for."""
+"""Finds out whether everything is cached: inside `nothing_made`, a missing artifact raises, and is neither made nor waited for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""An artifact by the path that it had, when what it was made from is not at hand: here, or brought from the shared store."""
+"""Finds an artifact by its former path when its inputs are not available: on this machine, or in the shared store."""
 
 from pathlib import Path
 
