@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,17 @@ class Up:
         )
 
     def ask(self, path: str, body: Any = None) -> Any:
-        """What Prefect's API answers."""
+        """What Prefect's API answers; on a busy machine SQLite may be locked, and then it answers 503."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.prefect}/api{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        for last in (False, False, False, True):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or last:
+                    raise
+                time.sleep(5)
 
     def wait(self, run: str, names: set[str]) -> None:
         """Wait until the run's state has one of these names."""

@@ -68,6 +68,7 @@ def test_the_question_has_the_verdicts_and_links(tame_home: Path) -> None:
     digest = hashlib.sha256(shown().documents["int8"]["README.md"]).hexdigest()
     assert f"- int8 to me/a: [README.md](http://y), sha256 {digest[:12]}…" in text
     assert "rejected" in text
+    assert text.index("| variant |") < text.index("0 means the same") < text.index("[report]")
     assert "[report](http://x)" in text
     assert "none of them is a no. Until then." in text
 

@@ -108,12 +108,12 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     lines = [
         f"**{plain(sentence)}**\n" for sentence in (advice(result), headline(result)) if sentence
     ]  # the form is narrow
-    lines += [f"{meaning(result)}\n"] if meaning(result) else []
     lines.append("| variant | verdict | " + " | ".join(SHORT[name] for name in names) + " |")
     lines.append("| --- " * (2 + len(names)) + "|")
     for row in rows(result):
         cells = [row.name, verdict(row), *(figure(name, row.metrics.get(name)) for name in names)]
         lines.append("| " + " | ".join(map(plain, cells)) + " |")
+    lines += ["", meaning(result)] if meaning(result) else []
     lines += ["", f"Report: {report}", "", "What would be published, with the digest of its card:", ""]
     for label, target in shown.targets.items():
         digest = hashlib.sha256(shown.documents[label]["README.md"]).hexdigest()
