@@ -107,7 +107,7 @@ def _known_method(method: Any) -> str:
     )
 
 
-SMALL_GROUP = 32
+SMALL_GROUP: Literal[32] = 32
 """Weights that share a scale in `small_group_modules`."""
 Finer = Literal["eight_bit_modules", "small_group_modules"]
 Method = Annotated[str, PlainValidator(_known_method), WithJsonSchema({"enum": [*METHODS, ""], "type": "string"})]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from configs.errors import BadInputError, TameError
 from configs.method_names import METHODS, WITH_EXPERTS
-from configs.schema import Source, name_of
+from configs.schema import SMALL_GROUP, Source, Variant, name_of
 from configs.settings import home
 from configs.write import yaml_of
 from tasks.download import hub
@@ -14,6 +14,7 @@ from tasks.download.architectures import called_by, no_language_model
 from tasks.download.facts import Facts, facts_of
 from tasks.download.inspection import inspect_source, tokenizer_folder
 from tasks.formatting import figure
+from tasks.quantize.methods import method_of
 from tasks.runtime.device import gpus, hardware, pick
 from tasks.runtime.device import name_of as name_of_device
 from tasks.runtime.files import existing_parent
@@ -102,6 +103,7 @@ def commented(suggestion: Suggestion) -> str:
         _why_these(facts),
         yaml_of({"variants": recipe["variants"]}).rstrip(),
         f"# - {{method: {other}}}   # another format; there are {', '.join(METHODS)}",
+        *_small_groups(recipe),
         *_fitted(recipe, facts),
     ]
     if "calibration" in recipe:
@@ -191,6 +193,19 @@ def _why_these(facts: Facts) -> str:
     return "# One in 4 bits, its codes chosen on a text (a fraction of the damage), and one in 8 bits, closest to the original."
 
 
+def _small_groups(recipe: dict[str, Any]) -> list[str]:
+    """The 4-bit variant in a smaller and better form, as a comment, with what its format says of it."""
+    variant = next((one for one in recipe["variants"] if one["method"] == "nf4" and "group_size" not in one), None)
+    if variant is None:
+        return []
+    options = ", ".join(f"{key}: {str(value).lower()}" for key, value in variant.items() if key != "double_quant")
+    *_, needs = method_of(smaller := Variant(method="nf4", group_size=SMALL_GROUP)).card(smaller).limits
+    return [
+        f"# Smaller than nf4, and closer to the original. {needs}",
+        f"# - {{{options}, double_quant: true, group_size: {SMALL_GROUP}}}",
+    ]
+
+
 def _fitted(recipe: dict[str, Any], facts: Facts) -> list[str]:
     """A variant that is fitted, as a comment: to this machine's memory where the original does not fit in, else to a KL."""
     variant = next((one for one in recipe["variants"] if "fit" in METHODS[one["method"]]), None)
@@ -208,12 +223,10 @@ def _fitted(recipe: dict[str, Any], facts: Facts) -> list[str]:
             (unit, name) for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "KB")) if room >= 10 * unit
         )
         size = f"{room // unit}{name}"
-        why = f"the best mix of 4 and 16 bits for this machine's memory, as the original's {figure('size_bytes', plain)} do not fit"
+        why = f"the best mix for this machine's memory, as the original's {figure('size_bytes', plain)} do not fit"
         return [f"# - {{{options}, fit: {{max_bytes: {size}}}}}   # {why}"]
     close = recipe["gate"]["max_mean_kl"] / 10
-    return [
-        f"# - {{{options}, fit: {{max_mean_kl: {close:g}}}}}   # the smallest mix of 4 and 16 bits that is this close"
-    ]
+    return [f"# - {{{options}, fit: {{max_mean_kl: {close:g}}}}}   # the smallest mix that is this close"]
 
 
 def _memory() -> int:
