@@ -247,8 +247,9 @@ class Served(_Value):
     opened: bool
     agrees: bool = False
     """Whether it computes the same, as far as 16 bits allow."""
-    exact: bool = False
-    """Whether transformers computed in float32 what it was compared with, rather than in 16 bits."""
+    rounding: float | None = None
+    """How far transformers in 16 bits is from what it was compared with, transformers in float32, as `difference`; None where it
+    was compared with 16 bits."""
     error: str | None = None
     """Why it does not open it, in the runtime's own words; or what is wrong with all that it computes."""
     prompts: int = 0
@@ -273,11 +274,13 @@ class Served(_Value):
             return f"{where} does not open it: {self.error}"
         if self.error:
             return f"{where} opens it, and {self.error}"
-        arithmetic = " in float32" if self.exact else ""
+        arithmetic = " in float32" if self.rounding is not None else ""
         figures = (
             f"{self.same} of {self.answered} tokens of greedy answers are those of transformers{arithmetic}, and the "
             f"log-probabilities of {self.tokens} tokens differ by {self.difference:.3f} nats on average"
         )
+        if self.rounding is not None:
+            figures += f" ({self.rounding:.3f} where transformers computes in 16 bits)"
         if not self.agrees:
             return f"{where} opens it, and computes something else: {figures}"
         rest = "" if self.same == self.answered else f"; other tokens were ties, by at most {self.gap:.2f} nats"
