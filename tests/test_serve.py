@@ -89,6 +89,19 @@ def test_other_probabilities_are_another_model() -> None:
     assert "computes something else" in found.sentence
 
 
+@pytest.mark.parametrize(("mean", "agrees"), [(0.29, True), (0.31, False)])
+def test_a_runtime_may_be_half_as_far_again_as_transformers_in_16_bits(mean: float, agrees: bool) -> None:
+    """Of formats that quantize activations, too, roundings alone make more than CLOSE."""
+    ours = OURS._replace(rounding=[[0.1, 0.3, 0.2, 0.2]])
+    answer = {"device": "cpu", "greedy": OURS.continuations, "logprobs": [[-1.0 - 4 * mean, -0.5, -2.0, -0.1]]}
+    found = compare(TRIED, ours, answer)
+    assert (found.agrees, found.rounding) == (agrees, pytest.approx(0.2))
+    assert "(0.200 where transformers computes in 16 bits)" in found.sentence
+    answer = {"device": "cpu", "greedy": [[7, 3, 9]], "logprobs": OURS.logprobs}
+    other = ours._replace(likely=[[{7: -0.5}, {8: -2.0, 3: -2.0 - mean}, {9: -0.1}]])
+    assert compare(TRIED, other, answer).agrees is agrees  # another token is a tie within the largest rounding
+
+
 def test_numbers_that_are_not_finite_are_another_model() -> None:
     answer = {"device": "cpu", "greedy": OURS.continuations, "logprobs": [[math.nan, -0.5, -2.0, -0.1]]}
     found = Served.model_validate_json(compare(TRIED, OURS, answer).model_dump_json())
