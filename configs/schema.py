@@ -45,12 +45,20 @@ BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "pattern")
 
 
 def _for_the_form(schema: dict[str, Any], model: "type[Spec]") -> None:
-    """Copy each field's bounds into `allOf`, and add the model's rules. Prefect's form ignores bounds anywhere else."""
-    for field in schema.get("properties", {}).values():
+    """Copy each field's bounds into `allOf`, and add the model's rules. Prefect's form ignores bounds anywhere else.
+
+    Of a value that may be several things it says only that it is none of them. What is wrong within an object is said by a rule.
+    """
+    rules = list(model.RULES)
+    for name, field in schema.get("properties", {}).items():
         if bounds := {key: field[key] for key in BOUNDS if key in field}:
             field["allOf"] = [bounds]
-    if model.RULES:
-        schema["allOf"] = model.RULES
+        for choice in field.get("anyOf", []):
+            if "$ref" in choice:
+                given = {"properties": {name: {"type": "object"}}, "required": [name]}
+                rules.append({"if": given, "then": {"properties": {name: choice}}})
+    if rules:
+        schema["allOf"] = rules
 
 
 class Spec(BaseModel):

@@ -322,3 +322,19 @@ def test_two_that_come_up_at_once_are_given_two_ports() -> None:
                 assert again == wanted
     with socket.create_server(("127.0.0.1", wanted)), _free_port("127.0.0.1", wanted) as ours:
         assert ours > wanted
+
+
+def test_what_is_wrong_within_an_object_that_may_be_left_out_is_said_of_its_field() -> None:
+    """Prefect's form says of a value that may be several things only that it is none of them."""
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.schema_tools.validation import build_error_obj, validate
+
+    from flows.release import release
+
+    schema = parameter_schema(release).model_dump(exclude_unset=True)
+    recipe = {"name": "it", "source": {"model": "m"}, "variants": [{"method": "nf4"}], "evaluate": {"window": 1}}
+    errors = build_error_obj(validate({"recipe": recipe}, schema, preprocess=True, ignore_required=True))
+    assert {"property": "window", "errors": ["1 is less than the minimum of 2"]} in [
+        inner for outer in errors["errors"][0]["errors"] for inner in outer["errors"]
+    ]
+    assert not validate({"recipe": {**recipe, "evaluate": None}}, schema, preprocess=True, ignore_required=True)
