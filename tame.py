@@ -116,7 +116,7 @@ def init(options: argparse.Namespace) -> int:
     from tasks.suggest import commented, suggest
 
     text = commented(suggest(options.model))
-    if options.output is None:
+    if options.output in (None, "-"):
         print(text, end="")
         return 0
     from tasks.result import write_file
