@@ -175,7 +175,7 @@ def quantize(options: argparse.Namespace) -> int:
         if variant.calibrate:
             from tasks.calibrate.task import calibrate
 
-            calibration = calibrate(snapshot, spec, "codes" if variant.fit else "all")
+            calibration = calibrate(snapshot, spec, variant.codes_part)
     request = Request(
         source=Path(str(folder)),
         out=Path(options.out),

@@ -115,6 +115,8 @@ def _known_method(method: Any) -> str:
     )
 
 
+WITHOUT_ROWS = [name for name, takes in METHODS.items() if "group_size" in takes and name not in INTEGER_METHODS]
+"""The methods with a `group_size` that cannot be a whole row."""
 SMALL_GROUP: Literal[32] = 32
 """Weights that share a scale in `small_group_modules`."""
 Finer = Literal["eight_bit_modules", "small_group_modules"]
@@ -198,7 +200,7 @@ class Variant(Spec):
         if OPTIONS.keys() - takes
     ] + [
         {
-            "if": {"properties": {"method": {"enum": ["nf4", "fp4"]}}, "required": ["method"]},
+            "if": {"properties": {"method": {"enum": WITHOUT_ROWS}}, "required": ["method"]},
             "then": {"properties": {"group_size": {"not": {"const": -1}}}},
         },
         {
@@ -308,6 +310,16 @@ class Variant(Spec):
         """The same with all quantized."""
         return self.model_copy(update={"fit": None, "name": None})
 
+    @property
+    def in_small_groups(self) -> Self:
+        """The same with all in small groups."""
+        return self.model_copy(update={"group_size": SMALL_GROUP, "small_group_modules": []})
+
+    @property
+    def codes_part(self) -> Literal["all", "codes"]:
+        """What part of the calibration text codes are chosen on: not all of it where their mixes are measured on the rest."""
+        return "codes" if self.calibrate and self.fit else "all"
+
     def keeping(self, modules: list[str], finer: list[str] | None = None, group_size: int | None = None) -> Self:
         """The same, its fit replaced by what it came to: `modules` stay in 16 bits, too, and `finer` ones are in 8 bits, or in
         small groups, as the method has it.
@@ -347,7 +359,7 @@ class Variant(Spec):
         for option, takers in OPTIONS.items():
             if getattr(self, option) and option not in METHODS[self.method]:
                 raise ValueError(f"{option} belongs to {takers}, not to {self.method}; leave it out")
-        if self.group_size == -1 and self.method not in INTEGER_METHODS:
+        if self.group_size == -1 and self.method in WITHOUT_ROWS:
             raise ValueError(f"group_size -1 belongs to w4a16 and w8a16; {self.method} has 32, 64 or 128")
         if self.group_size == SMALL_GROUP and self.small_group_modules:
             raise ValueError("small_group_modules have groups of 32, and with group_size 32 all have; leave one out")
@@ -787,8 +799,8 @@ class Recipe(Spec):
 
     @property
     def codes_part(self) -> Literal["all", "codes"]:
-        """What part of the calibration text codes are chosen on: not all of it where calibrated mixes are measured on the rest."""
-        return "codes" if any(variant.calibrate and variant.fit for variant in self.variants) else "all"
+        """What part of the calibration text codes are chosen on: the same for all variants, so that they share them."""
+        return "codes" if any(variant.codes_part == "codes" for variant in self.variants) else "all"
 
     @model_validator(mode="after")
     def _variants_differ(self) -> Self:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,13 +140,13 @@ def lease_seconds() -> float:
     return _seconds(LEASE_SECONDS)
 
 
-def approval_hours() -> float:
-    """TAME_APPROVAL_HOURS.
+def approval_time() -> timedelta:
+    """TAME_APPROVAL_HOURS in whole seconds, as Prefect's automations count.
 
     Raises:
         BadInputError: the value is not a number of hours above 0.
     """
-    return _seconds(APPROVAL_HOURS, "hours")
+    return timedelta(seconds=int(3600 * _seconds(APPROVAL_HOURS, "hours")))
 
 
 def runtime_python(name: str) -> tuple[str, Path]:

@@ -8,14 +8,14 @@ in time, an automation of the server (infra/automations.py) resumes the run with
 import logging
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, WithJsonSchema, create_model
 
 from configs.schema import Recipe
-from configs.settings import approval_hours
+from configs.settings import approval_time
 from tasks.publish.approval import Shown, keep, question
 from tasks.report.terminal import closing
 from tasks.result import write_file
@@ -55,7 +55,7 @@ def suspended(shown: Shown, show: Callable[[], Links]) -> Answer:
     if not _asked(run, key):
         keep(run, shown)
         links = show()
-        until = datetime.now(UTC) + timedelta(hours=approval_hours())
+        until = datetime.now(UTC) + approval_time()
         text = question(
             shown, links.report, links.cards, f"If nobody answers until {until:%Y-%m-%d %H:%M} UTC, that is a no."
         )
@@ -162,7 +162,7 @@ def _in_time(run: str) -> bool:
         states = sorted(client.read_flow_run_states(UUID(run)), key=lambda state: state.timestamp)
     last = max(rank for rank, state in enumerate(states) if state.is_paused())
     waited = states[last + 1].timestamp - states[last].timestamp
-    return waited < timedelta(seconds=int(3600 * approval_hours()))  # as infra/automations.py counts them
+    return bool(waited < approval_time())
 
 
 def _asked(run: str, key: str) -> bool:

@@ -40,7 +40,7 @@ class StageLines:
 
     def fitted(self, fitted: Fitted) -> None:
         """The mix that keeps a variant's limit is known; it is written now."""
-        kept = fitted.kept if fitted.modules or fitted.in_8_bits or fitted.in_small_groups else "all is quantized"
+        kept = fitted.kept if fitted.modules or fitted.finer else "all is quantized"
         how = "fitted before" if fitted.cached else f"fitted {self._seconds()}"
         self.fit = [f"{how} to {fitted.limit}: {kept}"]
         self.started = time.monotonic()

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from configs.settings import approval_hours
+from configs.settings import approval_time
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -45,7 +45,7 @@ def create_automations(dead_after: int = DEAD_AFTER, answer_within: float | None
 
     with get_client(sync_client=True) as client:
         existing = {automation.name: automation.id for automation in client.read_automations(limit=200)}
-        within = int(3600 * approval_hours() if answer_within is None else answer_within)
+        within = int(approval_time().total_seconds() if answer_within is None else answer_within)
         wanted = [*_restarts(dead_after), _no_answer(within), *_notifications(client)]
         for automation in wanted:
             if automation.name in existing:

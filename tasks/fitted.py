@@ -101,7 +101,12 @@ class Fitted(_Value):
 
     def mix(self, variant: Variant) -> Variant:
         """What `variant`, whose limit this is about, came to."""
-        return variant.keeping(self.modules, self.in_8_bits + self.in_small_groups, self.group_size)
+        return variant.keeping(self.modules, self.finer, self.group_size)
+
+    @property
+    def finer(self) -> list[str]:
+        """The modules that have more than the least, and are not in 16 bits."""
+        return self.in_8_bits + self.in_small_groups
 
     @property
     def kept(self) -> str:

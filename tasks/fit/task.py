@@ -56,7 +56,7 @@ def fit(
     limits = limits_of(variant, gate)
     whole = quantize(snapshot, variant.unfitted, calibration, device=device, progress=progress)
     size, wider = _with_more_bits(snapshot, variant.unfitted, calibration, whole, device, progress)
-    windows, digest, text = fit_text(snapshot, spec, "fit" if variant.calibrate else "all")
+    windows, digest, text = fit_text(snapshot, spec, "fit" if variant.codes_part == "codes" else "all")
     asked = Asked(
         source=Path(snapshot.path),
         quantized=Path(whole.path),

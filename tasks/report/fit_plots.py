@@ -61,7 +61,7 @@ def heat(row: ResultVariant) -> Plot | None:
     kinds = list(dict.fromkeys(group.kind for group in fit.groups))
     most = max(group.kl[0] for group in fit.groups)
     canvas, axes = _axes(1.1 + 0.4 * len(kinds))
-    kept, between = set(fit.modules), set(fit.in_8_bits + fit.in_small_groups)
+    kept, between = set(fit.modules), set(fit.finer)
     for group in fit.groups:
         at = group.block, kinds.index(group.kind)
         axes.bar(

@@ -171,7 +171,7 @@ class FourBit:
         """4 bits as they are asked for, and in small groups: bitsandbytes reads the size of a group from each weight."""
         if variant.group_size == SMALL_GROUP:
             return [variant]
-        return [variant, variant.model_copy(update={"group_size": SMALL_GROUP, "small_group_modules": []})]
+        return [variant, variant.in_small_groups]
 
     def densify(self, model: Any, free: int) -> Dense | str | None:
         """Dequantize once what a 4-bit layer dequantizes in every forward pass, to multiply it in its compute dtype."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from configs.errors import BadInputError
-from configs.schema import SMALL_GROUP, Variant
+from configs.schema import Variant
 from tasks.quantize.methods.bitsandbytes_skips import with_fused
-from tasks.transformers_adapter import Selection, is_skipped, select_as_transformers
+from tasks.quantize.methods.module_lists import named
+from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
@@ -52,15 +52,10 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
 
 def _small_groups(model: Any, variant: Variant, selection: Selection) -> dict[str, Variant]:
     """The weights of `small_group_modules`, by their names in the model, with what they are quantized as."""
-    found: dict[str, Variant] = {}
-    smaller = variant.model_copy(update={"group_size": SMALL_GROUP, "small_group_modules": []})
-    names = [name for name in model.state_dict() if selection.includes(name)] if variant.small_group_modules else []
-    for module in variant.small_group_modules:
-        here = [name for name in names if is_skipped(name.removesuffix(".weight"), [module])]
-        if not here:
-            raise BadInputError(f"small_group_modules: {module!r} matches no module that is quantized; correct it")
-        found |= dict.fromkeys(here, smaller)
-    return found
+    if not variant.small_group_modules:
+        return {}
+    quantized = filter(selection.includes, model.state_dict())
+    return dict.fromkeys(named(variant.small_group_modules, quantized, "small_group_modules"), variant.in_small_groups)
 
 
 def reselect(model: Any, quantization_config: Any, dtype: torch.dtype) -> Selection:

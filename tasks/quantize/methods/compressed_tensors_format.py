@@ -41,8 +41,9 @@ from tasks.quantize.methods.compressed_tensors_selection import (
     output_heads,
     quantized_by_transformers,
 )
+from tasks.quantize.methods.module_lists import named
 from tasks.quantize.protocols import Restored
-from tasks.transformers_adapter import Selection, is_skipped, loading_quantizer, prepare
+from tasks.transformers_adapter import Selection, loading_quantizer, prepare
 
 WITHOUT_EXPERTS = ("int-quantized", "nvfp4-pack-quantized")
 """Formats of which transformers' loader cannot make fused experts."""
@@ -97,13 +98,7 @@ def wider(variant: Variant, chosen: Chosen) -> dict[str, Variant]:
             "scheme alone; leave them out"
         )
     as_8_bits = Variant(method="w8a16", group_size=variant.group_size)
-    found: dict[str, Variant] = {}
-    for module in variant.eight_bit_modules:
-        here = [name for name in chosen.columns if is_skipped(name.removesuffix(".weight"), [module])]
-        if not here:
-            raise BadInputError(f"eight_bit_modules: {module!r} matches no module that is quantized; correct it")
-        found |= dict.fromkeys(here, as_8_bits)
-    return found
+    return dict.fromkeys(named(variant.eight_bit_modules, chosen.columns, "eight_bit_modules"), as_8_bits)
 
 
 def _decided(variant: Variant, chosen: Chosen) -> Variant:
