@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import configs.early  # noqa: F401  before the rest
+import configs.quiet_interrupt  # noqa: F401  before the rest
 from configs.command_line import NEXT, is_recipe, parser_of
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.settings import unknown

@@ -1,4 +1,4 @@
-"""What a run says of each stage: a line that stays."""
+"""What a run in a terminal says of each stage when it is done: a line that stays, above the bar of tasks/runtime/progress.py."""
 
 import time
 from collections.abc import Callable

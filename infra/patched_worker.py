@@ -13,6 +13,8 @@ A third habit was changed until Prefect 3.8: a run that was started again, while
 Prefect 3.9 passes over such a run, and takes it with the next answer.
 """
 
+import itertools
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,10 @@ import anyio
 from prefect.utilities.processutils import command_to_string, get_sys_executable
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
+
+from configs.errors import TameError
+from configs.settings import UP
+from infra.worker import prepare
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -53,12 +59,20 @@ def prepare_directly(self: ProcessJobConfiguration, *args: Any, **kwargs: Any) -
 
 
 def main() -> None:
-    """Become the worker."""
+    """Become the worker. Under `tame up`, standard input ends when the work pool is made; what is slow is imported until then."""
     if "--run-once" not in sys.argv:  # it asks once
         BaseWorker.get_and_submit_flow_runs = ask_with_a_place  # type: ignore[method-assign]
     ProcessJobConfiguration.prepare_for_flow_run = prepare_directly  # type: ignore[method-assign]
     from prefect.cli import app
 
+    given = list(itertools.pairwise(sys.argv))
+    if UP.name in os.environ:
+        sys.stdin.read()
+    try:
+        prepare(dict(given)["--pool"], [value for name, value in given if name == "--work-queue"])
+    except TameError as error:
+        print(f"tame: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     sys.argv = ["prefect", "worker", "start", *sys.argv[1:]]
     app()
 

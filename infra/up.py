@@ -122,7 +122,7 @@ def _start_all(host: str, token: str, ports: ExitStack) -> dict[str, "subprocess
                 [sys.executable, "-m", *arguments],
                 cwd=home() if name == "mlflow" else None,  # its uvicorn imports from the working folder first
                 env={**os.environ, UP.name: f"{token} {kind}"},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if kind == "worker" else subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -146,28 +146,29 @@ def _start_all(host: str, token: str, ports: ExitStack) -> dict[str, "subprocess
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         port = ports.enter_context(_free_port(host, 5000))
         log.info("Starting MLflow at http://%s:%d …", near, port)
-        # Not proxied: a run without this server, straight into the same database, must find and write the same files.
-        store = ["--backend-store-uri", _database(), "--no-serve-artifacts"]
-        store += ["--default-artifact-root", str(home() / "mlartifacts"), "--workers", "1"]
         os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        start("mlflow", "server", "mlflow", "server", "--host", host, "--port", str(port), *store)
+        start("mlflow", "server", "infra.mlflow_server", host, str(port))
         os.environ["MLFLOW_TRACKING_URI"] = f"http://{near}:{port}"
     since = datetime.now(UTC)
 
-    def start_workers() -> None:
-        for index in range(len(gpus())):
-            start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
-        if not gpus():
-            start("worker-cpu", "worker", "tame", "worker")
-        start("worker-control", "worker", "tame", "worker", "--control")
-
-    _provision(started, start_workers)
+    for index in range(len(gpus())):
+        start(f"worker-gpu{index}", "worker", "tame", "worker", "--gpu", str(index))
+    if not gpus():
+        start("worker-cpu", "worker", "tame", "worker")
+    start("worker-control", "worker", "tame", "worker", "--control")
+    _provision(started)
     _until_healthy(started, since)
     return started
 
 
-def _provision(started: dict[str, "subprocess.Popen[bytes]"], start_workers: Callable[[], None]) -> None:
-    """Register queues and deployments once Prefect's server answers; the workers start while that goes on."""
+def _provision(started: dict[str, "subprocess.Popen[bytes]"]) -> None:
+    """Register queues and deployments once Prefect's server answers; workers begin when their pool is there."""
+
+    def begin_work() -> None:
+        for process in started.values():
+            if process.stdin:
+                process.stdin.close()
+
     with working("waiting for Prefect's server"):
         from flows import release  # noqa: F401  imports Prefect and what is registered, in the seconds that the server takes
         from infra.provision import provision
@@ -175,7 +176,7 @@ def _provision(started: dict[str, "subprocess.Popen[bytes]"], start_workers: Cal
         if "prefect" in started:
             _wait(started, lambda: _answers(f"{_prefect()}/api/health"))
     with working("registering queues and deployments"):
-        provision(start_workers)
+        provision(begin_work)
     log.info("✓ Prefect's server answers, and has the deployments")
 
 
@@ -192,19 +193,6 @@ def _until_healthy(started: dict[str, "subprocess.Popen[bytes]"], since: datetim
         log.info("✓ MLflow answers")
 
 
-def _database() -> str:
-    """MLflow's database, made by a process that does not stay: it imports all of MLflow."""
-    made = subprocess.run(
-        [sys.executable, "-c", "from tasks.track.connection import database_uri; print(database_uri())"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        raise TameError(f"{home() / 'mlflow.db'} cannot be made: {(made.stderr.strip().splitlines() or ['?'])[-1]}")
-    return made.stdout.split()[-1]
-
-
 def _wait(started: dict[str, "subprocess.Popen[bytes]"], condition: Callable[[], bool]) -> None:
     """Wait until `condition`, unless one of `started` ends before."""
 
@@ -213,7 +201,9 @@ def _wait(started: dict[str, "subprocess.Popen[bytes]"], condition: Callable[[],
             return True
         for name, process in started.items():
             if process.poll():
-                raise TameError(f"{name} did not start; see {home() / 'logs' / name}.log")
+                log_file = home() / "logs" / f"{name}.log"
+                said = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+                raise TameError(f"{name} did not start ({said or 'it said nothing'}); see {log_file}")
         return False
 
     late = f"{', '.join(started)} were not all healthy in {HEALTHY_WITHIN:.0f} s; see {home() / 'logs'}"

@@ -28,7 +28,7 @@ from tasks.quantize.methods import method_of
 from tasks.quantize.preview import preview
 from tasks.quantize.task import quantize_inputs
 from tasks.runtime.child_process import isolated
-from tasks.runtime.device import cores, gpus, hardware, name_of, pick, pick_all
+from tasks.runtime.device import cores, gpus, hardware, multiplies_bfloat16, name_of, pick, pick_all
 from tasks.runtime.files import existing_parent
 from tasks.store import artifacts as store
 from tasks.store import cache_only
@@ -36,8 +36,10 @@ from tasks.store.on_disk import Artifact
 from tasks.values import Checkpoint, Evaluation, Found, Snapshot
 
 T = TypeVar("T")
-FLOPS_OF_A_CORE, FLOPS_OF_A_GPU = 1e11, 1e14
-"""What evaluating was seen to reach, in operations a second."""
+FLOPS_OF_A_CORE = {True: 1e11, False: 3e10}
+"""What evaluating was seen to reach, in operations a second, on a CPU that multiplies bfloat16 and on one that does not."""
+FLOPS_OF_A_GPU = 1e14
+"""… on a GPU."""
 FIT_TOKENS = (100_000, 1_000_000)
 """About the tokens that fitting takes through the whole model, on a CPU and on a GPU."""
 TOKENS = 300_000
@@ -234,7 +236,7 @@ def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], others: int) ->
     to_measure = sum(not outlook.measured for outlook in outlooks) + others if spec else 0
     if not to_make + to_measure:
         return "a few seconds: all of it is in the cache"
-    speed = FLOPS_OF_A_GPU * len(gpus()) if gpus() else FLOPS_OF_A_CORE * cores()
+    speed = FLOPS_OF_A_GPU * len(gpus()) if gpus() else FLOPS_OF_A_CORE[multiplies_bfloat16()] * cores()
     items = len(spec.tasks) * (spec.task_limit or 2000) * 200 if spec else 0
     tokens = to_measure * (((spec.max_tokens if spec else None) or TOKENS) + items)
     for variant, outlook in zip(recipe.variants, outlooks, strict=True):
@@ -247,8 +249,9 @@ def _time(recipe: Recipe, facts: Facts, outlooks: list[Outlook], others: int) ->
     seconds = 2 * facts.parameters * tokens / speed + 15 * to_measure + to_make * facts.parameters / 1e8 + 20
     minutes = max(1, round(seconds / 60))
     duration = f"{seconds / 3600:.0f} hours" if minutes > 90 else f"{minutes} minute{'s' * (minutes > 1)}"
-    missing = [f"{count} to {what}" for count, what in ((to_make, "quantize"), (to_measure, "measure")) if count]
-    return f"about {duration}, downloading aside: {', '.join(missing)}"
+    missing = [(count, what) for count, what in ((to_make, "quantize"), (to_measure, "measure")) if count]
+    models = " and ".join(f"{count} model{'s' * (count > 1)} to {what}" for count, what in missing)
+    return f"about {duration} for {models}, downloading aside"
 
 
 def _tried(variant: Variant) -> int:

@@ -50,6 +50,8 @@ class Found(_Value):
     """Size in bytes of each file that will be taken."""
     config: dict[str, Any]
     """config.json; empty for a .gguf."""
+    counted: tuple[int, int, int] | None = None
+    """Parameters in all, in linear layers that are no experts, and in experts, where a header tells, as that of a .gguf does."""
     top_tensors: list[str] | None = None
     """Names of the tensors that belong to no numbered layer, such as lm_head.weight; None where they are not known yet."""
     licence: str | None = None

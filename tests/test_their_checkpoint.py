@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_the_plan(
     same = recipe_of(tiny_llama, {"method": "nf4"}, {"checkpoint": str(tiny_llama)})
     told = dict(describe(same, tmp_path / "out"))
     assert "on this disk, is measured and not published" in told[tiny_llama.name]
-    assert "1 to quantize, 3 to measure" in told["time"]
+    assert "1 model to quantize and 3 models to measure" in told["time"]
     with pytest.raises(BadInputError, match=r"variants gpt2: .* is a gpt2 of 512 tokens, the source a llama of 512"):
         preflight(recipe, tmp_path / "out")
     bare = Path(shutil.copytree(tiny_llama, tmp_path / "bare"))

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 from tasks.runtime.files import read_object
 from tasks.values import Found
 
-GGUF_BITS = 5.0
-"""Bits a weight that a .gguf is taken to have: most are between 4 and 6."""
-
 
 class Facts(NamedTuple):
     """Numbers of parameters, each an estimate within a few per cent, and what the model is for."""
@@ -23,7 +20,7 @@ class Facts(NamedTuple):
     chat: bool
     """Whether it was made to answer people."""
     known: bool = True
-    """Whether config.json is there; of a .gguf that was never dequantized, only its size is."""
+    """Whether more than the sizes of its files is known."""
 
     @property
     def is_mixture(self) -> bool:
@@ -43,11 +40,12 @@ class Facts(NamedTuple):
 
 def facts_of(found: Found, tokenizer: Path | None = None) -> Facts:
     """What is known of the model of `found`; `tokenizer` is a folder with its small files, if there is one."""
+    if found.counted is not None:
+        return Facts(*found.counted, _chat(found, tokenizer))
     config: dict[str, Any] = found.config.get("text_config") or found.config
     weights = sum(size for name, size in found.files.items() if name.endswith(".safetensors"))
-    packed = sum(size for name, size in found.files.items() if name.endswith(".gguf"))
     item = 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
-    parameters = int(weights / item + packed * 8 / GGUF_BITS) or 1
+    parameters = int(weights / item) or 1
     width = _number(config, "hidden_size", "n_embd", "d_model")
     words = width * _number(config, "vocab_size")
     if not width:

@@ -1,11 +1,12 @@
 """A .gguf as a source: looked at by its header, dequantized to bf16 safetensors once, in the artifact store."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Source
-from tasks.download.gguf import check_gguf
+from tasks.download.gguf import GgufHeader, check_gguf
 from tasks.download.gguf_convert import dequantize
 from tasks.download.gguf_parts import as_one, model_name, part_paths, read_parts
 from tasks.runtime.child_process import isolated
@@ -25,7 +26,8 @@ def inspect_gguf(path: Path) -> Found:
     Raises:
         BadInputError, TameError: as `tasks.download.inspection.inspect_source`.
     """
-    check_gguf(as_one(read_parts(path)))
+    header = as_one(read_parts(path))
+    check_gguf(header)
     return Found(
         kind="gguf",
         name=model_name(path),
@@ -33,7 +35,17 @@ def inspect_gguf(path: Path) -> Found:
         commit=None,
         files={part.name: part.stat().st_size for part in part_paths(path)},
         config={},
+        counted=_counted(header),
     )
+
+
+def _counted(header: GgufHeader) -> tuple[int, int, int]:
+    """Parameters in all, in linear layers of blocks, and in experts, which are one tensor of three dimensions each."""
+    sizes = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
+    blocks = {name for name in sizes if name.startswith("blk.") and name.endswith(".weight")}
+    experts = {name for name in blocks if name.endswith("_exps.weight")}
+    linear = {name for name in blocks - experts if len(header.tensors[name].shape) == 2 and "ffn_gate_inp" not in name}
+    return sum(sizes.values()), sum(sizes[name] for name in linear), sum(sizes[name] for name in experts)
 
 
 def dequantized(source: Source, gguf: Path, progress: Progress) -> Snapshot:

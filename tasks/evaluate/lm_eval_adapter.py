@@ -1,9 +1,11 @@
 """All that tame knows of the inside of lm-evaluation-harness: how its tasks are found, loaded and run over a model.
 
 What is used here beyond its documented interface: the entries of `TaskManager.task_index`, `TaskManager.load`, a task's
-`_instances`, `UNSAFE_CODE` and `MULTIMODAL`, and of `HFLM` the methods that `Adapter` overrides.
+`_instances`, `UNSAFE_CODE` and `MULTIMODAL`, the Jinja environment of its templates, and of `HFLM` the methods that `Adapter`
+overrides.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,8 +83,11 @@ def load_tasks(names: list[str], include: list[str], fewshot: int | None) -> Any
         TameError: a definition that fails, or data that cannot be reached.
     """
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env
 
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    if not hasattr(env.from_string, "cache_info"):  # else each template is compiled anew for every item, four times
+        env.from_string = functools.lru_cache(maxsize=1000)(env.from_string)
     try:
         found = TaskManager(include_path=include, include_defaults=False).load(names)
     except Exception as error:

@@ -192,11 +192,21 @@ def _version(name: str) -> str | None:
         return None
 
 
-@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16; True where nobody knows."""
+    flags = _cpuinfo("flags")
+    return not flags or any(name in flags.split() for name in ("avx512_bf16", "amx_bf16"))
+
+
 def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
+    except OSError:
+        return ""

@@ -4,10 +4,12 @@
 """
 
 import contextlib
+import os
 import sqlite3
 import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from configs.errors import TameError, line
 
@@ -31,6 +33,25 @@ def create_database(database: Path, artifacts: Path) -> None:
 
     store = SqlAlchemyStore(f"sqlite:///{database}", str(artifacts))
     store.engine.dispose()
+
+
+def server_app(uri: str, artifacts: Path) -> tuple[str, str]:
+    """What a uvicorn serves, as `mlflow server` has it, and the file of its log settings; this process is told its database.
+
+    Args:
+        uri: The database.
+        artifacts: Where runs of new experiments keep their files; clients write there themselves.
+    """
+    from mlflow import server
+    from mlflow.environment_variables import _MLFLOW_SERVER_BOOT_ID, _MLFLOW_SGI_NAME
+
+    os.environ |= {
+        server.BACKEND_STORE_URI_ENV_VAR: uri,
+        server.ARTIFACT_ROOT_ENV_VAR: str(artifacts),
+        _MLFLOW_SGI_NAME.name: "uvicorn",
+        _MLFLOW_SERVER_BOOT_ID.name: uuid4().hex,
+    }
+    return "mlflow.server.fastapi_app:app", str(server._UVICORN_LOG_CONFIG)
 
 
 def bring_up_to_date(database: Path) -> Path | None:
