@@ -77,12 +77,18 @@ def table(options: argparse.Namespace) -> None:
     spec = Calibrate(text=text, sequences=options.sequences, length=options.length)
     chosen: Any = {"no": False, "true": True}.get(options.calibrate, options.calibrate)
     fits = []
-    for most in options.bytes:
-        variant = Variant(method="nf4", calibrate=chosen, fit=Fit(max_bytes=most))
+    limits = [Fit(max_mean_kl=most) for most in options.kl] or [Fit(max_bytes=most) for most in options.bytes]
+    for limit in limits:
+        variant = Variant(method="nf4", calibrate=chosen, fit=limit)
         calibration = calibrate(snapshot, spec, "codes") if chosen else None
         started = time.perf_counter()
         fits.append(task.fit(snapshot, variant, Gate(), spec, calibration, device=options.device))
-        print(f"{most}: {time.perf_counter() - started:.0f} s ({fits[-1].seconds:.0f} s when made)", flush=True)
+        taken = fits[-1].taken
+        print(
+            f"{fits[-1].limit}: {time.perf_counter() - started:.0f} s ({fits[-1].seconds:.0f} s when made), "
+            f"{taken.bytes / 1e6:.1f} MB, {len(fits[-1].measured)} measured",
+            flush=True,
+        )
     groups = fits[0].groups
     windows, length = WHOLE[device.partition(":")[0]]
     ids = load_file(task.fit_text(snapshot, spec, "fit" if chosen else "all")[0] / task.IDS)["ids"].long()
@@ -90,7 +96,7 @@ def table(options: argparse.Namespace) -> None:
     texts = {"the fit text": ids} | {Path(name).stem: _windows(snapshot.path, name, ids) for name in options.judge}
     whole = quantize(snapshot, variant.unfitted, calibration, device=options.device)
     restorer = Restorer(Path(snapshot.path), Path(whole.path), variant.unfitted)
-    orders = _orders(groups, Path(snapshot.path), restorer, ids, device, options.seeds)
+    orders = _orders(groups, Path(snapshot.path), restorer, ids, device, options.seeds) if options.others else {}
     print(
         f"| most bytes | chosen by | modules in 16 bits | {' | '.join(texts)} |\n| --- | --- | --- |{' --- |' * len(texts)}"
     )
@@ -105,7 +111,8 @@ def table(options: argparse.Namespace) -> None:
         print(f"| {most} | {name} | {len(kept)} | {' | '.join(told)} |", flush=True)
 
     row("", "all quantized", [])
-    for most, fitted in zip(options.bytes, fits, strict=True):
+    for fitted in fits:
+        most = fitted.limit
         row(
             most,
             f"fit, and {len(fitted.in_small_groups)} modules in small groups",
@@ -200,6 +207,8 @@ def main() -> None:
     command.set_defaults(run=table)
     command.add_argument("model", help="a folder, a Hub repo, or package:NAME/FILE")
     command.add_argument("--bytes", nargs="+", default=["125MB"], help="sizes of the weights")
+    command.add_argument("--kl", nargs="+", type=float, default=[], help="most mean KLs, in the place of sizes")
+    command.add_argument("--others", default=True, action=argparse.BooleanOptionalAction, help="the other ways too")
     command.add_argument("--calibrate", default="no", choices=("no", "fast", "true", "best"))
     command.add_argument("--text", nargs="+", help="files of the calibration text; by default Python's own library")
     command.add_argument("--sequences", type=int, default=128, help="of each, and the tokens in each:")
