@@ -270,22 +270,17 @@ def test_a_server_that_is_away_is_waited_for_and_costs_no_work(
     assert "waiting for it before taking gpu:here:3" in caplog.text
 
 
-WORKERS = """
-import tame
-for arguments in (["--gpu", "99"], ["--pool", "nowhere"]):
-    try:
-        tame.main(["worker", *arguments])
-    except SystemExit as ended:
-        print(ended.code)
-"""
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [(["--gpu", "99"], 2, "--gpu 99: there is no such GPU"), (["--pool", "nowhere"], 1, "has no work pool 'nowhere'")],
+)
+def test_a_worker_says_what_it_lacks(prefect_url: str, arguments: list[str], code: int, said: str) -> None:
+    ended = tame("worker", *arguments, PREFECT_API_URL=prefect_url)
+    assert (ended.returncode, ended.stderr.count("\n")) == (code, 1)
+    assert said in ended.stderr
 
 
-def test_a_worker_says_what_it_lacks(prefect_url: str) -> None:
-    done = python(WORKERS, PREFECT_API_URL=prefect_url)
-    assert done.stdout.split() == ["2", "1"]
-    none, nowhere = done.stderr.splitlines()
-    assert "--gpu 99: there is no such GPU" in none
-    assert "has no work pool 'nowhere'" in nowhere
+def test_a_worker_without_a_server_says_so() -> None:
     unnamed = tame("worker")
     assert (unnamed.returncode, unnamed.stderr.count("\n")) == (2, 1)
     assert "PREFECT_API_URL is not set" in unnamed.stderr
