@@ -137,7 +137,7 @@ def take(browser: Browser, up: Up, run: str, out: Path) -> None:
         browser.open(f"{up.prefect}/runs/flow-run/{run}", 1200, 1000)
         browser.see("Suspended", 120)
         browser.click("Resume")
-        browser.see("none of them is a no", 120)
+        browser.see("If you choose none, nothing is published", 120)
         keep("approval")
         passed = [v["name"] for v in result_of(up)["variants"] if v["status"] == "passed"]
         up.ask(f"/flow_runs/{run}/resume", {"run_input": {"publish": passed, "note": "for the gallery"}})

@@ -81,7 +81,10 @@ def form(shown: Shown) -> "type[RunInput]":
     # An enum of one is a const for Pydantic, which Prefect's page offers nothing to choose from.
     one: Any = Annotated[Literal[tuple(shown.targets)], WithJsonSchema({"enum": [*shown.targets], "type": "string"})]
     fields: dict[str, Any] = {
-        "publish": (list[one], Field([], title="Publish", description="Choose variants. None is a no.")),
+        "publish": (
+            list[one],
+            Field([], title="Publish", description="Choose variants. If you choose none, nothing is published."),
+        ),
         "note": (str, Field("", title="Note", description="Say why; it is kept with the result.", max_length=1000)),
     }
     if shown.result.recipe.publish.to == "hub":

@@ -12,8 +12,8 @@ from configs.schema import Recipe
 from flows.approve import Links, on_terminal, suspended
 from flows.pipeline import go_on, make
 from flows.stages import IN_PREFECT, track_task
-from tasks import formatting
 from tasks import result as results
+from tasks import sentences
 from tasks.publish.approval import Shown, recall
 from tasks.report.html import render
 from tasks.report.prefect_artifacts import create_artifacts, show_card
@@ -100,8 +100,8 @@ def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) 
             results.write(result, folder)
     if result.exit_code != 1:  # what a failed stage has finished is taken up by the next run
         store.sweep()
-    headline = formatting.headline(result)
+    headline = sentences.headline(result)
     if result.exit_code in (1, 2):
         return Failed(message=headline, data=result if attempt is None else None)  # a worker would raise what it is
-    ending = formatting.ending({variant.status for variant in result.variants})
+    ending = sentences.ending({variant.status for variant in result.variants})
     return Completed(name=ending, message=headline, data=result)

@@ -16,9 +16,9 @@ from configs.schema import Sweep
 from configs.settings import home
 from tasks.fleet import flow_runs
 from tasks.fleet.sweep import FAILED, Pair, Row, grid, headline, leaderboard, plan, prefetch, table
-from tasks.formatting import ending
 from tasks.result import write_file
 from tasks.runtime.retry import retry
+from tasks.sentences import ending
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun

@@ -301,7 +301,7 @@ class Answer(_Value):
     """What a person said to the question what to publish."""
 
     variants: list[str]
-    """Labels of those to publish; none of them is a no."""
+    """Labels of those to publish; without any, nothing is published."""
     private: bool
     note: str = ""
     answered: bool = True

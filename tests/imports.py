@@ -30,6 +30,7 @@ ROOMS = (
     "tasks.result",
     "tasks.decision",
     "tasks.formatting",
+    "tasks.sentences",
     "tasks.evaluate",
     "tasks.fit",
     "tasks.serve",

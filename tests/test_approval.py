@@ -70,7 +70,7 @@ def test_the_question_has_the_verdicts_and_links(tame_home: Path) -> None:
     assert "rejected" in text
     assert text.index("| variant |") < text.index("0 means the same") < text.index("[report]")
     assert "[report](http://x)" in text
-    assert "none of them is a no. Until then." in text
+    assert "If you choose none, nothing is published. Until then." in text
 
 
 def test_the_form_takes_names_of_what_passed_and_nothing_filled_in_is_a_no() -> None:
@@ -239,7 +239,7 @@ def test_an_empty_form_says_whether_somebody_has_sent_it(
         assert worker.work() == "Rejected"
         state = client.read_flow_run(worker.run).state
         assert state is not None
-        assert state.message == f"Rejected: {said} for nf4"
+        assert state.message == f"Rejected: nf4 ({said})"
 
 
 def _inputs(client: SyncPrefectClient, worker: Worker, kind: str) -> list[str]:

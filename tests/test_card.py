@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from configs.errors import TameError
 from configs.schema import CardFacts, Recipe
-from tasks import formatting
-from tasks.formatting import advice, figure, label, meaning
+from tasks import sentences
+from tasks.formatting import figure, label
 from tasks.gate import judge
 from tasks.publish import benchmarks, provenance
 from tasks.publish.benchmarks import Benchmark
@@ -24,6 +24,7 @@ from tasks.publish.card import plain_files, release_files
 from tasks.publish.usage import memory
 from tasks.report.html import render
 from tasks.result import Result
+from tasks.sentences import advice, meaning
 from tasks.values import Unquantized
 from tests.hub import Hub
 from tests.results import make
@@ -87,7 +88,7 @@ def test_the_card_says_each_number_in_one_way(result: Result) -> None:
     finer = changed(result, metrics={**result.variants[0].metrics, "kl_mean_high": 0.020934})
     finer = changed(finer, gate=judge(finer.variants[0].metrics, finer.recipe.gate))
     assert "KL up to 0.0209 ≤ limit 0.1" in text(finer)
-    for page in (text(finer).split("## Reproduce")[0].split("---\n")[2], render(finer), formatting.markdown(finer)):
+    for page in (text(finer).split("## Reproduce")[0].split("---\n")[2], render(finer), sentences.markdown(finer)):
         assert "0.0209" in page
         assert "0.02093" not in page
 

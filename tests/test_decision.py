@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from configs.schema import Gate
-from tasks import formatting
+from tasks import sentences
 from tasks.decision import decide
 from tasks.result import Result, ResultVariant
 from tests.results import make
@@ -36,7 +36,7 @@ def chosen(result: Result) -> list[tuple[str, str]]:
 def test_the_smallest_is_to_be_used_and_the_least_damaged_named() -> None:
     result = release(("int8", 610, 0.002), ("nf4", 430, 0.09), ("fp8", 620, 0.04))
     assert chosen(result) == [("nf4", "use"), ("int8", "closest")]  # fp8 is larger than int8 and worse
-    assert formatting.advice(result) == (
+    assert sentences.advice(result) == (
         "Use nf4: 430.0 MB, 57 % smaller than the original, KL up to 0.0990 (limit 0.15); int8 if answers "
         "must be closest to the original's: 610.0 MB, 39 % smaller, KL up to 0.0022 (limit 0.15)."
     )
@@ -70,13 +70,13 @@ def test_equal_ones_are_named_once() -> None:
 def test_what_did_not_pass_is_never_named(status: str) -> None:
     result = release(("int8", 610, 0.002), ("nf4", 430, 0.09), status=status)
     assert decide(result).choices == []
-    assert formatting.advice(result) == "Use none of these: no variant passed."
+    assert sentences.advice(result) == "Use none of these: no variant passed."
 
 
 def test_without_a_limit_nothing_is_recommended() -> None:
     result = release(("nf4", 430, 0.09), max_mean_kl=None)
     assert not decide(result).judged
-    assert formatting.advice(result) == (
+    assert sentences.advice(result) == (
         "No limit was set, so that nobody knows what is good enough. The smallest is nf4: 430.0 MB, "
         "57 % smaller than the original, KL up to 0.0990."
     )
@@ -88,23 +88,23 @@ def test_damage_is_the_ratio_where_the_divergence_is_not_known_of_all() -> None:
         for p in (0.04, 0.01)
     ]
     result = release(("a", 300, ratios[0] | kl(0.1)), ("b", 400, ratios[1]), max_perplexity_increase=0.05)
-    assert formatting.advice(result) == (
+    assert sentences.advice(result) == (
         "Use a: 300.0 MB, 70 % smaller than the original, perplexity ratio up to 1.0400 (limit 1.05); b if answers must be "
         "closest to the original's: 400.0 MB, 60 % smaller, perplexity ratio up to 1.0100 (limit 1.05)."
     )
     unknown = release(("a", 300, {}), ("b", 400, {"kl_mean": float("nan")}))
-    assert formatting.advice(unknown) == "Use a: 300.0 MB, 70 % smaller than the original."
+    assert sentences.advice(unknown) == "Use a: 300.0 MB, 70 % smaller than the original."
 
 
 def test_larger_than_the_original_and_an_unmeasured_original() -> None:
-    assert "1.20 GB, 20 % larger than the original" in formatting.advice(release(("a", 1200, 0.1)))
+    assert "1.20 GB, 20 % larger than the original" in sentences.advice(release(("a", 1200, 0.1)))
     unpacked = release(("a", 300, 0.1))
     gguf = unpacked.source.model_copy(update={"model": "me/a/a.Q4_1.GGUF"})
     assert unpacked.baseline is not None
     whole = unpacked.baseline.model_copy(update={"metrics": {"size_bytes": 1e9, "bits_per_weight": 16.002}})
     unpacked = unpacked.model_copy(update={"source": gguf, "baseline": whole})
-    assert "300.0 MB, 70 % smaller than the original in 16 bits," in formatting.advice(
+    assert "300.0 MB, 70 % smaller than the original in 16 bits," in sentences.advice(
         unpacked
     )  # not than the GGUF file
     alone = release(("a", 300, 0.1)).model_copy(update={"baseline": None})
-    assert formatting.advice(alone) == "Use a: 300.0 MB, KL up to 0.1100 (limit 0.15)."
+    assert sentences.advice(alone) == "Use a: 300.0 MB, KL up to 0.1100 (limit 0.15)."

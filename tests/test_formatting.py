@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tasks import formatting
+from tasks import formatting, sentences
 from tasks.formatting import figure, label, span
 from tests.results import make
 
@@ -68,24 +68,24 @@ def test_headline_says_the_worst_first_and_why() -> None:
     result = make()
     reasons = "KL up to 0.2741 > limit 0.1, top-1 agreement down to 70.30 % < limit 90 %"
     killed = result.variants[2].error
-    assert formatting.headline(result) == f"Failed: fp4 ({killed}). Rejected: {reasons} for nf4-dq. Published: int8"
-    assert formatting.outcome(result) == "Failed"
+    assert sentences.headline(result) == f"Failed: fp4 ({killed}). Rejected: nf4-dq ({reasons}). Published: int8"
+    assert sentences.outcome(result) == "Failed"
     two = result.model_copy(update={"variants": result.variants[:2]})
-    assert formatting.headline(two).startswith("Rejected: KL up to 0.2741 > limit 0.1")
-    assert formatting.outcome(two.model_copy(update={"variants": two.variants[:1]})) == "Published"
+    assert sentences.headline(two).startswith("Rejected: nf4-dq (KL up to 0.2741 > limit 0.1")
+    assert sentences.outcome(two.model_copy(update={"variants": two.variants[:1]})) == "Published"
 
 
 def test_a_short_name_says_what_to_use_and_how_the_variants_fared() -> None:
     result = make()
     assert (
-        formatting.short(result)
+        sentences.short(result)
         == "use int8 (39 % smaller than the original, KL up to 0.0209) – 1 published, 1 rejected, 1 failed"
     )
     one = result.model_copy(update={"variants": result.variants[:1]})
-    assert formatting.short(one).endswith("– passed")
+    assert sentences.short(one).endswith("– passed")
     none = result.model_copy(update={"variants": result.variants[1:2]})
-    assert formatting.short(none) == "use none – rejected"
-    assert formatting.short(result.model_copy(update={"error": "no space"})) == "failed"
+    assert sentences.short(none) == "use none – rejected"
+    assert sentences.short(result.model_copy(update={"error": "no space"})) == "failed"
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,20 @@ def test_a_short_name_says_what_to_use_and_how_the_variants_fared() -> None:
     ],
 )
 def test_a_run_is_rejected_only_where_nothing_passed(statuses: set[str], name: str) -> None:
-    assert formatting.ending(statuses) == name
+    assert sentences.ending(statuses) == name
 
 
 def test_a_run_that_ended_early_says_so_once() -> None:
     result = make()
     stopped = [variant.model_copy(update={"status": "failed", "error": "no such model"}) for variant in result.variants]
     ended = result.model_copy(update={"variants": stopped, "error": "no such model"})
-    assert formatting.headline(ended) == "Failed: no such model"
+    assert sentences.headline(ended) == "Failed: no such model"
 
 
 def test_markdown_shows_untrusted_text_as_text() -> None:
     result = make()
     hostile = result.variants[2].model_copy(update={"name": "a|b", "error": "<img src=x>\n# no [x](javascript:y) `z`"})
-    text = formatting.markdown(result.model_copy(update={"variants": [*result.variants[:2], hostile]}))
+    text = sentences.markdown(result.model_copy(update={"variants": [*result.variants[:2], hostile]}))
     assert "a\\|b" in text
     assert "\\<img src=x\\> \\# no \\[x\\](javascript:y) \\`z\\`" in text
     assert "<img" not in text.replace("\\<img", "")

@@ -93,7 +93,7 @@ def test_verdict_comes_first_and_nothing_is_left_out(html: str) -> None:
     order = [
         "SmolLM2-135M-Instruct, quantized",
         "Use int8: 163.6 MB, 39 % smaller than the original, KL up to 0.0209 (limit 0.1).",
-        "Rejected: KL up to 0.2741 > limit 0.1",
+        "Rejected: nf4-dq (KL up to 0.2741 > limit 0.1",
         "KL (KL divergence) is how far a variant's probabilities for the next token are from the original's: 0 means the same.",
         "Numbers",
         "What it cost in quality",

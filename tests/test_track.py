@@ -17,7 +17,7 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Gate, Recipe
-from tasks import formatting
+from tasks import formatting, sentences
 from tasks.evaluate import evidence
 from tasks.report import html as report
 from tasks.result import NOT_REACHED, Result, ResultVariant
@@ -124,7 +124,7 @@ def test_every_number_is_logged_under_its_name(home: Path, result: Result) -> No
     shown = {name: parent.data.tags[name] for name in ("verdict", "KL up to", "use")}
     assert shown == {"verdict": "1/3 passed, 1 rejected, 1 failed", "KL up to": "0.0209 ≤ 0.1", "use": "int8"}
     assert "use" not in found["nf4-dq"].data.tags or not found["nf4-dq"].data.tags["use"]
-    assert parent.data.tags["headline"] == formatting.headline(result)
+    assert parent.data.tags["headline"] == sentences.headline(result)
     written = Path(parent.info.artifact_uri.removeprefix("file://")) / "result.json"
     assert json.loads(written.read_text()) == result.model_dump(mode="json")
 

@@ -13,7 +13,7 @@ from configs.load import load_recipe
 from configs.schema import Recipe, Variant
 from flows.direct import DIRECT
 from flows.pipeline import make
-from tasks import formatting
+from tasks import formatting, sentences
 from tasks import result as results
 from tasks.plan import preflight
 from tasks.report.html import render
@@ -133,14 +133,14 @@ def test_every_place_says_that_it_was_not_measured(tmp_path: Path) -> None:
     again, said = released(asked, tmp_path / "out")
     assert again.variants[0].all_cached
     assert all("before" in line for line in said[1:])
-    assert formatting.headline(result) == "Not measured: nf4; int8"
-    assert formatting.advice(result).startswith(
+    assert sentences.headline(result) == "Not measured: nf4; int8"
+    assert sentences.advice(result).startswith(
         "Nobody knows what is good enough: it was not measured. The smallest is nf4"
     )
     shown = {
         "terminal": closing(result, tmp_path, 100, colour=False),
         "report": render(result),
-        "markdown": formatting.markdown(result),
+        "markdown": sentences.markdown(result),
         "table": str(formatting.table(result)),
     }
     for place, text in shown.items():

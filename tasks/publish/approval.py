@@ -12,15 +12,16 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import NotCachedError, TameError
-from tasks.formatting import advice, figure, headline, meaning, plain, rows, verdict
+from tasks.formatting import figure, plain, rows, verdict
 from tasks.result import Result
+from tasks.sentences import advice, headline, meaning
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file
 from tasks.store.on_disk import Made
 
 KIND = "shown"
-SHORT = {"size_bytes": "size", "kl_mean": "KL, nats", "top1_agreement": "same token"}
-"""The columns of the question, which is shown in a narrow form."""
+SHORT = {"size_bytes": "size", "kl_mean": "KL up to", "top1_agreement": "same token"}
+"""The columns of the question, which is shown in a narrow form. Of the KL it is the end that was judged."""
 
 
 class Shown(BaseModel):
@@ -111,7 +112,10 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     lines.append("| variant | verdict | " + " | ".join(SHORT[name] for name in names) + " |")
     lines.append("| --- " * (2 + len(names)) + "|")
     for row in rows(result):
-        cells = [row.name, verdict(row), *(figure(name, row.metrics.get(name)) for name in names)]
+        judged = dict(row.metrics)
+        if "kl_mean_high" in judged:
+            judged["kl_mean"] = judged["kl_mean_high"]
+        cells = [row.name, verdict(row), *(figure(name, judged.get(name)) for name in names)]
         lines.append("| " + " | ".join(map(plain, cells)) + " |")
     lines += ["", meaning(result)] if meaning(result) else []
     lines += ["", f"Report: {report}", "", "What would be published, with the digest of its card:", ""]
@@ -121,6 +125,6 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     lines += [
         "",
         "Nothing is measured or written again after your answer: what is published is what is shown here, sha256 "
-        f"{shown.digest[:12]}…. Choose the variants to publish; none of them is a no. {until}",
+        f"{shown.digest[:12]}…. Choose the variants to publish. If you choose none, nothing is published. {until}",
     ]
     return "\n".join(lines)

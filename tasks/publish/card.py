@@ -17,7 +17,7 @@ import yaml
 
 from configs.errors import TameError
 from tasks.evaluate.sanity import PUBLISHED
-from tasks.formatting import NOT_MEASURED, advice, cell, figure, label, meaning, points, rows, short_name, span, verdict
+from tasks.formatting import NOT_MEASURED, cell, figure, label, points, rows, short_name, span, verdict
 from tasks.metrics import difference, measured, parse, unit_of
 from tasks.publish import provenance
 from tasks.publish.benchmarks import Benchmark
@@ -26,6 +26,7 @@ from tasks.publish.usage import serving, usage
 from tasks.quantize.methods import described_by, method_of
 from tasks.quantize.protocols import CardText
 from tasks.result import NOTHING_MEASURED, Result, ResultVariant
+from tasks.sentences import advice, meaning
 from tasks.values import Protocol
 
 COMPARED = ("size_bytes", "perplexity", "kl_mean", "top1_agreement")

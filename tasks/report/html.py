@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.errors import BadInputError, TameError
 from configs.write import as_yaml
-from tasks import formatting
+from tasks import formatting, sentences
 from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.report import fit_plots, plots
@@ -212,7 +212,7 @@ def _history_of(name: str, runs: list[Any]) -> _History:
 def _order(result: Result) -> list[tuple[ResultVariant, str]]:
     """The variants in order of use, each with what it is for: the decision's first, then the others as the recipe has them."""
     decision = decide(result)
-    purposes = {choice.name: formatting.PURPOSES[choice.purpose] for choice in decision.choices}
+    purposes = {choice.name: sentences.PURPOSES[choice.purpose] for choice in decision.choices}
     if decision.choices and decision.judged:
         purposes[decision.choices[0].name] = "use this one"
     first = [result.variant(choice.name) for choice in decision.choices]
@@ -330,7 +330,8 @@ def _page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only ever given what plots.py drew
-    functions = ("advice", "figure", "span", "label", "headline", "meaning", "verdict")
-    environment.globals |= {name: getattr(formatting, name) for name in functions}
+    figures, said = ("figure", "span", "label", "verdict"), ("advice", "headline", "meaning")
+    environment.globals |= {name: getattr(formatting, name) for name in figures}
+    environment.globals |= {name: getattr(sentences, name) for name in said}
     environment.globals["is_variant"] = lambda row: isinstance(row, ResultVariant)
     return environment.get_template(template).render(**values).strip() + "\n"

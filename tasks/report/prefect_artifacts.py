@@ -5,8 +5,9 @@ import re
 from uuid import UUID
 
 from configs.errors import line
-from tasks.formatting import advice, headline, markdown, short, table
+from tasks.formatting import table
 from tasks.result import Result
+from tasks.sentences import advice, headline, markdown, short
 
 log = logging.getLogger("tame.report")
 

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.formatting import advice, cell, figure, headline, label, points, settings, verdict
+from tasks.formatting import cell, figure, label, points, settings, verdict
 from tasks.result import Measured, Result, ResultVariant
+from tasks.sentences import advice, headline
 
 COLUMNS_AS = {
     "size_bytes": "size",

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from configs.settings import home
-from tasks import formatting
+from tasks import formatting, sentences
 from tasks.decision import decide
 from tasks.evaluate import evidence
 from tasks.result import NOT_REACHED, Measured, Result, ResultVariant
@@ -220,14 +220,14 @@ def _tags(result: Result, measured: Measured) -> dict[str, str]:
 
 def _release_tags(result: Result, chosen: ResultVariant | None) -> dict[str, str]:
     return {
-        "headline": formatting.headline(result),
-        "decision": formatting.advice(result),
+        "headline": sentences.headline(result),
+        "decision": sentences.advice(result),
         "use": chosen.name if chosen else "",
-        "status": formatting.outcome(result).lower(),
+        "status": sentences.outcome(result).lower(),
         "verdict": registry.tally(result),
         "KL up to": registry.kl_and_limit(result, chosen),
         "approval": registry.approval(result),
-        "mlflow.note.content": formatting.markdown(result),
+        "mlflow.note.content": sentences.markdown(result),
         **_release_of(result),
     }
 

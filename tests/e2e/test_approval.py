@@ -81,7 +81,7 @@ def answer(up: Up, run: str, publish: list[str], note: str, public: bool = False
         browser.open(f"{up.prefect}/runs/flow-run/{run}", 1300, 1000)
         browser.see("Suspended", 120)
         browser.click("Resume")
-        browser.see("none of them is a no", 120)
+        browser.see("If you choose none, nothing is published", 120)
         browser.until(lambda: browser.ask(f"!!{MULTIPLE}"), 60, "the variants to choose")
         browser.ask(f"{SELECT}({json.dumps(publish)})")
         browser.ask(f"{WRITE}({json.dumps(note)})")
