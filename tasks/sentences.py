@@ -9,7 +9,7 @@ from configs.errors import line
 from tasks.decision import Choice, decide
 from tasks.formatting import NOT_MEASURED, VERDICTS, cell, figure, label, plain, rows, verdict
 from tasks.metrics import pessimistic
-from tasks.result import Result, ResultVariant
+from tasks.result import Measured, Result, ResultVariant
 
 
 def outcome(result: Result) -> str:
@@ -115,14 +115,21 @@ def markdown(result: Result) -> str:
     lines += ["| " + " | ".join(["variant", "verdict", *map(label, names)]) + " |"]
     lines += ["|" + " --- |" * (len(names) + 2)]
     for row in measured:
-        cells = [row.name, verdict(row), *(cell(name, row.metrics) for name in names)]
-        lines.append("| " + " | ".join(map(plain, cells)) + " |")
+        cells = [verdict(row), *(cell(name, row.metrics) for name in names)]
+        lines.append(f"| {marked(row, result)} | " + " | ".join(map(plain, cells)) + " |")
     notes = dict.fromkeys(note for row in measured for note in row.notes)
     lines += ["", *(f"- {plain(note)}" for note in notes)]
     lines += [
         f"- {plain(variant.name)}: {_address(variant.published)}" for variant in result.variants if variant.published
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def marked(row: Measured, result: Result) -> str:
+    """A name in a table of Markdown, bold where it is the one to use."""
+    decision = decide(result)
+    used = decision.judged and row.name in [choice.name for choice in decision.choices[:1]]
+    return f"**{plain(row.name)}**" if used else plain(row.name)
 
 
 def _worth(choice: Choice, than: str = "") -> str:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from configs.schema import Gate
 from tasks import formatting, sentences
 from tasks.formatting import figure, label, span
 from tests.results import make
@@ -108,6 +109,13 @@ def test_a_run_that_ended_early_says_so_once() -> None:
     stopped = [variant.model_copy(update={"status": "failed", "error": "no such model"}) for variant in result.variants]
     ended = result.model_copy(update={"variants": stopped, "error": "no such model"})
     assert sentences.headline(ended) == "Failed: no such model"
+
+
+def test_markdown_marks_the_variant_to_use_where_a_limit_was_set() -> None:
+    result = make()
+    assert "| **int8** | published |" in sentences.markdown(result)
+    unlimited = result.model_copy(update={"recipe": result.recipe.model_copy(update={"gate": Gate()})})
+    assert "**int8**" not in sentences.markdown(unlimited)
 
 
 def test_markdown_shows_untrusted_text_as_text() -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import NotCachedError, TameError
 from tasks.formatting import figure, plain, rows, verdict
 from tasks.result import Result
-from tasks.sentences import advice, headline, meaning
+from tasks.sentences import advice, headline, marked, meaning
 from tasks.store import artifacts as store
 from tasks.store.digests import sha256_file
 from tasks.store.on_disk import Made
@@ -115,8 +115,8 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
         judged = dict(row.metrics)
         if "kl_mean_high" in judged:
             judged["kl_mean"] = judged["kl_mean_high"]
-        cells = [row.name, verdict(row), *(figure(name, judged.get(name)) for name in names)]
-        lines.append("| " + " | ".join(map(plain, cells)) + " |")
+        cells = [verdict(row), *(figure(name, judged.get(name)) for name in names)]
+        lines.append(f"| {marked(row, result)} | " + " | ".join(map(plain, cells)) + " |")
     lines += ["", meaning(result)] if meaning(result) else []
     lines += ["", f"Report: {report}", "", "What would be published, with the digest of its card:", ""]
     for label, target in shown.targets.items():

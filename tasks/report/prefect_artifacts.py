@@ -31,7 +31,7 @@ def create_artifacts(result: Result, mlflow_url: str | None = None, report: str 
         create_table_artifact(key=f"{key}-variants", table=table(result), description=summary)
         place = f"[report.html]({mlflow_url}/artifacts/report.html)" if mlflow_url else f"`{report}`"
         where = f"\nThe report is at {place}.\n" if report else ""
-        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=summary)
+        create_markdown_artifact(key=f"{key}-summary", markdown=markdown(result) + where, description=short(result))
         if mlflow_url:
             create_link_artifact(key=f"{key}-mlflow", link=mlflow_url, link_text="MLflow run", description=summary)
         for variant in result.variants:
