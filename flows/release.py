@@ -18,7 +18,7 @@ from tasks.publish.approval import Shown, recall
 from tasks.report.html import render
 from tasks.report.prefect_artifacts import create_artifacts, show_card
 from tasks.result import Result
-from tasks.runtime import flow_run_ownership as attempts
+from tasks.runtime import flow_run_ownership as ownership
 from tasks.store import artifacts as store
 from tasks.track import connection
 from tasks.track import task as track
@@ -38,13 +38,13 @@ def release(recipe: Recipe, out: str | None = None) -> State[Result]:
         recipe: What to do.
         out: Folder for result.json and report.html; empty: TAME_HOME/runs/NAME.
     """
-    attempt = attempts.begin()
+    attempt = ownership.begin()
     folder = results.folder_of(recipe, out)
     shown = recall(str(flow_run.get_id())) if recipe.publish.approve and attempt is not None and attempt > 1 else None
     run = track.begin(recipe, {"prefect_run": str(flow_run.get_id())})
 
     def check() -> None:
-        attempts.check(attempt)
+        ownership.check(attempt)
 
     def after(label: str, result: Result) -> None:
         nonlocal run
@@ -88,7 +88,7 @@ def _show(result: Result, shown: Shown, folder: Path) -> Links:
 
 
 def _finish(result: Result, folder: Path, run: str | None, attempt: int | None) -> State[Result]:
-    attempts.check(attempt)
+    ownership.check(attempt)
     result = result.model_copy(update={"mlflow_run": run})
     try:
         report = _write(result, folder)

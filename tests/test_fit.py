@@ -151,7 +151,7 @@ def test_the_walk_gives_the_divergences_of_the_whole_model(name: str, tmp_path: 
     restorer = Restorer(source, tmp_path / "out", variant)
     ids = torch.randint(1, 500, (3, 24), generator=torch.Generator().manual_seed(0))
     walk = Walk(source, ids, set(restorer.jobs), [lambda weight: restorer.weight(weight, "cpu")], "cpu")
-    alone = walk.alone(lambda *_: None, "it")
+    alone = walk.each_alone(lambda *_: None, "it")
     names = [name for group, _, _ in alone for name in group.weights]
     assert sorted(names) == sorted(restorer.jobs)
     (everything,) = walk.measure([dict.fromkeys(names, 0)], lambda *_: None, "it")
@@ -196,7 +196,7 @@ def test_single_groups_are_compared_on_the_likely_tokens(
     restorer = Restorer(source, tmp_path / "out", Variant(method="nf4"))
     ids = torch.randint(1, 500, (3, 24), generator=torch.Generator().manual_seed(0))
     walk = Walk(source, ids, set(restorer.jobs), [lambda weight: restorer.weight(weight, "cpu")], "cpu")
-    group, _, found = walk.alone(lambda *_: None, "it")[-1]
+    group, _, found = walk.each_alone(lambda *_: None, "it")[-1]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         original = model(ids).logits[:, :-1].double()

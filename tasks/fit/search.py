@@ -56,7 +56,7 @@ def sensitivities(asked: Asked, out: Path, progress: Progress = silent) -> None:
         BadInputError: a model that is not run block by block. TameError: no memory, or numbers that are not finite.
     """
     walks = _Walks(asked)
-    found = walks.alone(progress)
+    found = walks.each_alone(progress)
     groups = [walks.choices(group, kl) for group, kl in found]
     whole = walks.measure({name: 0 for group, _ in found for name in group.weights}, progress)
     content = {
@@ -97,7 +97,7 @@ class _Walks:
         self.ids: torch.Tensor = load_file(asked.ids)["ids"].long()
         self.whole: Walk | None = None
 
-    def alone(self, progress: Progress) -> "list[tuple[Group, float]]":
+    def each_alone(self, progress: Progress) -> "list[tuple[Group, float]]":
         """The damage of each group, on a few windows from all over the text: the KL divergence where it alone is quantized.
 
         Where the codes of a variant undo the errors of modules before them, that says little of a group among the others. For
@@ -105,7 +105,7 @@ class _Walks:
         quantized becomes when this group keeps its original weights.
         """
         walk, what = self._walk(ALONE, self.restorers[:1]), f"sensitivity {self.asked.variant.label}"
-        found = self._within_memory(lambda: walk.alone(progress, what))
+        found = self._within_memory(lambda: walk.each_alone(progress, what))
         self._check(*(one for _, _, one in found))
         alone = [(group, float(one.kl.mean())) for group, _, one in found]
         if not self.asked.variant.compensates:

@@ -82,7 +82,7 @@ class Walk:
         self.final: list[torch.Tensor] = []
         """The original's states behind the last block, once they are known."""
 
-    def alone(self, progress: Progress, what: str) -> list[tuple[Group, int, Divergence]]:
+    def each_alone(self, progress: Progress, what: str) -> list[tuple[Group, int, Divergence]]:
         """The divergence of every group quantized alone, at each level."""
         return self._run([], True, progress, what)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tasks.values import Found
 
-log = logging.getLogger("tame.launch")
+log = logging.getLogger("tame.fleet")
 
 DEPLOYMENT, PREFETCH = "release/any", "prefetch/prefetch"
 RESTARTED_WITHIN = timedelta(minutes=2)

@@ -15,7 +15,7 @@ from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
 from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
-from tasks.runtime.child_process import alone, isolated
+from tasks.runtime.child_process import isolated, spawned
 from tasks.runtime.device import pick_all
 from tasks.runtime.progress import Progress, show
 from tasks.store import on_disk
@@ -61,7 +61,7 @@ def _build(request: Request, out: Path, check: bool, progress: Progress) -> tupl
     """Fill the folder of the request, and rename it to `out` once it is complete and on the disk. Returns all sha256, too."""
     partial, variant = request.out, request.variant
     try:
-        call = isolated if check else alone
+        call = isolated if check else spawned
         written = call(f"quantize {variant.label}", method_of(variant).quantize, request, progress=progress)
         if check:
             _run_once(request)

@@ -79,7 +79,7 @@ def isolated(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     return _call(_context(), what, function, args, kwargs)
 
 
-def alone(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def spawned(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The same for the only call of a command: its process imports what it needs itself, and that is less than all.
 
     Raises:
