@@ -15,16 +15,21 @@ Prefect 3.9 passes over such a run, and takes it with the next answer.
 
 import itertools
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+import configs.quiet_interrupt  # noqa: F401  before the rest
+
+# isort: split
 
 import anyio
 from prefect.utilities.processutils import command_to_string, get_sys_executable
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration
 
-from configs.errors import TameError
+from configs.errors import TameError, named_line
 from configs.settings import UP
 from infra.worker import prepare
 
@@ -70,9 +75,13 @@ def main() -> None:
         sys.stdin.read()
     try:
         prepare(dict(given)["--pool"], [value for name, value in given if name == "--work-queue"])
-    except TameError as error:
-        print(f"tame: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        said, code = (
+            (str(error), error.exit_code) if isinstance(error, TameError) else (named_line(error, limit=None), 1)
+        )
+        print(f"tame: {said}", file=sys.stderr)
+        sys.exit(code)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what Prefect's worker expects to find
     sys.argv = ["prefect", "worker", "start", *sys.argv[1:]]
     app()
 

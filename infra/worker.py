@@ -42,6 +42,7 @@ def become_worker(gpu: int | None, control: bool, pool: str, once: bool = False)
         os.environ[DEVICE_LIMIT.name] = limit
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT))
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(ASK_EVERY))
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")  # what a worker says before it has runs
     command = [sys.executable, "-m", "infra.patched_worker", "--pool", pool, "--name", name]
     command += ["--limit", str(WAITING_AT_ONCE if control else 1), "--install-policy", "never"]
     command += ["--run-once"] * once
