@@ -1,6 +1,7 @@
 """Watch and sweep as they are used: provisioned, with a worker that releases and one that waits, from a Hub to a Hub."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,11 @@ def hub(tiny_llama: Path) -> Iterator[Hub]:
     with Hub() as hub:
         hub.add_model("org/tiny", tiny_llama)
         yield hub
+
+
+def ignore_interrupts() -> None:
+    """As a shell script has it for what it starts in the background: a worker has to end at SIGTERM all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture
