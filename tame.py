@@ -12,7 +12,7 @@ import configs.quiet_interrupt  # noqa: F401  before the rest
 from configs.command_line import NEXT, is_recipe, parser_of
 from configs.errors import BadInputError, TameError, line, named_line
 from configs.settings import unknown
-from tasks.runtime.environment import check_addresses, end_interrupted, set_up, stop_at_interrupts
+from tasks.runtime.environment import check_addresses, end_interrupted, interrupted, set_up, stop_at_interrupts
 from tasks.runtime.progress import begin, say, width
 
 log = logging.getLogger("tame")
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         code = _say(f"{named_line(error, limit=None)} (--debug shows where)", options.debug, 1)
     sys.stdout.flush()
-    if code == 130:
+    if code == 130 or interrupted.is_set():
         end_interrupted()  # libraries have nothing to say at the end
     sys.exit(code)
 

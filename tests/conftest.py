@@ -48,7 +48,7 @@ from tasks.runtime import child_process  # noqa: E402
 # asks by itself: no reason to import torch again, for 8 s. For the same reason the one process of `tame quantize`, which would
 # import it anyway, is forked here; test_quantize_edges runs the command as it is.
 child_process.OURS += ("HF_ENDPOINT", "HF_TOKEN")
-child_process.alone = child_process.isolated
+child_process.spawned = child_process.isolated
 
 TOGETHER = {
     "lm_eval": {"evaluate_tasks", "evaluate_chat"},

@@ -25,6 +25,26 @@ def place(tmp_path: Path, prefect_url: str) -> Place:
     return Place(tmp_path, prefect_url)
 
 
+TURNED = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import tame
+def plan(options):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        raise BrokenPipeError from None
+tame.plan = plan
+tame.main(["plan", "x"])
+"""
+
+
+def test_an_interrupt_that_a_library_makes_another_exception_of_is_one() -> None:
+    ended = subprocess.run([sys.executable, "-c", TURNED], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "tame: stopped; the next run goes on from what is finished\n")
+
+
 @pytest.mark.parametrize("after", [3.0, 8.0])
 def test_an_interrupt_gives_the_prompt_back_and_leaves_nothing(place: Place, tiny_llama: Path, after: float) -> None:
     place.environment["TAME_HOME"] += f"-{after}"

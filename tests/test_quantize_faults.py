@@ -293,7 +293,7 @@ def test_no_space_left(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(command, "alone", lambda what, function, *args, **kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(command, "spawned", lambda what, function, *args, **kwargs: function(*args, **kwargs))
     with pytest.raises(TameError, match=r"out: no space left \([\d.]+ GB free\); make room"):
         command.quantize_folder(Request(model, tmp_path / "out", NF4, "cpu"))
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" not in path.name or path.is_dir()) == ["model"]

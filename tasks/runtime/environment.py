@@ -39,6 +39,8 @@ CHILDREN = {
 GRACE = 1.5
 """Seconds from a Ctrl-C to the end of the process, whatever it waits for."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+interrupted = threading.Event()
+"""Set by the first Ctrl-C. What libraries make of a KeyboardInterrupt on its way up may be another exception."""
 
 
 def set_up(debug: bool, prefect_level: str) -> None:
@@ -109,6 +111,7 @@ def stop_at_interrupts() -> None:
 
     def in_order(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, at_once)
+        interrupted.set()
         clear = b"\r\x1b[2K" if progress.is_terminal() else b""
         os.write(2, clear + b"tame: stopped; the next run goes on from what is finished\n")
         _hear_no_more()
