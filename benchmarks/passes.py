@@ -8,6 +8,7 @@ A forward pass is timed from before the model is called until what it computes i
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -131,10 +132,11 @@ def measure(options: argparse.Namespace, work: Path) -> None:
     from tasks.values import Checkpoint
 
     folder = make_model(work, options.model) if options.model in MODELS else Path(options.model)
-    if options.tokenizer:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (Path(options.tokenizer) / name).is_file():
-                (folder / name).write_bytes((Path(options.tokenizer) / name).read_bytes())
+    if options.tokenizer and options.model in MODELS:
+        for path in Path(options.tokenizer).glob("*token*.json"):
+            shutil.copy(path, folder)
+        for path in Path(options.tokenizer).glob("chat_template.jinja"):
+            shutil.copy(path, folder)
     more: dict[str, Any] = {} if options.batch is None else {"batch_size": options.batch}
     if options.piqa:
         (work / "tasks").mkdir()

@@ -120,7 +120,6 @@ def _start_all(host: str, token: str, ports: ExitStack) -> dict[str, "subprocess
         with (home() / "logs" / f"{name}.log").open("ab") as output:
             started[name] = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                cwd=home() if name == "mlflow" else None,  # its uvicorn imports from the working folder first
                 env={**os.environ, UP.name: f"{token} {kind}"},
                 stdin=subprocess.PIPE if kind == "worker" else subprocess.DEVNULL,
                 stdout=output,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from configs.errors import NotCachedError, TameError
 from tasks.formatting import figure, plain, rows, verdict
+from tasks.metrics import pessimistic, read
 from tasks.result import Result
 from tasks.sentences import advice, headline, marked, meaning
 from tasks.store import artifacts as store
@@ -112,9 +113,8 @@ def question(shown: Shown, report: str, cards: dict[str, str], until: str) -> st
     lines.append("| variant | verdict | " + " | ".join(SHORT[name] for name in names) + " |")
     lines.append("| --- " * (2 + len(names)) + "|")
     for row in rows(result):
-        judged = dict(row.metrics)
-        if "kl_mean_high" in judged:
-            judged["kl_mean"] = judged["kl_mean_high"]
+        damage = read(row.metrics).get("kl_mean")
+        judged = row.metrics | ({"kl_mean": pessimistic(damage)} if damage else {})
         cells = [verdict(row), *(figure(name, judged.get(name)) for name in names)]
         lines.append(f"| {marked(row, result)} | " + " | ".join(map(plain, cells)) + " |")
     lines += ["", meaning(result)] if meaning(result) else []

@@ -125,7 +125,7 @@ def test_prefect_shows_the_graph_the_states_and_the_artifacts(
     for key, seen in (("tiny-variants", "nf4-dq"), ("tiny-summary", "The report is at"), ("tiny-mlflow", "MLflow run")):
         browser.open(f"{prefect}/artifacts/artifact/{newest[key]}", 1500, 700)
         browser.see(seen, 120)
-        browser.see("(top-1 agreement")
+        browser.see("Rejected: nf4 (top-1 agreement")
         keep(browser, f"prefect-{key}")
 
 
