@@ -34,7 +34,7 @@ def source_of(options: argparse.Namespace, model: str) -> Source:
 def variant_of(options: argparse.Namespace) -> Variant:
     """The variant that `tame quantize` is to make."""
     names = ("method", "double_quant", "group_size", "scale", "fit")
-    asked = {name: getattr(options, name) for name in names}
+    asked = {name: getattr(options, name) for name in names if getattr(options, name)}
     asked["compute_dtype"] = options.compute_dtype if "compute_dtype" in METHODS[options.method] else None
     if options.calibrate is not None:
         asked["calibrate"] = {"true": True}.get(options.calibrate_level, options.calibrate_level)

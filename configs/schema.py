@@ -218,7 +218,8 @@ class Variant(Spec):
     )
     double_quant: bool = Field(
         False,
-        description="Switch this on to quantize the scales of nf4 and fp4 as well. It saves about 0.4 bits per weight.",
+        description="Switch this on to quantize the scales of nf4 and fp4 as well. It saves about 0.4 bits per weight. A fit "
+        "does so by itself, unless this is given as false.",
     )
     compute_dtype: DTYPES | None = Field(
         None,
@@ -289,7 +290,7 @@ class Variant(Spec):
         """The given name, a checkpoint's, or the method's with what was chosen: `nf4`, `nf4-dq-cal-fast`, `w4a16-g64`, …."""
         if self.checkpoint is not None:
             return self.name or name_of(self.checkpoint.rstrip("/").rsplit("/", 1)[-1])
-        chosen = ["dq"] if self.double_quant else []
+        chosen = ["dq"] if self.double_quant and not self.fit else []
         if self.group_size is not None:
             chosen.append("row" if self.group_size < 0 else f"g{self.group_size}")
         if self.scale:
@@ -346,6 +347,14 @@ class Variant(Spec):
         """What decides the bytes, for keys: all but the name; options that came later only where they are used."""
         unused = {key for key in LATER if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"name", *unused})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smallest_where_fitted(cls, given: Any) -> Any:
+        """A fit is to be small: 32 weights to a scale of 8 bits take less than 64 to one of 32 bits, and do less damage."""
+        if isinstance(given, dict) and given.get("fit") and "double_quant" in METHODS.get(str(given.get("method")), ()):
+            return {"double_quant": True, **given}
+        return given
 
     @model_validator(mode="after")
     def _fits_method(self) -> Self:

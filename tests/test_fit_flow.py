@@ -80,7 +80,10 @@ def test_what_a_limit_is_called() -> None:
     assert {text: Fit(max_bytes=text).bytes for text in sizes} == sizes
     assert Fit.model_validate({"max_bytes": 5000}).bytes == 5000
     variant = Variant(method="nf4", calibrate=True, fit=Fit(max_mean_kl=0.1))
-    assert (variant.label, variant.unfitted.label) == ("nf4-cal-fit", "nf4-cal")
+    assert (variant.label, variant.unfitted.label) == ("nf4-cal-fit", "nf4-dq-cal")
+    assert Variant.model_validate_json(variant.model_dump_json()) == variant
+    assert not Variant(method="nf4", double_quant=False, fit="gate").double_quant
+    assert not Variant(method="w8a16", fit="gate").double_quant
     assert "fit" not in Variant(method="nf4").identity
     kept = variant.keeping(["a.b"])
     assert (kept.label, kept.skip_modules, kept.fit) == ("nf4-cal-fit", ["a.b"], None)
