@@ -220,7 +220,8 @@ def _of_serve_check(command: argparse.ArgumentParser) -> None:
         choices=RUNTIMES,
         nargs="+",
         action="extend",
-        help="by default vllm; each runs in a Python that is not tame's: TAME_VLLM (make vllm makes one), TAME_TRANSFORMERS",
+        help="by default vllm; peft also trains a LoRA for a few steps. Each runs in the Python that a variable names: TAME_VLLM "
+        "(make vllm makes one), TAME_TRANSFORMERS and TAME_PEFT (by default tame's own)",
     )
     command.add_argument("--revision", default="main", help="branch, tag or commit of a Hub repo")
     command.add_argument(

@@ -40,6 +40,6 @@ WITH_EXPERTS = ("w4a16", "w8a16", "fp8", "fp8-block", "mxfp4")
 INTEGER_METHODS = ("w4a16", "w8a16", "w8a8")
 """The methods with one scale for many integers, which takes next to no space."""
 
-Runtime = Literal["vllm", "transformers"]
+Runtime = Literal["vllm", "transformers", "peft"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 """The programs that a checkpoint can be opened with, to see that they do; tasks/serve/runtimes.py says how."""

@@ -776,10 +776,10 @@ TOGETHER: list[dict[str, Any]] = [
 Serve = Annotated[
     list[Runtime],
     Field(
-        max_length=2,
+        max_length=3,
         description="List the programs that are to open each variant that passes, each in a Python environment of its own on "
         "the machine that works: what they compute is compared with transformers, and the card says so. `make vllm` makes "
-        "vLLM's environment.",
+        "vLLM's environment. With peft, a LoRA is also trained on it for a few steps; `pip install peft==0.21.2` first.",
         examples=[["vllm"]],
     ),
 ]

@@ -66,6 +66,11 @@ TRANSFORMERS = Setting(
     "tame's own",
     "the Python of an environment with transformers, for `tame serve-check --runtime transformers` and serve: [transformers]",
 )
+PEFT = Setting(
+    "TAME_PEFT",
+    "tame's own",
+    "the Python of an environment with PEFT, for `tame serve-check --runtime peft` and serve: [peft]; `pip install peft==0.21.2`",
+)
 DEVICE_LIMIT = Setting(
     "TAME_DEVICE_LIMIT",
     "none",
@@ -86,6 +91,7 @@ SETTINGS = (
     APPROVAL_HOURS,
     VLLM,
     TRANSFORMERS,
+    PEFT,
     DEVICE_LIMIT,
     UP,
 )
@@ -150,8 +156,8 @@ def approval_time() -> timedelta:
 
 
 def runtime_python(name: str) -> tuple[str, Path]:
-    """The variable that names the Python of the runtime `name`, vllm or transformers, and that Python."""
-    setting = {"vllm": VLLM, "transformers": TRANSFORMERS}[name]
+    """The variable that names the Python of the runtime `name`, a key of RUNTIMES in tasks/serve, and that Python."""
+    setting = {"vllm": VLLM, "transformers": TRANSFORMERS, "peft": PEFT}[name]
     own = home() / "runtimes" / "vllm" / "bin" / "python" if setting is VLLM else Path(sys.executable)
     return setting.name, Path(os.environ.get(setting.name) or own).expanduser().absolute()
 

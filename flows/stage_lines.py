@@ -10,7 +10,7 @@ from tasks.fitted import Fitted
 from tasks.formatting import NOT_MEASURED, figure
 from tasks.result import ResultVariant
 from tasks.runtime import progress
-from tasks.values import Evaluation, Snapshot
+from tasks.values import Evaluation, Served, Snapshot
 
 
 class StageLines:
@@ -65,9 +65,7 @@ class StageLines:
         divergence = [] if damage is None else [f"KL {figure('kl_mean', damage)}"]
         reasons = variant.gate.reasons if variant.gate else []
         mark = "✗" if variant.status == "rejected" else "✓"
-        opened = [
-            f"{'opened' if each.agrees else 'not opened'} by {each.title} {each.version}" for each in variant.served
-        ]
+        opened = [f"{_how(each)} {each.title} {each.version}" for each in variant.served]
         self._say(mark, variant.name, [*how, *divergence, *opened, *reasons, variant.status])
 
     def publishing(self, variant: ResultVariant) -> None:
@@ -88,3 +86,10 @@ class StageLines:
         self.done += 1
         progress.begin("")
         self.say(f"{mark} {self.done}/{self.stages + self.published} {what} {' · '.join(how)}")
+
+
+def _how(served: Served) -> str:
+    """What became of a checkpoint in a program whose name follows."""
+    if served.agrees:
+        return "opened by"
+    return "opened, but not proven, by" if served.opened else "not opened by"

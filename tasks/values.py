@@ -239,7 +239,7 @@ class Served(_Value):
     """What became of a checkpoint in a program that people run models with, compared with transformers as tame has it."""
 
     runtime: str
-    """By its key in recipes: vllm, transformers."""
+    """By its key in recipes: vllm, transformers, peft."""
     title: str
     """What people call it."""
     version: str
@@ -248,7 +248,7 @@ class Served(_Value):
     device: str
     opened: bool
     agrees: bool = False
-    """Whether it computes the same, as far as 16 bits allow."""
+    """Whether it computes the same, as far as 16 bits allow; and, where it also trains, whether the loss falls."""
     rounding: float | None = None
     """How far transformers in 16 bits is from what it was compared with, transformers in float32, as `difference`; None where it
     was compared with 16 bits."""
@@ -266,6 +266,14 @@ class Served(_Value):
     """Tokens of greedy answers."""
     gap: float = 0.0
     """How much less likely, by transformers and in nats, a token was that the runtime chose instead: near 0, it was a tie."""
+    steps: int = 0
+    """How many a LoRA was trained for; 0 in a runtime that does not train, or could not, or computes something else."""
+    first_loss: float | None = None
+    """Before the first of these steps, in nats a token."""
+    last_loss: float | None = None
+    """After the last."""
+    untrained: str | None = None
+    """Why a LoRA on it could not be trained, in the runtime's own words."""
     cached: bool = False
 
     @property
@@ -283,10 +291,21 @@ class Served(_Value):
         )
         if self.rounding is not None:
             figures += f" ({self.rounding:.3f} where transformers computes in 16 bits)"
-        if not self.agrees:
+        trained = self._trained
+        if not self.agrees and not trained:
             return f"{where} opens it, and computes something else: {figures}"
         rest = "" if self.same == self.answered else f"; other tokens were ties, by at most {self.gap:.2f} nats"
-        return f"{where} opens it: {figures}{rest}"
+        return f"{where} opens it: {figures}{rest}{trained}"
+
+    @property
+    def _trained(self) -> str:
+        """What became of a LoRA on it, as the end of a sentence."""
+        if self.untrained:
+            return f"; but a LoRA on it does not train: {self.untrained}"
+        if self.first_loss is None or self.last_loss is None:
+            return ""
+        learns = "a LoRA on it learns" if self.agrees else "but a LoRA on it does not learn"
+        return f"; {learns}: loss {self.first_loss:.3f} → {self.last_loss:.3f} in {self.steps} steps"
 
 
 class Verdict(_Value):

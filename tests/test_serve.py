@@ -17,12 +17,13 @@ from flows.direct import DIRECT
 from flows.pipeline import make
 from tasks import result as results
 from tasks.plan import preflight
+from tasks.publish.usage import serving
 from tasks.quantize.command import quantize_folder
 from tasks.quantize.methods import METHODS
 from tasks.quantize.protocols import Request
 from tasks.report.html import render
 from tasks.serve.reference import Reference
-from tasks.serve.runtimes import versions_of
+from tasks.serve.runtimes import ask, versions_of
 from tasks.serve.task import TIE, compare, serve
 from tasks.track.mlflow_runs import _tags
 from tasks.values import Checkpoint, Served
@@ -215,8 +216,6 @@ def test_a_recipe_asks_for_it_every_place_says_what_came_of_it_and_the_answer_is
 
 
 def test_a_program_that_cannot_open_it_is_not_recommended() -> None:
-    from tasks.publish.usage import serving
-
     for method, variant in ((name, Recipe.model_validate(
         {"name": "a", "source": {"model": "me/a"}, "variants": [{"method": name}]}
     ).variants[0]) for name in METHODS):  # fmt: skip
@@ -240,3 +239,76 @@ def test_vllm_opens_it_or_its_error_is_said(method: str, tmp_path: Path, tiny_ll
     assert done.stderr == ""
     [found] = json.loads(done.stdout)
     assert found["agrees"] if found["opened"] else found["error"]
+
+
+SAME: dict[str, Any] = {"device": "cpu", "greedy": OURS.continuations, "logprobs": OURS.logprobs}
+
+
+@pytest.mark.parametrize(
+    ("more", "agrees", "says"),
+    [
+        ({"losses": [2.5, 2.6, 1.25]}, True, "opens it: 3 of 3"),
+        ({"losses": [2.5, 2.0, 1.25]}, True, "; a LoRA on it learns: loss 2.500 → 1.250 in 2 steps"),
+        ({"losses": [2.5, 2.0, 2.5]}, False, "; but a LoRA on it does not learn: loss 2.500 → 2.500 in 2 steps"),
+        ({"losses": [2.5, math.nan, 2.0]}, False, "; but a LoRA on it does not train: its loss is NaN or infinite"),
+        ({"error": "ValueError: no gradient"}, False, "; but a LoRA on it does not train: ValueError: no gradient"),
+    ],
+)
+def test_what_trains_must_also_learn(more: dict[str, Any], agrees: bool, says: str) -> None:
+    trained = TRIED.model_copy(update={"runtime": "peft", "title": "PEFT"})
+    found = Served.model_validate_json(compare(trained, OURS, SAME | more).model_dump_json())
+    assert (found.opened, found.agrees) == (True, agrees)
+    assert says in found.sentence
+    other = SAME | more | {"logprobs": [[-1.3, -0.5, -2.0, -0.1]]}
+    assert compare(trained, OURS, other).sentence == compare(TRIED, OURS, other).sentence.replace("vLLM", "PEFT")
+
+
+def test_a_crash_while_it_trains_leaves_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = f"echo '{json.dumps(SAME)}' > \"$5\"; kill -ILL $$"
+    monkeypatch.setenv("TAME_PEFT", a_runtime(tmp_path, dying))
+    assert ask("peft", {}) == SAME | {"error": "PEFT ended without an answer (SIGILL)"}
+    monkeypatch.setenv("TAME_PEFT", a_runtime(tmp_path, dying.replace("ILL", "KILL")))
+    with pytest.raises(TameError, match="free some memory, and run it again"):
+        ask("peft", {})
+
+
+def test_a_lora_on_4_bits_learns_in_peft(tame_home: Path, quantized: Path) -> None:
+    found = serve(Checkpoint(path=str(quantized), digest="a", label="nf4"), "peft")
+    assert (found.opened, found.agrees, found.steps) == (True, True, 5)
+    assert f"PEFT {found.versions['peft']} on {found.device} opens it: " in found.sentence
+    assert found.first_loss
+    assert found.last_loss
+    assert found.last_loss < found.first_loss - 0.01
+    text = METHODS["nf4"].card(Variant(method="nf4"))
+    [_, lines] = serving("me/a", text, [found])
+    assert "LoraConfig(target_modules='all-linear'))`. **Tried**: PEFT" in lines
+    [_, lines] = serving("me/a", text, [found.model_copy(update={"agrees": False, "untrained": "ValueError: no"})])
+    assert "(QLoRA): **not with these files.** PEFT" in lines
+    assert "get_peft_model" not in lines
+
+
+def test_a_peft_that_is_not_there_is_refused_with_what_to_install(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setenv("TAME_PEFT", str(bare))
+    with pytest.raises(BadInputError) as refused:
+        preflight(recipe(tmp_path, tiny_llama, serve=["peft"]), tmp_path)
+    assert str(refused.value) == (
+        f"serve peft: PEFT is not installed for {bare}; run `pip install peft==0.21.2` in tame's environment, or let TAME_PEFT "
+        "name the Python of an environment that has it"
+    )
+    assert '"peft==0.21.2"' in (ROOT / "pyproject.toml").read_text()  # the version that all of this is tested with
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8", "w4a16", "w8a8", "fp8", "mxfp4"])
+def test_peft_trains_on_it_or_its_error_is_said(method: str, tmp_path: Path, tiny_llama: Path) -> None:
+    assert tame("quantize", tiny_llama, tmp_path / method, "--method", method).returncode == 0
+    done = tame("serve-check", tmp_path / method, "--runtime", "peft", "--json")
+    assert done.stderr == ""
+    [found] = json.loads(done.stdout)
+    assert found["agrees"] or found["untrained"] or found["error"]
+    assert found["agrees"] or method not in ("nf4", "fp4", "int8")

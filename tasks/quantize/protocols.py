@@ -89,7 +89,7 @@ class Home:
     """A program that a format's authors made it for."""
 
     runtime: str
-    """As recipes call it, so that the card can say whether it was tried: vllm."""
+    """As recipes call it, so that the card can say whether it was tried: vllm, peft."""
     title: str
     """The program, and what it needs for this format."""
     command: str

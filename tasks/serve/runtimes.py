@@ -32,7 +32,9 @@ class Runtime(NamedTuple):
     environment: dict[str, str]
     """Variables that it is started with."""
     install: str
-    """How to make its environment, for a person who has none."""
+    """How to get it, for a person who has not: an order, as the middle of a sentence."""
+    trains: bool = False
+    """Whether it also trains a LoRA on what it has opened."""
 
 
 RUNTIMES = {
@@ -44,12 +46,18 @@ RUNTIMES = {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
         },
-        install="make vllm",
+        install="make the environment with `make vllm`",
     ),
     "transformers": Runtime(
         title="transformers",
         environment={},
-        install="python -m venv ENV, and pip install transformers accelerate in it",
+        install="make an environment with `python -m venv ENV` and `ENV/bin/pip install transformers accelerate`",
+    ),
+    "peft": Runtime(
+        title="PEFT",
+        environment={},
+        install="run `pip install peft==0.21.2` in tame's environment",
+        trains=True,
     ),
 }
 _VERSIONS = """
@@ -68,8 +76,8 @@ def python_of(name: str) -> Path:
     variable, path = runtime_python(name)
     if not (path.is_file() and os.access(path, os.X_OK)):
         raise BadInputError(
-            f"serve {name}: there is no Python at {path}; make the environment with `{RUNTIMES[name].install}`, or let "
-            f"{variable} name the Python of one that you have"
+            f"serve {name}: there is no Python at {path}; {RUNTIMES[name].install}, or let {variable} name the Python of an "
+            "environment that you have"
         )
     return path
 
@@ -80,7 +88,7 @@ def versions_of(name: str) -> dict[str, str]:
     Raises:
         BadInputError: there is no such environment, or the runtime is not installed in it.
     """
-    python = python_of(name)
+    python, variable = python_of(name), runtime_python(name)[0]
     command = [str(python), "-I", "-c", _VERSIONS, name, *libraries(), "torch", "transformers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     try:
@@ -89,8 +97,8 @@ def versions_of(name: str) -> dict[str, str]:
         raise BadInputError(f"serve {name}: {python} does not run ({line(done.stderr) or done.returncode})") from None
     if own_version(name, found) is None:
         raise BadInputError(
-            f"serve {name}: {RUNTIMES[name].title} is not installed for {python}; make the environment with "
-            f"`{RUNTIMES[name].install}`"
+            f"serve {name}: {RUNTIMES[name].title} is not installed for {python}; {RUNTIMES[name].install}, or let "
+            f"{variable} name the Python of an environment that has it"
         )
     return found
 
@@ -104,7 +112,7 @@ def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """The answer of the runtime `name` to `request`: its own words where it cannot open the model.
 
     Returns:
-        What probe.py writes: {error}, in a line, also where it crashed; or {device, greedy, logprobs}.
+        What probe.py writes, with {error} in a line also where it crashed before that was whole.
 
     Raises:
         BadInputError: there is no such environment.
@@ -129,7 +137,9 @@ def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
                     process.kill()
                     process.wait()
         ended = f"{runtime.title} ended without an answer ({_ending(code, said)})"
-        answer: dict[str, Any] = json.loads(answered.read_bytes()) if answered.is_file() else {"error": ended}
+        answer: dict[str, Any] = json.loads(answered.read_bytes()) if answered.is_file() else {}
+        if ("losses" if runtime.trains else "greedy") not in answer:
+            answer.setdefault("error", ended)
         if "error" in answer and (code == -signal.SIGKILL or NO_MEMORY.search(answer["error"])):
             raise TameError(f"{runtime.title}: {answer['error']}; free some memory, and run it again")
         return answer

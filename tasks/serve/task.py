@@ -23,6 +23,8 @@ ROUNDINGS = 1.5
 TIE = 0.25
 """Nats: how much less likely another token may be that a runtime chooses: two steps of bfloat16 between logits of 16 to 32. It
 may be twice the largest rounding of transformers in 16 bits, where that is more: both tokens are rounded."""
+LORA = {"rank": 8, "rate": 1e-3, "steps": 5}
+"""What a runtime that trains is asked to train, with Adam: enough that a loss falls far more than rounding moves it."""
 
 
 def serve(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool = False, *, device: str = "auto") -> Served:
@@ -51,13 +53,15 @@ def serve(checkpoint: Checkpoint, runtime: str, trust_remote_code: bool = False,
         "new_tokens": NEW_TOKENS,
         "stage": STAGE,
     }
+    lora: dict[str, Any] = {"lora": LORA} if RUNTIMES[runtime].trains else {}
+    inputs |= lora
 
     def make(folder: Path) -> on_disk.Made:
         with held():
             ours = isolated(
                 f"transformers opens {checkpoint.label}", reference, checkpoint.path, device, trust_remote_code
             )
-            asked = {"model": checkpoint.path, "trust_remote_code": trust_remote_code}
+            asked = {"model": checkpoint.path, "trust_remote_code": trust_remote_code, **lora}
             answer = ask(runtime, {**asked, "prompts": ours.prompts, "continuations": ours.continuations})
         (folder / "evidence.json").write_text(json.dumps({"reference": ours._asdict(), "answer": answer}))
         tried = Served(
@@ -80,9 +84,9 @@ def compare(tried: Served, ours: Reference, answer: dict[str, Any]) -> Served:
     """`tried` with what the answer of a runtime says, compared with what transformers computes.
 
     A greedy answer counts up to its first other token: what comes after it answers another question. That token may be as likely
-    as ours, within TIE.
+    as ours, within TIE. A runtime that trains must also lower the loss: the last is below the first, not each below the one before.
     """
-    if "error" in answer:
+    if "greedy" not in answer:
         return tried.model_copy(update={"error": answer["error"]})
     if not all(math.isfinite(each) for row in answer["logprobs"] for each in row):
         error = "its log-probabilities are NaN or infinite"
@@ -99,7 +103,7 @@ def compare(tried: Served, ours: Reference, answer: dict[str, Any]) -> Served:
     mean = sum(differences) / len(differences)
     rounded = [each for row in ours.rounding or [] for each in row]
     rounding = sum(rounded) / len(rounded) if rounded else None
-    return tried.model_copy(
+    found = tried.model_copy(
         update={
             "device": answer["device"],
             "opened": True,
@@ -113,5 +117,22 @@ def compare(tried: Served, ours: Reference, answer: dict[str, Any]) -> Served:
             "same": same,
             "answered": sum(len(each) for each in ours.continuations),
             "gap": max(gaps),
+        }
+    )
+    return _trained(found, answer) if RUNTIMES[tried.runtime].trains and found.agrees else found
+
+
+def _trained(found: Served, answer: dict[str, Any]) -> Served:
+    """`found`, which computes the same, with what came of a LoRA: it agrees no more if the loss is not finite and lower."""
+    losses: list[float] = answer.get("losses", [])
+    if not (losses and all(map(math.isfinite, losses))):
+        untrained = "its loss is NaN or infinite" if losses else answer["error"]
+        return found.model_copy(update={"agrees": False, "untrained": untrained})
+    return found.model_copy(
+        update={
+            "agrees": losses[-1] < losses[0],
+            "steps": len(losses) - 1,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
         }
     )

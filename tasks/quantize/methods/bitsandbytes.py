@@ -24,7 +24,7 @@ HOMES = (
     Home(
         "peft",
         "PEFT, to train a LoRA adapter on it (QLoRA)",
-        "get_peft_model(model, LoraConfig(target_modules='all-linear'))",
+        "get_peft_model(prepare_model_for_kbit_training(model), LoraConfig(target_modules='all-linear'))",
     ),
 )
 
