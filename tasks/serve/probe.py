@@ -81,38 +81,54 @@ def transformers(request: dict[str, Any]) -> dict[str, Any]:
 def peft(request: dict[str, Any]) -> dict[str, Any]:
     """How the loss falls while a LoRA on all linear layers is trained on the prompts and their continuations."""
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     gc.collect()  # the model that has answered
-    # Opened again: CPUs with AVX512-BF16 pack 4-bit weights for answers, and what is packed has no gradient.
-    model, asked = _opened(request), request["lora"]
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
-        for layer in model.modules() if model.device.type == "cpu" else ():
-            if getattr(
-                layer, "compute_dtype", None
-            ):  # CPUs without products of bfloat16 take seven times as long for it
-                layer.compute_dtype = torch.float32
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=asked["rank"], target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.train()
-    adam = torch.optim.Adam((each for each in model.parameters() if each.requires_grad), lr=asked["rate"])
+    model, stopped = _with_lora(request), list[Any]()
+
+    def look(layer: Any, given: Any, made: Any) -> None:
+        if given[0].requires_grad and not made.requires_grad:
+            stopped.append(layer)
+
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.register_forward_hook(look)
     texts = [prompt + given for prompt, given in zip(request["prompts"], request["continuations"], strict=True)]
     ids, known = torch.zeros(2, len(texts), max(map(len, texts)), dtype=torch.long, device=model.device)
     for row, text in enumerate(texts):
         ids[row, : len(text)], known[row, : len(text)] = torch.tensor(text), 1
     labels = ids.masked_fill(known == 0, IGNORED)
+    steps, rate = request["lora"]["steps"], request["lora"]["rate"]
+    adam = torch.optim.Adam((each for each in model.parameters() if each.requires_grad), lr=rate)
     losses = []
-    for step in range(asked["steps"] + 1):
+    for step in range(steps + 1):
         torch.manual_seed(0)  # so that dropout, where a model has it, is the same at each step
         logits = model(input_ids=ids, attention_mask=known).logits[:, :-1].float()
         loss: Any = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         losses.append(loss.item())
-        if step < asked["steps"]:
+        if stopped:  # the loss falls, but what is below such a layer learns only around it
+            return {"error": f"no gradient passes through {len(stopped)} of its layers"}
+        if step < steps:
             loss.backward()
             adam.step()
             adam.zero_grad()
     return {"losses": losses}
+
+
+def _with_lora(request: dict[str, Any]) -> Any:
+    """The checkpoint with a LoRA that changes nothing yet, the same each time, ready to be trained."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    # Opened again: CPUs with AVX512-BF16 pack 4-bit weights for answers, and what is packed has no gradient.
+    model = _opened(request)
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+        for layer in model.modules() if model.device.type == "cpu" else ():
+            if getattr(layer, "compute_dtype", None):
+                layer.compute_dtype = torch.float32  # CPUs without products of bfloat16 take seven times as long for it
+    torch.manual_seed(0)
+    rank = request["lora"]["rank"]
+    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")).train()
 
 
 def _opened(request: dict[str, Any]) -> Any:
