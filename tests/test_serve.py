@@ -192,26 +192,27 @@ def recipe(folder: Path, model: Path, **sections: Any) -> Recipe:
 def test_a_recipe_asks_for_it_every_place_says_what_came_of_it_and_the_answer_is_kept(
     tame_home: Path, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    asked, said = recipe(tmp_path, tiny_llama, serve=["transformers"]), list[str]()
+    asked, said = recipe(tmp_path, tiny_llama, serve=["peft"]), list[str]()
     result = make(asked, tmp_path / "out", results.begin(asked, None), DIRECT, say=said.append)
     [variant] = result.variants
     assert (variant.status, variant.error) == ("published", None)
     [served] = variant.served
-    assert (served.opened, served.agrees, served.cached) == (True, True, False)
-    assert served.version == versions_of("transformers")["transformers"]
+    assert (served.opened, served.agrees, served.steps, served.cached) == (True, True, 5, False)
+    assert served.version == versions_of("peft")["peft"]
     assert served.tokens > 64
     assert served.difference < 1e-3
-    assert any(f"opened by transformers {served.version}" in line for line in said)
+    assert served.first_loss
+    assert served.last_loss
+    assert served.last_loss < served.first_loss - 0.01
+    assert any(f"opened by PEFT {served.version}" in line for line in said)
     card = (Path(str(variant.published)) / "README.md").read_text()
-    assert served.sentence in card
+    assert f"LoraConfig(target_modules='all-linear'))`. **Tried**: {served.sentence}." in card
     assert "vllm serve served`. The format is made for it; tame has not tried it" in card
     assert json.loads((Path(str(variant.published)) / "tame.json").read_text())["served"][0]["agrees"]
     assert served.sentence in render(result)
-    assert _tags(result, variant)["served.transformers"] == served.sentence
+    assert _tags(result, variant)["served.peft"] == served.sentence
     assert variant.artifact
-    again = serve(
-        Checkpoint(path=variant.artifact.path, digest=variant.artifact.digest, label="another"), "transformers"
-    )
+    again = serve(Checkpoint(path=variant.artifact.path, digest=variant.artifact.digest, label="another"), "peft")
     assert again == served.model_copy(update={"cached": True})
 
 
@@ -272,18 +273,13 @@ def test_a_crash_while_it_trains_leaves_its_answers(tmp_path: Path, monkeypatch:
         ask("peft", {})
 
 
-def test_a_lora_on_4_bits_learns_in_peft(tame_home: Path, quantized: Path) -> None:
-    found = serve(Checkpoint(path=str(quantized), digest="a", label="nf4"), "peft")
-    assert (found.opened, found.agrees, found.steps) == (True, True, 5)
-    assert f"PEFT {found.versions['peft']} on {found.device} opens it: " in found.sentence
-    assert found.first_loss
-    assert found.last_loss
-    assert found.last_loss < found.first_loss - 0.01
-    text = METHODS["nf4"].card(Variant(method="nf4"))
-    [_, lines] = serving("me/a", text, [found])
-    assert "LoraConfig(target_modules='all-linear'))`. **Tried**: PEFT" in lines
-    [_, lines] = serving("me/a", text, [found.model_copy(update={"agrees": False, "untrained": "ValueError: no"})])
-    assert "(QLoRA): **not with these files.** PEFT" in lines
+def test_the_card_promises_no_training_that_failed() -> None:
+    failed = TRIED.model_copy(
+        update={"runtime": "peft", "title": "PEFT", "opened": True, "untrained": "ValueError: no"}
+    )
+    [_, lines] = serving("me/a", METHODS["nf4"].card(Variant(method="nf4")), [failed])
+    assert "(QLoRA): **not with these files.** PEFT 1.0 on cpu opens it" in lines
+    assert "does not train: ValueError: no." in lines
     assert "get_peft_model" not in lines
 
 
