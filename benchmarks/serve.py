@@ -38,8 +38,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         {
             **_HEADS, **_EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
-            "first_k_dense_replace": 1, "kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 128, "v_head_dim": 128,
+            "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": 128, "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
         },
     ),
     "gpt-oss": (

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import Variant
 from tasks.download.checkpoint import quantization_of
-from tasks.quantize.methods import described_by, method_of
+from tasks.quantize.methods import described_by, method_of, opened_on
 from tests.models import ZOO, quantize, tiny
 from tests.test_compressed_tensors import loaded, logits, tensors
 
@@ -116,3 +116,13 @@ def test_searched_scales_lose_less_and_pieces_are_restored_as_the_whole(sources:
         assert torch.cat([*pieces, restored.piece(250 * 384, 6 * 384)]).equal(whole)
         lost.append((whole.view(weight.shape) - weight.float()).square().sum())
     assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_without_kernels_it_is_opened_dequantized(device: str) -> None:
+    """With a GPU in the machine, transformers alone goes by the GPU, and fails in the first forward pass."""
+    shipped = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert opened_on(device, shipped) == {**shipped, "dequantize": True}
+    other = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert opened_on(device, other) is other
+    assert opened_on(device, None) is None

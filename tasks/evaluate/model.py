@@ -18,7 +18,7 @@ from tasks.evaluate.cpu_float32 import slow
 from tasks.evaluate.float16 import dtype_on, follow
 from tasks.evaluate.memory import free_memory, out_of_memory, synchronize
 from tasks.evaluate.output_head import Head, find_head
-from tasks.quantize.methods import libraries, method_of_source, of_family
+from tasks.quantize.methods import libraries, method_of_source, of_family, opened_on
 from tasks.quantize.protocols import SourceReader
 from tasks.runtime.quiet import quieten
 
@@ -93,14 +93,11 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         TameError: the checkpoint does not load, or there is no memory for it.
     """
     quieten_measuring()
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from tasks.transformers_adapter import language_model_class
 
-    try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise TameError(f"{path}: config.json is not one that transformers can load ({line(error)})") from None
+    config = _config(path, device, trust_remote_code)
     notes = _check_kind(config, path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -117,6 +114,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
     try:
         model, report = auto.from_pretrained(
             str(path),
+            config=config,
             dtype=dtype,
             device_map=spread,
             trust_remote_code=trust_remote_code,
@@ -143,6 +141,19 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
         seconds=seconds,
         notes=notes,
     )
+
+
+def _config(path: Path, device: str, trust_remote_code: bool) -> Any:
+    """The config that the checkpoint is opened with on `device`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise TameError(f"{path}: config.json is not one that transformers can load ({line(error)})") from None
+    if (asked := getattr(config, "quantization_config", None)) is not None:
+        config.quantization_config = opened_on(device, asked)
+    return config
 
 
 def _check_kind(config: Any, path: Path) -> list[str]:

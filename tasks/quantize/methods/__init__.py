@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from configs.schema import Variant
 from tasks.download.checkpoint import quantization_of
+from tasks.quantize.methods import finegrained_fp8
 from tasks.quantize.methods.bitsandbytes import EightBit, FourBit
 from tasks.quantize.methods.compressed_tensors import CompressedTensors
 from tasks.quantize.methods.compressed_tensors_schemes import SCHEMES
@@ -62,6 +63,11 @@ def of_family(quantization_config: Any) -> Method | None:
 def method_of_source(folder: Path) -> SourceReader | None:
     """What reads a source which is quantized already; None for a plain one, and for what none of them reads."""
     return reader_of(quantization_of(folder))
+
+
+def opened_on(device: str, quantization_config: Any) -> Any:
+    """The `quantization_config` that transformers is to open a checkpoint with on a device; most often the checkpoint's own."""
+    return finegrained_fp8.opened_on(device, quantization_config)
 
 
 def libraries() -> list[str]:

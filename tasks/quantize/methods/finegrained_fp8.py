@@ -105,3 +105,15 @@ class BlockFloat:
     def altered(self, model: Any) -> bool:
         """Never."""
         return False
+
+
+def opened_on(device: str, quantization_config: Any) -> Any:
+    """What transformers is to open a checkpoint with: dequantized where there are no kernels for this format, whatever its blocks.
+
+    With a GPU in the machine, transformers itself would find that out in the first forward pass.
+    """
+    if not isinstance(quantization_config, dict) or quantization_config.get("quant_method") != FAMILY:
+        return quantization_config
+    from tasks.quantize.methods.finegrained_fp8_format import has_kernels
+
+    return quantization_config if has_kernels(device) else {**quantization_config, "dequantize": True}

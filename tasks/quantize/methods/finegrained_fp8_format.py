@@ -132,6 +132,19 @@ def pack(scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, varia
     return {"weight_scale_inv": scales.view(shape[0] // BLOCK, shape[1] // BLOCK)}
 
 
+def has_kernels(device: str) -> bool:
+    """Whether transformers can multiply in this format on a device: for GPUs it fetches kernels with the package `kernels`."""
+    if not device.startswith("cuda"):
+        return False
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    try:
+        load_finegrained_fp8_kernel()
+    except Exception:  # the package is not there, nor the Hub, or has no build for this torch
+        return False
+    return True
+
+
 def dequantized(model: Any) -> bool:
     """Whether transformers has dequantized a model on loading, as it does without a GPU that has 8-bit floats."""
     return getattr(model, "hf_quantizer", None) is None  # it forgets that there was one
