@@ -97,6 +97,8 @@ def test_a_layer_that_is_no_multiple_of_a_block_stays(sources: Any, tmp_path: Pa
     made = quantize(sources("deepseek-v3"), tmp_path / "made", VARIANT)
     (left,) = [entry for entry in made.left if "kv_a_proj" in entry.module]
     assert left.reason == "a weight [160, 256], no multiple of the 128 × 128 that share a scale"
+    (fused,) = [entry for entry in made.left if "q_a_proj" in entry.module]  # or vLLM would not open it
+    assert fused.reason == "vLLM computes it as one with kv_a_proj_with_mqa, which is not quantized"
     config = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
     assert {"lm_head", "model.layers.0.self_attn.kv_a_proj_with_mqa"} <= set(config["modules_to_not_convert"])
 

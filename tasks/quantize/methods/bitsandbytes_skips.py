@@ -4,7 +4,7 @@ vLLM computes some modules as one, and compares the list with the names of those
 name is on the list, too. transformers has no such modules, and passes over the names.
 """
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+from tasks.quantize.methods.fused_modules import FUSED
 
 
 def with_fused(skip: list[str] | None) -> list[str] | None:
