@@ -26,7 +26,7 @@ from tasks.serve.reference import Reference
 from tasks.serve.runtimes import ask, versions_of
 from tasks.serve.task import TIE, compare, serve
 from tasks.track.mlflow_runs import _tags
-from tasks.values import Checkpoint, Served
+from tasks.values import Checkpoint, Served, Unquantized
 from tests.conftest import VLLM
 from tests.test_download import change
 from tests.test_flow import TEXT
@@ -228,6 +228,10 @@ def test_a_program_that_cannot_open_it_is_not_recommended() -> None:
         assert "vllm serve" not in lines
         [_, lines] = serving("me/a", text, [TRIED.model_copy(update={"opened": True, "agrees": True})])
         assert "`vllm serve me/a`. **Tried**: vLLM 1.0 on cpu opens it" in lines
+        reason = "fused expert weights"
+        experts = Unquantized(module="model.layers.*.mlp.experts.down_proj", tensors=1, parameters=1, reason=reason)
+        [_, lines] = serving("me/a", text, [], [experts])
+        assert ("vllm serve" in lines) == (method not in ("int8", "nf4", "fp4")), method
 
 
 @pytest.mark.e2e

@@ -135,7 +135,7 @@ def _card(result: Result, variant: ResultVariant, repos: dict[str, str]) -> str:
         "results are its authors' to tell: see its card.",
         *([_plain(variant.calibration.sentence)] if variant.calibration else []),
         *usage(repo, method, *_where(variant)),
-        *serving(repo, method, variant.served),
+        *serving(repo, method, variant.served, variant.left),
         *_quality(result, variant),
         *_sample(variant),
         *_speed(result, variant),

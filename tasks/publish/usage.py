@@ -9,7 +9,7 @@ from tasks.download.architectures import ENCODER_DECODER, called_by, no_language
 from tasks.formatting import figure
 from tasks.quantize.protocols import CardText
 from tasks.runtime.files import read_object
-from tasks.values import Served
+from tasks.values import Served, Unquantized
 
 CONTEXTS = (2048, 8192)
 """Lengths of the context, in tokens, that the memory is told for."""
@@ -41,16 +41,21 @@ def usage(repo: str, method: CardText | None, folder: Path | None = None, size: 
     return lines
 
 
-def serving(repo: str, method: CardText, served: Sequence[Served]) -> list[str]:
+def serving(repo: str, method: CardText, served: Sequence[Served], left: Sequence[Unquantized] = ()) -> list[str]:
     """The paragraphs on other programs: those that were tried say how that went, and the format's homes that they are no more.
 
-    A program that could not open the files is not recommended.
+    A program that could not open the files is not recommended, nor one that is known not to: for what is `left` unquantized.
     """
     tried = {each.runtime: each for each in served}
+    experts = any(".experts." in entry.module for entry in left)
     lines = []
     for home in method.homes:
         command = f"`{home.command.format(repo=shlex.quote(repo))}`"
-        if (found := tried.pop(home.runtime, None)) is None:
+        if (found := tried.pop(home.runtime, None)) is None and experts and not home.plain_experts:
+            lines.append(
+                f"- {home.title}: not this model: it opens no mixture in this format whose experts stay in 16 bits."
+            )
+        elif found is None:
             lines.append(
                 f"- {home.title}: {command}. The format is made for it; tame has not tried it with these files."
             )

@@ -94,6 +94,8 @@ class Home:
     """The program, and what it needs for this format."""
     command: str
     """How it is started; {repo} is replaced."""
+    plain_experts: bool = True
+    """Whether it opens a mixture whose experts stay in 16 bits."""
 
 
 @dataclass(frozen=True)

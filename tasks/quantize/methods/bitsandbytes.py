@@ -20,7 +20,12 @@ READERS = (
 )
 SMALL_GROUPS = "32 weights share a scale, for which GPUs need bitsandbytes 0.49.2 or newer."
 HOMES = (
-    Home("vllm", "vLLM from 0.28 on, with `pip install vllm-bnb-plugin`", "vllm serve {repo}"),
+    Home(  # its layers for experts are 4-bit ones, whatever the list of skipped modules says (0.26 and 0.32)
+        "vllm",
+        "vLLM from 0.28 on, with `pip install vllm-bnb-plugin`",
+        "vllm serve {repo}",
+        plain_experts=False,
+    ),
     Home(
         "peft",
         "PEFT, to train a LoRA adapter on it (QLoRA)",
