@@ -14,7 +14,7 @@ from tasks.transformers_adapter import Selection, select_as_transformers
 
 log = logging.getLogger("tame.quantize")
 
-PIECE = 1 << 16  # weights worked on at once on the CPU, so that they stay in its cache
+PIECE = 1 << 18  # weights worked on at once on the CPU, so that they stay in its cache
 
 _local = threading.local()
 
@@ -104,7 +104,7 @@ def _in_place(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part = block[start : start + several]
         half, magnitude, exact = (buffer[: part.numel()].view(part.shape) for buffer in _scratch(part.numel()))
         scale = scales[start : start + several]
-        half.copy_(part)
+        half.copy_(exact.copy_(part))  # by way of float32: from bfloat16 to float16 torch has no fast way
         scale.copy_(torch.amax(torch.abs(half, out=magnitude), 1))
         exact.copy_(half).mul_((127.0 / scale).unsqueeze(1))
         codes[start : start + several] = exact.round_()
