@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 
 from configs.errors import BadInputError, TameError
 from configs.schema import Source, Variant
-from tests.models import NOT_QUANTIZED, ZOO, tiny, zoo
+from tests.models import NOT_QUANTIZED, ZOO, quantize, tiny, zoo
 
+ROOT = Path(__file__).parent.parent
 METHODS = ("int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
 ARCHITECTURES = (
     "llama", "odd", "qwen2", "qwen3", "qwen3-tied", "mistral", "gemma3", "phi3", "gpt2", "opt", "gpt-neox", "mixtral",
@@ -94,6 +97,37 @@ def test_the_bytes_are_transformers_own_on_a_gpu(method: str, tmp_path: Path) ->
     source = tiny(tmp_path / "source", zoo("gpt2"), spread=True)
     quantized(source, tmp_path / "mine", variant_of(method), device="cuda:0")
     assert_same(tmp_path / "mine", by_transformers(source, tmp_path / "theirs", variant_of(method)))
+
+
+LEAN = """
+import sys
+from pathlib import Path
+from configs.schema import Variant
+from tasks.quantize.lean_imports import only_make_models
+from tasks.quantize.methods import method_of
+from tasks.quantize.protocols import Request
+only_make_models()
+out = Path(sys.argv[2])
+out.mkdir()
+for method in sys.argv[3:]:
+    (out / method).mkdir()
+    method_of(Variant(method=method)).quantize(Request(Path(sys.argv[1]), out / method, Variant(method=method), "cpu"))
+from transformers import modeling_utils
+heavy = ("scipy.", "torch._dynamo.", "torch.distributed.tensor")
+print([name for name in sys.modules if name.startswith(heavy)])
+"""
+
+
+def test_the_bytes_are_the_same_without_what_running_a_model_needs(tmp_path: Path, tiny_llama: Path) -> None:
+    methods = ("nf4", "int8", "w4a16", "fp8")
+    command = [sys.executable, "-c", LEAN, str(tiny_llama), str(tmp_path / "lean"), *methods]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['torch._dynamo._trace_wrapped_higher_order_op']"  # a placeholder
+    for method in methods:
+        quantize(tiny_llama, tmp_path / method, Variant(method=method))
+        names = sorted(path.name for path in (tmp_path / method).iterdir())
+        for name in names:
+            assert (tmp_path / "lean" / method / name).read_bytes() == (tmp_path / method / name).read_bytes(), name
 
 
 def test_double_quantization_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:

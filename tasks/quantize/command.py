@@ -9,10 +9,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configs.errors import BadInputError, KilledError, TameError
+from configs.errors import BadInputError, KilledError, TameError, line
 from configs.schema import bytes_of
 from tasks.download.checkpoint import check_source
 from tasks.quantize.check import runs
+from tasks.quantize.lean_imports import only_make_models
 from tasks.quantize.methods import method_of, method_of_source
 from tasks.quantize.protocols import Request, Written
 from tasks.runtime.child_process import isolated, spawned
@@ -61,8 +62,7 @@ def _build(request: Request, out: Path, check: bool, progress: Progress) -> tupl
     """Fill the folder of the request, and rename it to `out` once it is complete and on the disk. Returns all sha256, too."""
     partial, variant = request.out, request.variant
     try:
-        call = isolated if check else spawned
-        written = call(f"quantize {variant.label}", method_of(variant).quantize, request, progress=progress)
+        written = _written(f"quantize {variant.label}", request, check, progress)
         if check:
             _run_once(request)
         names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
@@ -77,6 +77,28 @@ def _build(request: Request, out: Path, check: bool, progress: Progress) -> tupl
     except (TameError, OSError):
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _written(what: str, request: Request, check: bool, progress: Progress) -> Written:
+    """Quantize in a process that imports little, or in one that imports everything."""
+    whole = method_of(request.variant).quantize
+    if check:  # runs the model afterwards, in another that begins with the same imports
+        return isolated(what, whole, request, progress=progress)
+    if (
+        request.calibration is None and not request.trust_remote_code
+    ):  # which run the model, or code that is not known here
+        try:
+            return spawned(what, _lean, request, progress=progress)
+        except (TameError, OSError):
+            raise
+        except Exception as error:
+            log.warning("%s: once more with all of transformers (%s)", what, line(error))
+    return spawned(what, whole, request, progress=progress)
+
+
+def _lean(request: Request, progress: Progress = show) -> Written:
+    only_make_models()
+    return method_of(request.variant).quantize(request, progress)
 
 
 def _os_error(error: OSError, out: Path) -> str:
