@@ -108,7 +108,7 @@ def load(path: Path, device: str, trust_remote_code: bool = False) -> Loaded:
     check_loaded_tokenizer(tokenizer, path)
     quantized = getattr(config, "quantization_config", None) is not None
     _import_modelling(config)
-    spread, dtype = _spread(path, device), dtype_on(device, config, notes)
+    spread, dtype = _spread(path, device, config), dtype_on(device, config, notes)
     auto = language_model_class(config)
     started = time.perf_counter()
     try:
@@ -188,12 +188,15 @@ def _import_modelling(config: Any) -> None:
         method.tensor_format()  # imports the method's libraries, and quietens them
 
 
-def _spread(path: Path, device: str) -> Any:
+def _spread(path: Path, device: str, config: Any) -> Any:
     if not device.startswith("cuda"):
         return {"": device}
     import torch
 
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    asked = getattr(config, "quantization_config", None)
+    if isinstance(asked, dict) and asked.get("dequantize"):
+        size *= 2  # from 8 bits to 16
     free, _ = torch.cuda.mem_get_info(device)
     if size * 1.1 < free:
         return {"": device}

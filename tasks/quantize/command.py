@@ -84,16 +84,15 @@ def _written(what: str, request: Request, check: bool, progress: Progress) -> Wr
     whole = method_of(request.variant).quantize
     if check:  # runs the model afterwards, in another that begins with the same imports
         return isolated(what, whole, request, progress=progress)
-    if (
-        request.calibration is None and not request.trust_remote_code
-    ):  # which run the model, or code that is not known here
-        try:
-            return spawned(what, _lean, request, progress=progress)
-        except (TameError, OSError):
-            raise
-        except Exception as error:
-            log.warning("%s: once more with all of transformers (%s)", what, line(error))
-    return spawned(what, whole, request, progress=progress)
+    if request.calibration is not None or request.trust_remote_code:  # which run more
+        return spawned(what, whole, request, progress=progress)
+    try:
+        return spawned(what, _lean, request, progress=progress)
+    except (TameError, OSError):
+        raise
+    except Exception as error:
+        log.warning("%s: once more with all of transformers (%s)", what, line(error))
+        return spawned(what, whole, request, progress=progress)
 
 
 def _lean(request: Request, progress: Progress = show) -> Written:

@@ -23,7 +23,7 @@ def only_make_models() -> None:
 
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]  # Python's own way to say that there is none
     torch.distributed.is_available = lambda: False
-    torch.compile = torch.compiler.disable = _unchanged  # type: ignore[assignment]
+    torch.compile = torch.compiler.disable = unchanged  # type: ignore[assignment]
     for name in COMPILER:
         sys.modules.setdefault(name, _Absent(name))
 
@@ -34,8 +34,9 @@ class _Absent(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _unchanged
+        return unchanged
 
 
-def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
+def unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
+    """In the place of a decorator that compiles, with or without options: the function itself."""
     return function or (lambda plain: plain)

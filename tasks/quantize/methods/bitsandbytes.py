@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.schema import SMALL_GROUP, Variant
+from tasks.quantize.lean_imports import unchanged
 from tasks.quantize.methods.bitsandbytes_skips import without_fused
 from tasks.quantize.protocols import CardText, Dense, Home, Request, Restored, TensorFormat, Written
 from tasks.quantize.run import quantize_tensors
@@ -221,15 +222,11 @@ def _import() -> None:
 
     logging.getLogger(FAMILY).setLevel(logging.ERROR)
     compiling = torch.compile
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    torch.compile = unchanged  # type: ignore[assignment]
     try:
         importlib.import_module(FAMILY)
     finally:
         torch.compile = compiling
-
-
-def _uncompiled(function: Any = None, **_: Any) -> Any:
-    return function or (lambda plain: plain)
 
 
 def _skipped(quantization_config: dict[str, Any]) -> list[str]:

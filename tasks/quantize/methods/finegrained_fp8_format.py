@@ -15,7 +15,7 @@ import torch
 from configs.schema import Variant
 from tasks import transformers_adapter
 from tasks.quantize.methods.compressed_tensors_selection import as_selection, choose, ignored
-from tasks.quantize.methods.fused_modules import fused_with
+from tasks.quantize.methods.fused_modules import computed_with
 from tasks.transformers_adapter import Selection, loading_quantizer, prepare
 
 BLOCK = 128
@@ -35,7 +35,7 @@ def select(model: Any, variant: Variant, skip: list[str] | None, dtype: torch.dt
                 name, f"a weight {list(shapes[name][-2:])}, no multiple of the {BLOCK} × {BLOCK} that share a scale"
             )
     for name in list(chosen.columns):
-        beside = [other for other in fused_with(name.removesuffix(".weight")) if f"{other}.weight" in chosen.reasons]
+        beside = [other for other in computed_with(name.removesuffix(".weight")) if f"{other}.weight" in chosen.reasons]
         if beside:
             chosen.leave(name, f"vLLM computes it as one with {beside[0].rpartition('.')[2]}, which is not quantized")
     return as_selection(chosen, _config(ignored(model, chosen, by_module=True)), ("modules_to_not_convert",))

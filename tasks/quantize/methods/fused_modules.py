@@ -8,7 +8,7 @@ FUSED = {
 """What vLLM calls them, and their parts (`packed_modules_mapping` of its models)."""
 
 
-def fused_with(module: str) -> list[str]:
+def computed_with(module: str) -> list[str]:
     """The modules that vLLM computes as one with this one, which is not among them."""
     parent, _, name = module.rpartition(".")
     parts = next((parts for parts in FUSED.values() if name in parts), ())
